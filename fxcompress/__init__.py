@@ -1,0 +1,41 @@
+"""fxcompress: a declarative graph-rewriting compiler pass for low-rank compression.
+
+>>> small = fxcompress.compile(model, "decoder", calibration)
+>>> print(fxcompress.diff(model, small))
+>>> fxcompress.save(small, "out/")
+"""
+
+from fxcompress.compare import diff
+from fxcompress.compile import FxcompressWarning, compile, explain, plan
+from fxcompress.errors import (
+    BudgetError,
+    CalibrationError,
+    FxcompressError,
+    LoadError,
+    RecordError,
+    RewriteError,
+    RuleError,
+)
+from fxcompress.io import load, save
+from fxcompress.plan import Plan, plan_of
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "FxcompressError",
+    "FxcompressWarning",
+    "LoadError",
+    "Plan",
+    "RecordError",
+    "RewriteError",
+    "RuleError",
+    "compile",
+    "diff",
+    "explain",
+    "load",
+    "plan",
+    "plan_of",
+    "save",
+]

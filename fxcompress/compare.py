@@ -1,0 +1,33 @@
+"""``diff``: what a rewrite changed, from its record."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxcompress.errors import RewriteError
+from fxcompress.plan import plan_of
+from fxcompress.report import Diff, diff_plan
+from fxcompress.rewrite import mismatches
+
+
+def diff(before: nn.Module, after: nn.Module) -> Diff:
+    """The difference between a model and its compressed form.
+
+    It comes from the record of the rewrite and the graph recorded afterwards (what really
+    runs), not from comparing two graphs.
+
+    Args:
+        before: the model that was given to :func:`fxcompress.compile`.
+        after: what it returned, or what :func:`fxcompress.load` returned.
+
+    Returns:
+        A value that prints as text, with ``to_json()`` and ``to_html()``.
+
+    Raises:
+        RewriteError: ``after`` carries no plan, or its plan was made for another model.
+    """
+    plan = plan_of(after)
+    problems = mismatches(before, plan) if before is not after else ""
+    if problems:
+        raise RewriteError(f"the plan was made for another model than this one: {problems}")
+    return diff_plan(plan)

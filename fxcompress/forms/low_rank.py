@@ -1,0 +1,59 @@
+"""``low_rank``: n → r → m, two linear layers, r(m + n) parameters.
+
+before::
+
+    y = linear(x; W, b)
+
+after::
+
+    h = down(x)          # r x n, no bias
+    y = up(h)            # m x r, bias b
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from fxcompress.forms.form import Counts, Form, LinearShape, Ranks, assign, bare_linear
+
+
+class _LowRank(Form):
+    name = "low_rank"
+    operators = frozenset({"linear"})
+
+    def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
+        return ranks * (shape.out_features + shape.in_features)
+
+    def macs(self, shape: LinearShape, ranks: Ranks) -> Counts:
+        return self.parameters(shape, ranks)
+
+    def bytes(self, shape: LinearShape, ranks: Ranks) -> Counts:
+        return self.parameters(shape, ranks) * shape.dtype.itemsize
+
+    def empty(self, shape: LinearShape, rank: int) -> fx.GraphModule:
+        root = nn.Module()
+        root.down = bare_linear(shape.in_features, rank, False, shape)
+        root.up = bare_linear(rank, shape.out_features, shape.bias, shape)
+        graph = fx.Graph()
+        x = graph.placeholder("input")
+        graph.output(graph.call_module("up", (graph.call_module("down", (x,)),)))
+        return fx.GraphModule(root, graph, class_name="LowRank")
+
+    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        # Balanced component by component: equal norms train best and suit narrow types.
+        up_norm, down_norm = left.norm(dim=0), right.norm(dim=1)
+        balance = (down_norm / up_norm).sqrt()
+        balance = balance.where(balance.isfinite() & (balance > 0), balance.new_ones(()))
+        assign(body.up.weight, left * balance)
+        assign(body.down.weight, right / balance[:, None])
+        if bias is not None:
+            assign(body.up.bias, bias)
+
+    def weight(self, body: fx.GraphModule) -> Tensor:
+        return body.up.weight @ body.down.weight
+
+    def bias(self, body: fx.GraphModule) -> Tensor | None:
+        return body.up.bias
+
+
+LOW_RANK = _LowRank()

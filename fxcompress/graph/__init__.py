@@ -1,0 +1,1 @@
+"""The operator graph: recording it, its canonical operators, how models are called."""

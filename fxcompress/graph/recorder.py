@@ -1,0 +1,406 @@
+"""Record the operator graph of a model by running it.
+
+Symbolic tracing fails on most real models and ``torch.export`` loses their class; running
+the model on an example always works.  :func:`record` does that under a
+``TorchFunctionMode`` with ``nn.Module.__call__`` patched for the duration: every leaf module
+becomes a ``call_module`` node, every torch function a ``call_function`` node.  The result is
+a true ``torch.fx.Graph``, used for matching and analysis; it is not executed.
+
+What makes two values "the same input" is the same producing node *and* the same tensor
+version: a tensor that was written in place between two reads is two values.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxcompress.errors import RecordError
+from fxcompress.graph.canonical import canonicalize, is_leaf
+from fxcompress.graph.inputs import Forward, run_model
+from fxcompress.graph.operator import Operator
+
+# Reading these tells the reader about a tensor without reading its values.
+_METADATA = {
+    *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size"),
+    *("__get__", "data_ptr", "__len__", "is_contiguous", "get_device", "storage_offset"),
+    *("requires_grad_", "_version", "is_inference", "__hash__", "__repr__", "__format__"),
+}
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(...))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What the recording knows of one parameter (by storage, not by name).
+
+    Attributes:
+        name: its first name in ``model.named_parameters()`` order.
+        aliases: all of its names; more than one if it is tied.
+        shape: as stored.
+        dtype: e.g. ``"float32"``.
+        device: e.g. ``"cpu"``.
+        bytes: size in bytes.
+        calls: names of the operators that read it as their weight, in execution order.
+        rows: positions it was applied to, summed over the calls of the recorded example.
+        strangers: scopes that read its values while no owner of it was running.
+        source: key of the value it was applied to; equal for weights with the same input.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    bytes: int
+    calls: tuple[str, ...]
+    rows: int
+    strangers: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The operator graph of one forward pass.
+
+    Attributes:
+        graph: nodes carry ``meta["op"]``, ``["scope"]``, ``["path"]``, ``["shape"]`` and
+            ``["attributes"]``.
+        operators: the same graph as frozen values, in execution order.
+        weights: facts per parameter, by its first name.
+        macs: multiply-accumulates of the recorded pass (matrix products, convolutions and
+            attention, as counted by ``torch.utils.flop_counter``).
+        samples: for each weight, up to :data:`SAMPLE_ROWS` rows of the input that it met
+            (rows x features), to verify a rewrite on.
+    """
+
+    graph: fx.Graph
+    operators: tuple[Operator, ...]
+    weights: Mapping[str, Weight]
+    macs: int
+    samples: Mapping[str, Tensor]
+
+
+SAMPLE_ROWS = 32
+
+
+def record(
+    model: nn.Module, examples: Sequence[Any], *, forward: Forward | None = None
+) -> Recording:
+    """Run ``model`` once on every example and return the graph of the first run.
+
+    Args:
+        model: any module that runs; it is not changed.
+        examples: one or more batches (see :mod:`fxcompress.graph.inputs`).  Facts about
+            weights (who shares an input, who reads them) are kept only if true of all runs.
+        forward: how to call the model on a batch, if neither its type nor the convention of
+            :mod:`fxcompress.graph.inputs` says so.
+
+    Raises:
+        RecordError: there is no example, or the model fails on one.
+    """
+    if not examples:
+        raise RecordError("recording needs at least one example batch, and got none")
+    runs = [_record_one(model, example, forward) for example in examples]
+    first = runs[0]
+    weights = {name: _agree([run.weights[name] for run in runs]) for name in first.weights}
+    return Recording(first.graph, first.operators, weights, first.macs, first.samples)
+
+
+def _agree(facts: list[Weight]) -> Weight:
+    """The facts about one weight that hold in all recordings."""
+    head = facts[0]
+    strangers = tuple(dict.fromkeys(scope for fact in facts for scope in fact.strangers))
+    # Joined keys are equal for two weights only if they shared their input in every run.
+    source = "|".join(fact.source for fact in facts)
+    return Weight(
+        head.name, head.aliases, head.shape, head.dtype, head.device, head.bytes,
+        head.calls, head.rows, strangers, source,
+    )  # fmt: skip
+
+
+def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Recording:
+    recorder = _Recorder(model)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as flops:
+            recorder.run(lambda: run_model(model, example, forward))
+    except Exception as error:
+        raise RecordError(
+            f"the model failed on the example batch: {type(error).__name__}: {error}\n"
+            "A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
+            "mapping (keyword arguments); for anything else pass "
+            "forward=lambda model, batch: model(...)"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    return recorder.finish(flops.get_total_flops() // 2)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns one real forward pass into an ``fx.Graph``.
+
+    Tags live in a weak dictionary beside the tensors, never on them; the nodes of arguments
+    are computed before a call runs, because the call may write to its arguments.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.graph = fx.Graph(model)
+        self.producers: Any = WeakTensorKeyDictionary()
+        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        self.parameters: dict[int, Tensor] = {}
+        for prefix, module in model.named_modules():
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    self.owners[id(tensor)].append((prefix, key))
+                    self.parameters[id(tensor)] = tensor
+        self.stack: list[str] = []
+        self.leaf_depth = 0
+        self.strangers: dict[int, list[str]] = defaultdict(list)
+        self.reads: dict[int, list[fx.Node]] = defaultdict(list)
+        self.sources: dict[int, list[str]] = defaultdict(list)
+        self.rows: dict[int, int] = defaultdict(int)
+        self.samples: dict[int, list[Tensor]] = defaultdict(list)
+
+    # ---- running -----------------------------------------------------------------
+
+    def run(self, function: Callable[[], Any]) -> None:
+        """Call ``function`` and record all that happens inside."""
+        with _patched_call(self), torch.no_grad(), _no_fast_paths(), self:
+            result = function()
+        with torch._C.DisableTorchFunction():
+            outputs = tuple(self.node_of(tensor) for tensor in _tensors(result))
+        self.graph.output(outputs).meta.update(op="output", scope="", path="", attributes={})
+
+    def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Stands in for ``nn.Module.__call__`` while recording."""
+        name = self.module_names.get(id(module))
+        leaf = name is not None and not self.leaf_depth and is_leaf(module)
+        if leaf:
+            with torch._C.DisableTorchFunction():
+                nodes, before = self.arguments(args, kwargs)
+        self.stack.append(self.stack[-1] if name is None and self.stack else name or "")
+        self.leaf_depth += leaf
+        try:
+            out = original(module, *args, **kwargs)
+        finally:
+            self.leaf_depth -= leaf
+            self.stack.pop()
+        if leaf:
+            assert name is not None
+            with torch._C.DisableTorchFunction():
+                node = self.graph.call_module(name, *nodes)
+                node.meta.update(canonicalize(module=module), path=name, scope=self.scope())
+                weight = module._parameters.get("weight")
+                if weight is not None and _tensors((args, kwargs)):
+                    self.applied(weight, node, _tensors((args, kwargs))[0])
+                out = self.emit(node, before, out)
+        return out
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        metadata = name in _METADATA
+        if not metadata:
+            self.notice_strangers(args, kwargs)
+        if self.leaf_depth or metadata:
+            return function(*args, **kwargs)
+        nodes, before = self.arguments(args, kwargs)
+        out = function(*args, **kwargs)
+        if name == "__setitem__":
+            node = self.function_node(function, nodes, args, kwargs)
+            self.tag(args[0], node)
+        elif _tensors(out):
+            out = self.emit(self.function_node(function, nodes, args, kwargs), before, out)
+        return out
+
+    def function_node(self, function: Any, nodes: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(function, *nodes)
+        meta = canonicalize(function=function, args=args, kwargs=kwargs)
+        weight = meta.pop("weight", None)
+        data = [t for t in _tensors((args, kwargs)) if id(t) not in self.owners]
+        if weight is not None and (id(weight) not in self.owners or not data):
+            # A product of computed values, or of parameters only: no operator with a weight.
+            meta.update(op=getattr(function, "__name__", meta["op"]).strip("_"), attributes={})
+            weight = None
+        node.meta.update(meta, path=self.scope(), scope=self.scope())
+        if weight is not None:
+            self.applied(weight, node, data[0])
+        return node
+
+    # ---- values and nodes --------------------------------------------------------
+
+    def tag(self, tensor: Tensor, node: fx.Node) -> fx.Node:
+        self.producers[tensor] = (node, _version(tensor))
+        node.meta["shape"] = tuple(tensor.shape)
+        return node
+
+    def node_of(self, value: Any) -> Any:
+        """The node that produced a tensor; plain values stay themselves."""
+        if not isinstance(value, Tensor):
+            return value if isinstance(value, _PLAIN) else str(type(value).__name__)
+        node, version = self.producers.get(value, (None, 0))
+        if node is not None:
+            if version == _version(value):
+                return node
+            # Somebody wrote through a view or through .data: from here on another value.
+            written = self.graph.call_function(Tensor.copy_, (node,))
+            written.meta.update(op="write", attributes={}, scope=self.scope(), path="")
+            return self.tag(value, written)
+        if id(value) in self.owners:
+            target = ".".join(filter(None, self.owners[id(value)][0]))
+            # Not create_node("get_attr") through get_attr(): that one resolves the target.
+            node = self.graph.create_node("get_attr", target)
+            node.meta.update(op="parameter", attributes={}, scope="", path=target)
+        else:
+            node = self.graph.placeholder("input")
+            node.meta.update(op="input", attributes={}, scope="", path="")
+        return self.tag(value, node)
+
+    def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, int]]]:
+        nodes = tree_map(self.node_of, (tuple(args), dict(kwargs)))
+        return nodes, [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
+
+    def emit(self, node: fx.Node, before: list[tuple[Tensor, int]], out: Any) -> Any:
+        if isinstance(out, Tensor) and any(
+            out is tensor and version == _version(tensor) for tensor, version in before
+        ):
+            # Dropout in eval mode and no-op .to() hand back their argument: give the result
+            # an identity of its own, so that the node stays visible.
+            out = out.view_as(out)
+        tensors = _tensors(out)
+        if len(tensors) == 1:
+            self.tag(tensors[0], node)
+        else:
+            for index, tensor in enumerate(tensors):
+                item = self.graph.call_function(_item, (node, index))
+                item.meta.update(op="getitem", attributes={}, scope=self.scope(), path="")
+                self.tag(tensor, item)
+        return out
+
+    def scope(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    # ---- facts about weights -----------------------------------------------------
+
+    def applied(self, weight: Tensor, node: fx.Node, data: Tensor) -> None:
+        producer = self.producers.get(data, (None, 0))[0]
+        self.reads[id(weight)].append(node)
+        self.sources[id(weight)].append(f"{producer}@{_version(data)}")
+        if data.dim() and data.shape[-1]:
+            self.rows[id(weight)] += data.numel() // data.shape[-1]
+            if data.is_floating_point():
+                rows = data.detach().reshape(-1, data.shape[-1])
+                step = max(1, len(rows) // SAMPLE_ROWS)
+                self.samples[id(weight)].append(rows[::step][:SAMPLE_ROWS].clone())
+
+    def notice_strangers(self, args: Any, kwargs: Any) -> None:
+        """A parameter's values are read although no owner of it is running."""
+        for tensor in _tensors((args, kwargs)):
+            owners = self.owners.get(id(tensor))
+            if owners and not {owner for owner, _ in owners} & set(self.stack):
+                self.strangers[id(tensor)].append(self.scope())
+
+    # ---- the frozen result -------------------------------------------------------
+
+    def finish(self, macs: int) -> Recording:
+        names: dict[int, list[str]] = {
+            key: [".".join(filter(None, owner)) for owner in owners]
+            for key, owners in self.owners.items()
+            if isinstance(self.parameters[key], nn.Parameter)
+        }
+        weights = {}
+        for key, aliases in names.items():
+            tensor = self.parameters[key]
+            weights[aliases[0]] = Weight(
+                name=aliases[0],
+                aliases=tuple(aliases),
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                device=str(tensor.device),
+                bytes=tensor.numel() * tensor.element_size(),
+                calls=tuple(node.name for node in self.reads[key]),
+                rows=self.rows[key],
+                strangers=tuple(dict.fromkeys(self.strangers[key])),
+                source=" ".join(self.sources[key]),
+            )
+        weight_of = {
+            node.name: names[key][0]
+            for key, nodes in self.reads.items()
+            if key in names
+            for node in nodes
+        }
+        samples = {names[key][0]: torch.cat(rows) for key, rows in self.samples.items()
+                   if key in names and len({r.shape[1] for r in rows}) == 1}  # fmt: skip
+        operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
+        return Recording(self.graph, operators, weights, macs, samples)
+
+
+def _operator(node: fx.Node, weight: str | None) -> Operator:
+    return Operator(
+        name=node.name,
+        op=node.meta["op"],
+        path=node.meta["path"],
+        scope=node.meta["scope"],
+        attributes=node.meta["attributes"],
+        inputs=tuple(source.name for source in node.all_input_nodes),
+        users=tuple(user.name for user in node.users),
+        shape=node.meta.get("shape"),
+        weight=weight,
+        module=node.op == "call_module",
+    )
+
+
+def _item(values: Any, index: int) -> Any:
+    """Stands for one of several tensors that an operator returned."""
+    return values[index]
+
+
+@contextmanager
+def _patched_call(recorder: _Recorder) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call(original, module, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _no_fast_paths() -> Iterator[None]:
+    """Fused kernels of nn.TransformerEncoder hide operators; compiled regions do too."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

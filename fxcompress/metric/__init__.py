@@ -1,0 +1,31 @@
+"""Metrics: which small changes of a weight matter, and by how much.
+
+:func:`calibrate` runs the model over the calibration data and gathers :class:`Moments` for
+every site; a :class:`Metric` turns them into the two factors in which the weight's
+:class:`Spectrum` is taken.
+"""
+
+from fxcompress.metric.activation import ACTIVATION
+from fxcompress.metric.capture import Calibration, calibrate
+from fxcompress.metric.diagonal import DIAGONAL
+from fxcompress.metric.euclidean import EUCLIDEAN
+from fxcompress.metric.kfac import KFAC
+from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.spectrum import Spectrum, decompose
+
+METRICS: dict[str, Metric] = {m.name: m for m in (EUCLIDEAN, DIAGONAL, ACTIVATION, KFAC)}
+
+__all__ = [
+    "METRICS",
+    "Calibration",
+    "Factor",
+    "Loss",
+    "Metric",
+    "Moments",
+    "OutputKind",
+    "Spectrum",
+    "calibrate",
+    "decompose",
+]

@@ -1,0 +1,95 @@
+"""Coordinates in which a metric is the identity.
+
+A factor ``M = L Lᵀ`` is used through products only: ``Lᵀ X`` or ``L X``
+(into whitened coordinates) and ``L⁻ᵀ X`` (out of them).  Which root L is taken does not matter: two roots differ by an
+orthogonal matrix, which changes neither the singular values of ``L_Gᵀ W L_A`` nor the
+truncated weight.
+
+The root is a Cholesky factor in float64, not the symmetric root by ``eigh`` that the design
+sketched: after damping (a shift by a fraction of the mean eigenvalue) it always exists, and
+it costs a twenty-fifth.  Without damping a rank-deficient factor has none; then ``eigh`` with
+eigenvalues raised to a relative floor takes over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-9
+"""Eigenvalues are raised to this fraction of the mean eigenvalue, so that inverses exist."""
+
+
+@dataclass(frozen=True, eq=False)
+class Whitener:
+    """Products with a root L of a damped factor ``M + δ·mean(λ)·I = L Lᵀ`` (d x d).
+
+    Attributes:
+        lower: L as a triangular matrix (Cholesky), or None.
+        root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
+        scale: √ of a diagonal factor (d), or None.  All three None: the identity.
+        null: the factor is zero; products are those of the identity, and every singular
+            value in these coordinates counts as zero.
+    """
+
+    lower: Tensor | None = None
+    root: tuple[Tensor, Tensor] | None = None
+    scale: Tensor | None = None
+    null: bool = False
+
+    def into(self, x: Tensor) -> Tensor:
+        """``Lᵀ x`` for x (d x k)."""
+        if self.lower is not None:
+            return self.lower.T @ x
+        if self.root is not None:
+            return self.root[0].T @ x
+        return x if self.scale is None else self.scale[:, None] * x
+
+    def colour(self, x: Tensor) -> Tensor:
+        """``L x`` for x (d x k)."""
+        if self.lower is not None:
+            return self.lower @ x
+        if self.root is not None:
+            return self.root[0] @ x
+        return x if self.scale is None else self.scale[:, None] * x
+
+    def out_of(self, x: Tensor) -> Tensor:
+        """``L⁻ᵀ x`` for x (d x k)."""
+        if self.lower is not None:
+            return torch.linalg.solve_triangular(self.lower.T, x, upper=True)
+        if self.root is not None:
+            return self.root[1] @ x
+        return x if self.scale is None else x / self.scale[:, None]
+
+
+def whitener(factor: Tensor | None, damping: float) -> Whitener:
+    """The whitener of a factor (d x d, d, or None), damped relative to its mean eigenvalue.
+
+    Raises:
+        ValueError: the factor is not finite, or is clearly not positive semi-definite.
+    """
+    if factor is None:
+        return Whitener()
+    factor = factor.to(torch.float64)
+    diagonal = factor if factor.dim() == 1 else factor.diagonal()
+    if not bool(factor.isfinite().all()):
+        raise ValueError("a metric factor is not finite")
+    mean = float(diagonal.mean())
+    if mean < 0:
+        raise ValueError("a metric factor has a negative trace")
+    if mean == 0:
+        return Whitener(null=True)
+    if factor.dim() == 1:
+        damped = factor.clamp_min(0) + damping * mean
+        return Whitener(scale=damped.clamp_min(FLOOR * mean).sqrt())
+    damped = (factor + factor.T) / 2
+    damped.diagonal().add_(damping * mean)
+    if damping >= FLOOR:
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return Whitener(lower=lower)
+    values, vectors = torch.linalg.eigh(damped)
+    values = values.clamp_min(FLOOR * mean)
+    return Whitener(root=(vectors * values.sqrt(), vectors * values.rsqrt()))

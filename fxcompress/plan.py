@@ -1,0 +1,224 @@
+"""The plan: what is done to every site, and why.  It is what ``plan.json`` holds.
+
+Everything here is a frozen value with a JSON form; no tensors, no modules.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import fx, nn
+
+from fxcompress.errors import RewriteError
+
+FORMAT = 1
+"""Version of ``plan.json``; files of another version are refused."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Size(_Frozen):
+    """Exact counts, biases included.
+
+    Attributes:
+        parameters: number of parameter entries.
+        macs: multiply-accumulates for the recorded example.
+        bytes: parameters and buffers as stored.
+    """
+
+    parameters: int
+    macs: int
+    bytes: int
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            parameters=self.parameters + other.parameters,
+            macs=self.macs + other.macs,
+            bytes=self.bytes + other.bytes,
+        )
+
+    def __sub__(self, other: Size) -> Size:
+        return Size(
+            parameters=self.parameters - other.parameters,
+            macs=self.macs - other.macs,
+            bytes=self.bytes - other.bytes,
+        )
+
+
+ZERO = Size(parameters=0, macs=0, bytes=0)
+
+
+class SitePlan(_Frozen):
+    """One weight parameter with all its uses, and what becomes of it.
+
+    Attributes:
+        name: path of the module (``"model.layers.0.mlp.up_proj"``).
+        weight: name of the parameter.
+        op: canonical operator.
+        in_features, out_features: the weight is (out_features x in_features).
+        bias: whether there is one.
+        dtype: ``"float32"``, ...
+        calls: how often the recorded pass used it.
+        rule: id of the rule that matched.
+        location: ``"rules.yaml:22"``.
+        forms: forms that the rule allowed.
+        form: the form chosen, None if the site stays dense.
+        rank: its rank, None if the site stays dense.
+        predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
+        energy: share of the squared singular values that is kept, in [0, 1].
+        before, after: sizes of this operator.
+        reason: why it stays dense; empty if it was rewritten.
+        spectrum: singular values in the metric, at most 64 evenly spaced of them.
+    """
+
+    name: str
+    weight: str
+    op: str
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: str
+    calls: int
+    rule: str
+    location: str
+    forms: tuple[str, ...]
+    form: str | None
+    rank: int | None
+    predicted: float
+    energy: float
+    before: Size
+    after: Size
+    reason: str = ""
+    spectrum: tuple[float, ...] = ()
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+
+class Unmatched(_Frozen):
+    """An operator with a weight that no rule rewrites, and the reason."""
+
+    name: str
+    op: str
+    weight: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
+
+
+class NodeSummary(_Frozen):
+    """One node of a recorded graph, for diffs."""
+
+    name: str
+    op: str
+    path: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...] | None
+
+
+class BudgetOutcome(_Frozen):
+    """The budget and how it was met.
+
+    Attributes:
+        keep: fraction asked for.
+        of: what it is a fraction of: all matched operators, or the whole model.
+        unit: ``"parameters"``, ``"macs"`` or ``"bytes"``.
+        allocation: ``"global"`` or ``"uniform"``.
+        limit: the budget for the matched operators, in the unit.
+        cost: what their plan costs, never above the limit.
+        dense: what they cost before.
+        multiplier: λ, predicted loss per unit of cost; None for uniform ranks.
+        predicted: predicted loss, summed over sites.
+        bound: no plan within the budget can have a lower predicted loss; None for uniform.
+    """
+
+    keep: float
+    of: Literal["matched", "model"]
+    unit: Literal["parameters", "macs", "bytes"]
+    allocation: Literal["global", "uniform"]
+    limit: float
+    cost: float
+    dense: float
+    multiplier: float | None
+    predicted: float
+    bound: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """Duality gap, in the unit of the predicted loss."""
+        return None if self.bound is None else self.predicted - self.bound
+
+
+class Plan(_Frozen):
+    """What is done to a model.
+
+    Attributes:
+        format: version of this record.
+        model_class: ``"transformers.models.llama.modeling_llama.LlamaForCausalLM"``.
+        rules: name of the rule file.
+        metric: name of the metric.
+        loss_unit: what predicted losses are measured in.
+        calibration: what the metric was estimated on (batches, predictions, family, seed).
+        budget: the budget and how it was met.
+        sites: every matched site, in graph order.
+        unmatched: every other operator with a weight, and why.
+        model_before, model_after: sizes of the whole model.
+        expanded: attention modules that were split into projections, to be redone on load.
+        before, after: the recorded graphs; ``after`` is empty until the model is rewritten.
+        seconds: time spent per stage.
+        warnings: what the user should know.
+    """
+
+    format: int = FORMAT
+    model_class: str
+    rules: str
+    metric: str
+    loss_unit: str
+    calibration: dict[str, int | str]
+    budget: BudgetOutcome
+    sites: tuple[SitePlan, ...]
+    unmatched: tuple[Unmatched, ...]
+    model_before: Size
+    model_after: Size
+    expanded: tuple[str, ...] = ()
+    before: tuple[NodeSummary, ...] = ()
+    after: tuple[NodeSummary, ...] = ()
+    seconds: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.sites if site.form is not None)
+
+    def __str__(self) -> str:
+        from fxcompress.report.table import plan_table
+
+        return plan_table(self)
+
+
+def attach_plan(model: nn.Module, plan: Plan) -> None:
+    """Let a model carry its plan; it survives ``deepcopy`` and pickling."""
+    if isinstance(model, fx.GraphModule):
+        model.meta["fxcompress_plan"] = plan
+    else:
+        model.__dict__["_fxcompress_plan"] = plan
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model that came from :func:`compile` or :func:`fxcompress.load`.
+
+    Raises:
+        RewriteError: the model carries none.
+    """
+    carried = getattr(model, "meta", {}).get("fxcompress_plan") if isinstance(
+        model, fx.GraphModule
+    ) else model.__dict__.get("_fxcompress_plan")  # fmt: skip
+    if not isinstance(carried, Plan):
+        raise RewriteError(
+            f"this {type(model).__name__} did not come from fxcompress.compile() or .load()"
+        )
+    return carried

@@ -1,0 +1,203 @@
+"""The graph diff: what was rewritten and into what, and what was not and why.
+
+It is computed from the plan, the record of the rewrite, never by comparing graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fxcompress.plan import Plan, SitePlan
+from fxcompress.report.bodies import BODIES, part_text
+from fxcompress.report.fold import Group, Row, fold_blocks, fold_paths
+from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
+from fxcompress.report.summary import (
+    budget_line,
+    graph_lines,
+    model_name,
+    operator_changes,
+    predicted_line,
+    rewritten_text,
+    totals,
+    totals_lines,
+)
+from fxcompress.report.unchanged import Unchanged, site_text, unchanged
+
+LEGEND = (
+    "The numbers beside operators are their parameters, biases included; r is the rank.\n"
+    "A bar is the rank of one block, in graph order, from 0 to the largest of its line."
+)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What a plan changes in a model's graph.
+
+    ``print(diff)`` shows alike blocks folded::
+
+        LlamaForCausalLM: 210 of 211 linear operators rewritten (rules decoder.yaml, metric kfac)
+
+        model.layers.{0..29}.mlp                            30 alike
+        - up_proj             linear 576→1536         884,736
+        + up_proj.pivot       linear 576→r            r 96..208 of 576 ▄▅█▇
+        + up_proj.combine     linear r→1536-r         194k..396k  KL 0.0004..0.0031
+        + up_proj             cat, index_select (rows back in order)
+          rule mlp (decoder.yaml:22)
+
+    Attributes:
+        plan: the record it is computed from.
+        groups: rewritten sites, by alike blocks, in graph order.
+        unchanged: the other operators with a weight, folded likewise.
+    """
+
+    plan: Plan
+    groups: tuple[Group, ...]
+    unchanged: tuple[Unchanged, ...]
+
+    def __str__(self) -> str:
+        plan = self.plan
+        head = f"{model_name(plan)}: {rewritten_text(plan)}"
+        sections = [[f"{head} (rules {plan.rules}, metric {plan.metric})"]]
+        sections += [_group_lines(group, loss_label(plan.loss_unit)) for group in self.groups]
+        if plan.expanded:
+            sections.append(
+                [
+                    "split into projections:",
+                    *(f"  {pattern}" for pattern in fold_paths(plan.expanded)),
+                ]
+            )
+        if self.unchanged:
+            sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
+        sections.append(totals_lines(plan))
+        sections.append([budget_line(plan), predicted_line(plan), *graph_lines(plan)])
+        if self.groups:
+            sections.append([LEGEND])
+        return "\n\n".join("\n".join(lines) for lines in sections)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every site by itself, and the totals; nothing but JSON's own types.
+
+        ::
+
+            {"model_class": ..., "totals": [{"unit": "parameters", "of": "model", ...}, ...],
+             "sites": [{"name": "model.layers.0.mlp.up_proj", "rank": 96, ...}, ...],
+             "unmatched": [...], "graph": {"before": 1123, "after": 1543, "operators": {...}}}
+        """
+        plan = self.plan
+        return {
+            "model_class": plan.model_class,
+            "rules": plan.rules,
+            "metric": plan.metric,
+            "loss_unit": plan.loss_unit,
+            "calibration": dict(plan.calibration),
+            "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
+            "rewritten": len(plan.rewritten),
+            "totals": [
+                {
+                    "unit": total.unit,
+                    "of": total.of,
+                    "before": total.before,
+                    "after": total.after,
+                    "kept": total.kept,
+                }
+                for total in totals(plan)
+            ],
+            "sites": [
+                {**site.model_dump(mode="json"), "full_rank": site.full_rank} for site in plan.sites
+            ],
+            "unmatched": [one.model_dump(mode="json") for one in plan.unmatched],
+            "expanded": list(plan.expanded),
+            "graph": {
+                "before": len(plan.before),
+                "after": len(plan.after) if plan.after else None,
+                "operators": (
+                    {op: list(pair) for op, pair in operator_changes(plan).items()}
+                    if plan.after
+                    else {}
+                ),
+            },
+            "warnings": list(plan.warnings),
+        }
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: styles, scripts and drawings are inside."""
+        from fxcompress.report.html import render
+
+        return render(self.plan, self.unchanged, str(self))
+
+
+def diff_plan(plan: Plan) -> Diff:
+    """The diff that a plan, carried out or not, stands for."""
+    return Diff(plan=plan, groups=fold_blocks(plan.rewritten), unchanged=unchanged(plan))
+
+
+def group_title(group: Group) -> list[str]:
+    """Folded paths, one a line; the last one says how many blocks they are."""
+    titles = [pattern or "(root)" for pattern in group.patterns]
+    if group.count > 1:
+        titles[-1] = f"{titles[-1]:51} {group.count} alike"
+    return titles
+
+
+def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
+    """``  lm_head    linear 576→49152    weight is tied to model.embed_tokens.weight``."""
+    return [
+        f"  {pattern or '(root)':45} {one.what:23} {one.reason}".rstrip()
+        for one in those
+        for pattern in one.patterns
+    ]
+
+
+def ranks_text(row: Row) -> str:
+    """``r 96..208 of 576 ▄▅█▇``; the bars are left out if there is nothing to compare."""
+    ranks = ranks_of(row.sites)
+    text = f"r {span(ranks, '{:.0f}'.format)} of {row.sites[0].full_rank}"
+    return text if min(ranks) == max(ranks) else f"{text} {sparkline(ranks)}"
+
+
+def ranks_of(sites: tuple[SitePlan, ...]) -> list[int]:
+    """Ranks of rewritten sites."""
+    return [site.rank for site in sites if site.rank is not None]
+
+
+def _group_lines(group: Group, label: str) -> list[str]:
+    lines = group_title(group)
+    rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
+    for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
+        lines += _row_lines(row, label)
+        if rule != following:
+            lines.append(rule)
+    return lines
+
+
+def _row_lines(row: Row, label: str) -> list[str]:
+    site = row.sites[0]
+    name = row.name or "(itself)"
+    before = counts(site.before.parameters for site in row.sites)
+    notes = [f"{row.per_block} alike"] * (row.per_block > 1)
+    calls = {site.calls for site in row.sites}
+    if max(calls) > 1:
+        notes.append(f"called {span(calls, short)} times")
+    what = site_text(site) + (", bias" if site.bias else "")
+    after = counts(site.after.parameters for site in row.sites)
+    predicted = f"{label} {span((site.predicted for site in row.sites), loss)}"
+    body = BODIES.get(str(site.form))
+    lines = [_line("-", name, what, before, ", ".join(notes))]
+    if body is None:
+        lines.append(_line("+", name, str(site.form), ranks_text(row)))
+        lines.append(_line(" ", "", "", after, predicted))
+        return lines
+    ranks = ranks_of(row.sites)
+    columns = [(ranks_text(row), "")] + [("", "")] * (len(body.parts) - 2) + [(after, predicted)]
+    for part, cells in zip(body.parts, columns, strict=True):
+        layer = part_text(part, site.in_features, site.out_features, ranks)
+        lines.append(_line("+", f"{name}.{part.name}", layer, *cells))
+    if body.tail:
+        lines.append(f"+ {name:19} {body.tail}")
+    return lines
+
+
+def _line(sign: str, name: str, what: str, amount: str, note: str = "") -> str:
+    """Columns of fixed width: a longer name moves its own line only."""
+    return f"{sign} {name:19} {what:23} {amount:11} {note}".rstrip()

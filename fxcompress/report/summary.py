@@ -1,0 +1,133 @@
+"""The lines that the diff and the table share: budget, totals, predicted loss, graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Literal
+
+from fxcompress.plan import ZERO, Plan, Size
+from fxcompress.report.quantities import count, loss, loss_label, percent
+
+Unit = Literal["parameters", "macs", "bytes"]
+UNITS: tuple[Unit, ...] = ("parameters", "macs", "bytes")
+UNIT_TEXT: dict[Unit, str] = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}
+
+
+@dataclass(frozen=True)
+class Total:
+    """Before and after of one unit.
+
+    Attributes:
+        unit: ``"parameters"``, ``"macs"`` or ``"bytes"``.
+        of: ``"model"`` or ``"matched"`` (operators that a rule matched, dense ones included).
+    """
+
+    unit: Unit
+    of: Literal["model", "matched"]
+    before: int
+    after: int
+
+    @property
+    def kept(self) -> float | None:
+        return self.after / self.before if self.before else None
+
+
+def totals(plan: Plan) -> tuple[Total, ...]:
+    """Of the model and, if there are any, of the matched operators, in every unit."""
+    sizes: list[tuple[Literal["model", "matched"], Size, Size]] = [
+        ("model", plan.model_before, plan.model_after)
+    ]
+    if plan.sites:
+        before = reduce(add, (site.before for site in plan.sites), ZERO)
+        after = reduce(add, (site.after for site in plan.sites), ZERO)
+        sizes.append(("matched", before, after))
+    return tuple(
+        Total(unit, of, getattr(before, unit), getattr(after, unit))
+        for unit in UNITS
+        for of, before, after in sizes
+    )
+
+
+def totals_lines(plan: Plan) -> list[str]:
+    """::
+
+                         before           after    kept
+        parameters  134,515,008     113,281,344   84.2%  of the model
+                    106,168,320      84,934,656   80.0%  of the matched operators
+    """
+    lines = [f"{'':10}  {'before':>19}  {'after':>19}  {'kept':>6}"]
+    for total in totals(plan):
+        first = total.of == "model"
+        label = UNIT_TEXT[total.unit] if first else ""
+        of_what = "of the model" if first else "of the matched operators"
+        kept = percent(total.after, total.before)
+        lines.append(
+            f"{label:10}  {count(total.before):>19}  {count(total.after):>19}  {kept:>6}  {of_what}"
+        )
+    return lines
+
+
+def budget_line(plan: Plan) -> str:
+    """``budget: keep 0.8 of the matched operators' parameters, ranks global: 84,934,120 of ...``."""
+    budget = plan.budget
+    whole = "the model's" if budget.of == "model" else "the matched operators'"
+    unit = UNIT_TEXT[budget.unit]
+    return (
+        f"budget: keep {budget.keep:g} of {whole} {unit}, ranks {budget.allocation}\n"
+        f"        {count(budget.cost)} of {count(budget.limit)} {unit} used by the matched operators"
+        f" (dense {count(budget.dense)})"
+    )
+
+
+def predicted_line(plan: Plan) -> str:
+    """``predicted KL 0.1231 nats per prediction (bound 0.1230, gap 0.0001), λ = ...``."""
+    budget = plan.budget
+    line = f"predicted {loss_label(plan.loss_unit)} {loss(budget.predicted)} {plan.loss_unit}"
+    if budget.bound is not None and budget.gap is not None:
+        line += f" (bound {loss(budget.bound)}, gap {loss(budget.gap)})"
+    if budget.multiplier is not None:
+        unit = {"parameters": "parameter", "macs": "MAC", "bytes": "byte"}[budget.unit]
+        line += f", λ = {budget.multiplier:.3g} per {unit}"
+    return line
+
+
+def model_name(plan: Plan) -> str:
+    """``LlamaForCausalLM``."""
+    return plan.model_class.rpartition(".")[2]
+
+
+def rewritten_text(plan: Plan) -> str:
+    """``210 of 211 linear operators rewritten``."""
+    rewritten = Counter(site.op for site in plan.rewritten)
+    present = Counter(site.op for site in plan.sites)
+    matched = list(present)
+    present.update(one.op for one in plan.unmatched)
+    if not matched:
+        return f"0 of {count(present.total())} operators with a weight rewritten"
+    parts = [f"{count(rewritten[op])} of {count(present[op])} {op}" for op in matched]
+    return f"{', '.join(parts)} operators rewritten"
+
+
+def operator_changes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Number of nodes before and after, for each operator whose number changes."""
+    before = Counter(node.op for node in plan.before)
+    after = Counter(node.op for node in plan.after)
+    return {op: (before[op], after[op]) for op in before | after if before[op] != after[op]}
+
+
+def graph_lines(plan: Plan) -> list[str]:
+    """``graph: 1,123 nodes → 1,543 nodes``, then which operators became more or fewer."""
+    if not plan.before:
+        return []
+    line = f"graph: {count(len(plan.before))} nodes"
+    if not plan.after:
+        return [f"{line} (not rewritten yet)"]
+    lines = [f"{line} → {count(len(plan.after))} nodes"]
+    changes = operator_changes(plan)
+    if changes:
+        texts = (f"{op} {count(a)} → {count(b)}" for op, (a, b) in changes.items())
+        lines.append("       " + ", ".join(texts))
+    return lines

@@ -1,0 +1,69 @@
+"""The module that stands where an operator stood.
+
+A bare ``nn.Sequential`` in the place of an ``nn.Linear`` breaks models that read
+``.weight``, ``.out_features`` or ``.bias`` of their layers.  The facade runs the factorized
+body (an ``fx.GraphModule``) and still answers to all that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxcompress.forms import FORMS
+
+_OWN = {*nn.Module().__dict__, "training"}
+
+
+class Factorized(nn.Module):
+    """A factorized operator with the attributes of the one that it replaces.
+
+    Attributes:
+        body: the fx graph that runs; its parameters are ordinary, trainable ones.
+        form: name of the form.
+        rank: rank of the factorization.
+        transposed: ``weight`` is reported as (in x out), as Hugging Face's ``Conv1D`` has it.
+    """
+
+    body: fx.GraphModule
+
+    def __init__(
+        self, original: nn.Module, body: fx.GraphModule, form: str, rank: int, transposed: bool
+    ) -> None:
+        super().__init__()
+        for key, value in original.__dict__.items():
+            if key not in _OWN:
+                self.__dict__[key] = value
+        self.form = form
+        self.rank = rank
+        self.transposed = transposed
+        self.replaces = type(original).__name__
+        self.body = body
+        self.train(original.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = self.body(input)
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the factors stand for: computed when read, differentiable."""
+        weight = FORMS[self.form].weight(self.body)
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The dense bias, likewise; None if there is none."""
+        return FORMS[self.form].bias(self.body)
+
+    def extra_repr(self) -> str:
+        return f"{self.replaces} as {self.form} of rank {self.rank}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{name} of a factorized layer is computed from its factors and cannot be "
+                "assigned; train or replace the parameters of .body"
+            )
+        super().__setattr__(name, value)

@@ -1,0 +1,41 @@
+"""The rule language: load rules, match them against a recorded graph, explain the outcome."""
+
+from fxcompress.rules.explain import Explanation
+from fxcompress.rules.loader import LoadedRules, load_rules, parse_rules
+from fxcompress.rules.matcher import match_rules
+from fxcompress.rules.presets import preset_names
+from fxcompress.rules.result import Funnel, Match, MatchResult, Miss, Problem
+from fxcompress.rules.schema import (
+    Budget,
+    Damping,
+    Defaults,
+    Metric,
+    Rewrite,
+    Rule,
+    RuleSet,
+    Solver,
+    json_schema,
+)
+
+__all__ = [
+    "Budget",
+    "Damping",
+    "Defaults",
+    "Explanation",
+    "Funnel",
+    "LoadedRules",
+    "Match",
+    "MatchResult",
+    "Metric",
+    "Miss",
+    "Problem",
+    "Rewrite",
+    "Rule",
+    "RuleSet",
+    "Solver",
+    "json_schema",
+    "load_rules",
+    "match_rules",
+    "parse_rules",
+    "preset_names",
+]

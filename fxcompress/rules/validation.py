@@ -1,0 +1,216 @@
+"""From pydantic's errors to problems with a place and advice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fxcompress.rules import schema
+from fxcompress.rules.diagnostics import Diagnostic, choices, suggest
+from fxcompress.rules.document import Document, Entry, KeyPath
+from fxcompress.rules.vocabulary import FORMS, LATER_KEYS, LATER_VALUES
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z")
+_MODELS: Mapping[str, type[BaseModel]] = {
+    # the key that a mapping stands under -> what it holds
+    "": schema.RuleSet,
+    "budget": schema.Budget,
+    "metric": schema.Metric,
+    "damping": schema.Damping,
+    "solver": schema.Solver,
+    "defaults": schema.Defaults,
+    "rules": schema.Rule,
+    "match": schema.Pattern,
+    "any_of": schema.Alternative,
+    "rewrite": schema.Rewrite,
+    "expect": schema.Expect,
+    "matches": schema.Range,
+}
+_UNKNOWN_VALUES = {"form": "unknown-form", "any_of": "unknown-form", "kind": "unknown-metric"}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "dict_type": "a mapping",
+}
+
+
+def validate(document: Document) -> tuple[schema.RuleSet | None, list[Diagnostic]]:
+    """The rule set, or None and what is wrong with the shape of the document."""
+    try:
+        return schema.RuleSet.model_validate(document.data), []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # pydantic calls a list too short whose items are all wrong; the items say enough.
+        told = [d for d in details if d["type"] != "too_short" or not d["input"]]
+        return None, [_diagnostic(document, detail) for detail in told]
+
+
+def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
+    kind = detail["type"]
+    missing = kind == "missing"
+    loc = detail["loc"][:-1] if missing else detail["loc"]
+    path = _resolve(document, loc)
+    entry = document.entries[path]
+    key = next((part for part in reversed(path) if isinstance(part, str)), "")
+    if missing:
+        name = str(detail["loc"][-1])
+        owner = {"": "a rule file", "rules": "a rule"}.get(key, key)
+        code = "no-positive-matcher" if name in ("op", "match") else "missing-key"
+        return Diagnostic(code, f"{owner} needs '{name}'", entry.best, _missing_hint(name))
+    if kind == "extra_forbidden":
+        return _unknown_key(path, entry)
+    if kind == "literal_error":
+        return _unknown_value(key, detail, entry)
+    if kind in _BOUNDS:
+        limit, words = _BOUNDS[kind]
+        message = f"{key} is {detail['input']}, and has to be {words} {_bound(detail, limit)}"
+        return Diagnostic("bad-number", message, entry.value)
+    if kind == "finite_number":
+        return Diagnostic("bad-number", f"{key} has to be finite", entry.value)
+    if kind == "too_short":
+        return Diagnostic("empty-list", f"{key} is an empty list", entry.best)
+    if kind == "string_pattern_mismatch":
+        return _bad_name(key, detail["input"], entry)
+    if kind in _WANTED:
+        return _wrong_type(key, kind, detail["input"], entry)
+    return Diagnostic(kind.replace("_", "-"), detail["msg"], entry.best)
+
+
+def _resolve(document: Document, loc: tuple[int | str, ...]) -> KeyPath:
+    # pydantic adds parts of its own (the tags of a union) to the path of keys.
+    path: KeyPath = ()
+    for part in loc:
+        if (*path, part) in document.entries:
+            path = (*path, part)
+        elif part == "bound_name" and (*path, "as") in document.entries:
+            path = (*path, "as")
+    return path
+
+
+def _missing_hint(name: str) -> str:
+    return {
+        "budget": "for example budget: {keep: 0.8}",
+        "keep": "the fraction to keep, for example keep: 0.8",
+        "op": "for example op: linear",
+        "match": 'for example match: {node: {op: linear, name: "*.mlp.*"}}',
+        "rewrite": "for example rewrite: {form: pivoted}",
+        "node": "for example node: {op: linear}",
+    }.get(name, "")
+
+
+def _unknown_key(path: KeyPath, entry: Entry) -> Diagnostic:
+    key = str(path[-1])
+    parent = next((part for part in reversed(path[:-1]) if isinstance(part, str)), "")
+    if key in LATER_KEYS.get(parent, ()):
+        message = f"'{key}' is not supported by this version"
+        return Diagnostic("not-supported", message, entry.best)
+    fields = _MODELS[parent].model_fields if parent in _MODELS else {}
+    known = [field.alias or name for name, field in fields.items()]
+    message = f"unknown key '{key}'"
+    return Diagnostic("unknown-key", message, entry.best, suggest(key, known) or choices(known))
+
+
+def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
+    value = detail["input"]
+    expected = str(detail.get("ctx", {}).get("expected", ""))
+    known = re.findall(r"'([^']*)'", expected) or [expected]
+    if key == "any_of":
+        known = list(FORMS)
+    later = LATER_VALUES.get("form" if key == "any_of" else key, ())
+    if isinstance(value, str) and value in later:
+        message = f"{key} '{value}' is not supported by this version"
+        return Diagnostic("not-supported", message, entry.value, choices(known))
+    if key == "rewrite":
+        hint = "a mapping such as {form: pivoted}, or none to leave the matches dense"
+        return Diagnostic("unknown-value", f"unknown rewrite {_shown(value)}", entry.value, hint)
+    code = _UNKNOWN_VALUES.get(key, "unknown-value")
+    what = "form" if key == "any_of" else "metric" if key == "kind" else key
+    hint = (suggest(value, known) if isinstance(value, str) else "") or choices(known)
+    return Diagnostic(code, f"unknown {what} {_shown(value)}", entry.value, hint)
+
+
+def _bad_name(key: str, value: object, entry: Entry) -> Diagnostic:
+    if key == "as":
+        message = f"{_shown(value)} is not an identifier"
+        return Diagnostic("bad-name", message, entry.value, "letters, digits and _")
+    message = f"{key} {_shown(value)} is not a plain name"
+    return Diagnostic("bad-name", message, entry.value, "letters, digits and _ . -")
+
+
+def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
+    plain = entry.style == "plain"
+    numeric = kind in ("int_type", "float_type")
+    if numeric and plain and isinstance(value, str) and _EXPONENT.match(value):
+        message = f"'{value}' is a string in YAML 1.1, not a number"
+        return Diagnostic("yaml-number", message, entry.value, f"write {_yaml_number(value, kind)}")
+    if isinstance(value, bool) and kind == "string_type" and plain:
+        message = f"'{entry.raw}' is a boolean in YAML 1.1, not a string"
+        return Diagnostic("yaml-boolean", message, entry.value, f'quote it: "{entry.raw}"')
+    if isinstance(value, list) and key == "budget":
+        message = "several budgets are not supported by this version"
+        return Diagnostic("not-supported", message, entry.best)
+    hint = ""
+    if kind == "tuple_type" and isinstance(value, str):
+        hint = 'put it into a list: ["..."]'
+    elif kind == "string_type" and isinstance(value, int | float):
+        hint = f'quote it: "{entry.raw}"'
+    elif isinstance(value, str) and isinstance(_number(value), int | float):
+        hint = "without the quotes"
+    span = entry.best if isinstance(value, dict | list) else entry.value
+    name = key or "a rule file"
+    return Diagnostic("wrong-type", f"{name} is {_WANTED[kind]}, not {_shown(value)}", span, hint)
+
+
+def _yaml_number(text: str, kind: str) -> str:
+    """``1e-3`` as YAML 1.1 wants it: ``1.0e-3``."""
+    if kind == "int_type":
+        return f"{float(text):.15g}"
+    mantissa, _, exponent = text.lower().partition("e")
+    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _bound(detail: ErrorDetails, limit: str) -> str:
+    value = detail.get("ctx", {}).get(limit)
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _shown(value: object) -> str:
+    """A value as YAML would write it, shortened.
+
+    >>> _shown(None), _shown(True), _shown([1])
+    ('nothing', 'true', 'a list')
+    """
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "true" if value else "false"
+        case list() | tuple():
+            return "a list"
+        case dict():
+            return "a mapping"
+        case str():
+            return f"'{value[:60]}'"
+    return str(value)[:60]
