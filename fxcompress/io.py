@@ -12,6 +12,7 @@ import inspect
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -47,7 +48,7 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
     save_model(model, str(path / WEIGHTS), metadata={"format": "pt", "fxcompress": str(FORMAT)})
     (path / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
     for name in ("config", "generation_config"):
-        config = getattr(model, name, None)
+        config: Any = getattr(model, name, None)
         if hasattr(config, "save_pretrained"):
             config.save_pretrained(path)
     return path
@@ -132,10 +133,11 @@ def _build_pretrained(path: Path, plan: Plan) -> nn.Module:
         import transformers
     except ImportError as error:
         raise LoadError("loading this needs transformers: pip install 'fxcompress[hf]'") from error
-    cls = getattr(importlib.import_module(module_name), class_name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(importlib.import_module(module_name), class_name, None)
+    known = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)
+    if not known:
         raise LoadError(f"transformers has no model class {plan.model_class}")
-    config = cls.config_class.from_pretrained(path)
+    config: Any = cls.config_class.from_pretrained(path)
     dtype = getattr(torch, plan.sites[0].dtype) if plan.sites else torch.float32
     model: nn.Module = cls._from_config(config, dtype=dtype)
     if (path / "generation_config.json").exists():

@@ -71,7 +71,8 @@ class SitePlan(_Frozen):
         energy: share of the squared singular values that is kept, in [0, 1].
         before, after: sizes of this operator.
         reason: why it stays dense; empty if it was rewritten.
-        spectrum: singular values in the metric, at most 64 evenly spaced of them.
+        spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
+            to the last.
     """
 
     name: str

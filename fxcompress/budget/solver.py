@@ -16,11 +16,14 @@ problem, and it is solved in three steps:
    their combinations are searched by dynamic programming over undominated partial allocations.
    It is exact unless the partial allocations outgrow a fixed amount of work.
 
-With n sites of k choices: the first few bisection steps read all n·k choices and each later one
-reads what is still between its two ends, O(n·k·log k) in all; the fill reads O(n·k) plus O(k) a
-move; the search has a fixed limit.  The arrays of the caller are read in place, so that the
-memory needed beyond them is O(n + k), unless an option's costs or losses come unsorted or a
-site has several options (then one copy).
+With n sites of k choices: the dual takes 50 to 70 bisection steps; the first few read all n·k
+choices, each later one only what lies between the choices at its two ends, so that time is
+O(n·k) unless most choices tie.  The fill reads O(n·k), and O(k) for every move; the search has
+a fixed limit.  The arrays of the caller are read in place: the memory needed beyond them is
+O(n + k) and what the search holds (at most about 200 MB), and one copy of the arrays of sites
+that are in a group, have several forms, or whose cost or loss is not strictly monotone in the
+rank.  Ten thousand sites of rank 4096, with linear or concave cost, take 1 to 4 s on one core,
+and below 0.1 GB beyond the 0.3 GB of their losses.
 """
 
 from __future__ import annotations

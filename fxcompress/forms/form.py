@@ -18,6 +18,9 @@ Ranks = NDArray[np.int64]
 Counts = NDArray[np.int64]
 
 
+CPU = torch.device("cpu")
+
+
 class FormError(Exception):
     """A form that does not suit a site at this rank, with the reason; the site is replanned."""
 
@@ -30,7 +33,7 @@ class LinearShape:
     out_features: int
     bias: bool
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def full_rank(self) -> int:
@@ -78,10 +81,20 @@ class Form(ABC):
 
 def bare_linear(n: int, m: int, bias: bool, shape: LinearShape) -> nn.Linear:
     """An uninitialized linear layer of the site's type and device."""
-    return nn.utils.skip_init(nn.Linear, n, m, bias=bias, dtype=shape.dtype, device=shape.device)
+    layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, n, m, bias=bias, dtype=shape.dtype, device=shape.device
+    )
+    return layer
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter, in the parameter's type."""
     with torch.no_grad():
         parameter.copy_(value)
+
+
+def linear(body: fx.GraphModule, name: str) -> nn.Linear:
+    """A linear layer of a body."""
+    layer = body.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from fxcompress.forms.form import Counts, Form, LinearShape, Ranks, assign, bare_linear
+from fxcompress.forms.form import Counts, Form, LinearShape, Ranks, assign, bare_linear, linear
 
 
 class _LowRank(Form):
@@ -44,16 +44,16 @@ class _LowRank(Form):
         up_norm, down_norm = left.norm(dim=0), right.norm(dim=1)
         balance = (down_norm / up_norm).sqrt()
         balance = balance.where(balance.isfinite() & (balance > 0), balance.new_ones(()))
-        assign(body.up.weight, left * balance)
-        assign(body.down.weight, right / balance[:, None])
+        assign(linear(body, "up").weight, left * balance)
+        assign(linear(body, "down").weight, right / balance[:, None])
         if bias is not None:
-            assign(body.up.bias, bias)
+            assign(linear(body, "up").bias, bias)
 
     def weight(self, body: fx.GraphModule) -> Tensor:
-        return body.up.weight @ body.down.weight
+        return linear(body, "up").weight @ linear(body, "down").weight
 
     def bias(self, body: fx.GraphModule) -> Tensor | None:
-        return body.up.bias
+        return linear(body, "up").bias
 
 
 LOW_RANK = _LowRank()

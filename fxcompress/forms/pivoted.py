@@ -34,6 +34,7 @@ from fxcompress.forms.form import (
     Ranks,
     assign,
     bare_linear,
+    linear,
 )
 
 LARGEST_ENTRY = 4.0
@@ -78,30 +79,31 @@ class _Pivoted(Form):
         pivots, combination = choose_pivots(basis)
         others = _complement(pivots, len(left))
         kept = basis[pivots] @ (triangle @ right)
-        assign(body.pivot.weight, kept)
-        assign(body.combine.weight, combination)
+        pivot, combine = linear(body, "pivot"), linear(body, "combine")
+        assign(pivot.weight, kept)
+        assign(combine.weight, combination)
         order = torch.empty(len(left), dtype=torch.int32, device=left.device)
         order[torch.cat([pivots, others])] = torch.arange(
             len(left), dtype=torch.int32, device=left.device
         )
-        body.order.copy_(order)
+        body.get_buffer("order").copy_(order)
         if bias is not None:
             bias = bias.to(torch.float64)
-            assign(body.pivot.bias, bias[pivots])
+            assign(pivot.bias, bias[pivots])
             # combine() sees pivot rows with their bias: take its image out again.
-            assign(body.combine.bias, bias[others] - combination @ bias[pivots])
+            assign(combine.bias, bias[others] - combination @ bias[pivots])
 
     def weight(self, body: fx.GraphModule) -> Tensor:
-        kept = body.pivot.weight
-        rows = torch.cat([kept, body.combine.weight @ kept])
-        return rows.index_select(0, body.order)
+        kept = linear(body, "pivot").weight
+        rows = torch.cat([kept, linear(body, "combine").weight @ kept])
+        return rows.index_select(0, body.get_buffer("order"))
 
     def bias(self, body: fx.GraphModule) -> Tensor | None:
-        kept = body.pivot.bias
-        if kept is None:
+        pivot, combine = linear(body, "pivot"), linear(body, "combine")
+        if pivot.bias is None:
             return None
-        rest = body.combine.bias + body.combine.weight @ kept
-        return torch.cat([kept, rest]).index_select(0, body.order)
+        rest = combine.bias + combine.weight @ pivot.bias
+        return torch.cat([pivot.bias, rest]).index_select(0, body.get_buffer("order"))
 
 
 def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
         c -= column[:, None] * (row / pivot)
     else:
         raise FormError(f"pivoting did not settle within {EXCHANGES} row exchanges")
-    others, order = torch.sort(others)
+    others = others.sort().values
     c = _solve(basis, pivots, others)  # afresh: updates accumulate rounding
     residual = float((c @ basis[pivots] - basis[others]).abs().max())
     largest = float(c.abs().max())
@@ -149,7 +151,8 @@ def choose_pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solve(basis: Tensor, pivots: Tensor, others: Tensor) -> Tensor:
     """C with ``C Q[p] = Q[others]``."""
-    return torch.linalg.solve(basis[pivots].T, basis[others].T).T.contiguous()
+    c: Tensor = torch.linalg.solve(basis[pivots].T, basis[others].T).T
+    return c.contiguous()
 
 
 def _complement(pivots: Tensor, m: int) -> Tensor:

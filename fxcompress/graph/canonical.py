@@ -7,13 +7,15 @@ its weight transposed), as ``F.linear`` or as a matrix product with a parameter.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -40,6 +42,20 @@ _MODULE_NAMES = {
 }
 
 
+Parameter = Callable[[Tensor], int | None]
+"""Key of the parameter that a tensor is, or is a view of; None for any other tensor."""
+
+# Functions that multiply by a matrix (rows are features), and where it stands.
+_MATRIX = {"matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
+# Functions that apply a parameter, if they are given one, in a way of their own.
+_PRODUCTS = {
+    *_MATRIX,
+    *("linear", "bilinear", "einsum", "tensordot", "bmm", "baddbmm", "__rmatmul__", "embedding"),
+    *("conv1d", "conv2d", "conv3d", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
+
+
 def is_hf_conv1d(module: nn.Module) -> bool:
     """Hugging Face's ``Conv1D``: a linear layer with an (in, out) weight."""
     library = sys.modules.get("transformers.pytorch_utils")
@@ -61,14 +77,16 @@ def canonicalize(
     function: Any = None,
     args: Any = (),
     kwargs: Any = None,
+    parameter: Parameter = lambda tensor: None,
 ) -> dict[str, Any]:
     """Canonical ``op`` and ``attributes`` of a leaf module or of a torch function call.
 
-    For a function that applies a weight, the entry ``weight`` holds the tensor.
+    For a function that applies a parameter to data, the entry ``weight`` holds the key that
+    ``parameter`` has for it.
     """
     if module is not None:
         return _module(module)
-    return _function(function, args, kwargs or {})
+    return _function(function, tuple(args), kwargs or {}, parameter)
 
 
 def _module(module: nn.Module) -> dict[str, Any]:
@@ -113,29 +131,56 @@ def _linear(n: int, m: int, bias: bool, dtype: dict[str, str]) -> dict[str, Any]
     return {"op": "linear", "attributes": attributes}
 
 
-def _function(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """A torch function; products with a parameter count as ``linear``, decided by the caller."""
-    name = getattr(function, "__name__", str(function)).split(".")[0]
+def _function(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameter: Parameter
+) -> dict[str, Any]:
+    """A torch function; products with a parameter count as ``linear``."""
+    name = _name(function)
+    found: dict[str, Any] = {"op": _plain(name), "attributes": {}}
+    if name not in _PRODUCTS:
+        return found
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    keys = [key for tensor in tensors if (key := parameter(tensor)) is not None]
+    if not keys or len(keys) == len(tensors):  # computed values, or parameters, only
+        return found
+    if name == "linear":
+        _, weight, bias = linear_arguments(args, kwargs)
+        m, n = weight.shape if weight.dim() == 2 else (1, *weight.shape)
+    elif name in _MATRIX and len(args) > _MATRIX[name] and args[_MATRIX[name]].dim() == 2:
+        weight, bias = args[_MATRIX[name]], args[0] if name == "addmm" else None
+        n, m = weight.shape
+    else:
+        return {**found, "weight": keys[0]}
+    if (key := parameter(weight)) is None:  # only the bias is a parameter
+        return found
+    return {**_linear(n, m, bias is not None, {"dtype": _dtype(weight)}), "weight": key}
+
+
+def linear_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Input, weight and bias (or None) of a call of ``F.linear``, however they were passed.
+
+    >>> linear_arguments(("x",), {"bias": "b", "weight": "w"})
+    ('x', 'w', 'b')
+    """
+    bound = _LINEAR_SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
+
+
+def _linear_signature(input: Any, weight: Any, bias: Any = None) -> None: ...
+
+
+_LINEAR_SIGNATURE = inspect.signature(_linear_signature)
+
+
+def _name(function: Any) -> str:
+    """Name of a torch function; of the attribute for ``Tensor.T.__get__``."""
     packet = getattr(function, "overloadpacket", None)
-    if packet is not None:
-        name = packet.__name__
-    weight: Any = None
-    bias = False
-    if function is F.linear or name == "linear":
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        bias = kwargs.get("bias", args[2] if len(args) > 2 else None) is not None
-        if isinstance(weight, Tensor):
-            op = _linear(weight.shape[1], weight.shape[0], bias, {"dtype": _dtype(weight)})
-            return {**op, "weight": weight}
-    product = {"matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}.get(name)
-    if product is not None and len(args) > product:
-        weight = args[product]
-        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
-            op = _linear(
-                weight.shape[0], weight.shape[1], name == "addmm", {"dtype": _dtype(weight)}
-            )
-            return {**op, "weight": weight}
-    return {"op": _plain(name), "attributes": {}}
+    name = getattr(packet or function, "__name__", str(function)).split(".")[0]
+    if name in ("__get__", "__set__"):
+        descriptor = getattr(function, "__self__", None)
+        return getattr(getattr(descriptor, "fget", descriptor), "__name__", "attribute")
+    return name
 
 
 def _plain(name: str) -> str:

@@ -13,6 +13,8 @@ from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARAMETRIZED = "its weight is parametrized (torch.nn.utils.parametrize): remove that first"
 
 
 def obstacle(
@@ -25,10 +27,13 @@ def obstacle(
         recording: facts about its weights.
         done: classes of modules that are rewritten operators already.
     """
-    finished = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, done))
+    modules = dict(model.named_modules())
+    finished = tuple(f"{name}." for name, module in modules.items() if isinstance(module, done))
 
     def reason(operator: Operator) -> str | None:
         if operator.weight is None:
+            if parametrize.is_parametrized(modules.get(operator.path, model)):
+                return PARAMETRIZED
             return "it applies no parameter of its own"
         facts = recording.weights[operator.weight]
         if len(facts.aliases) > 1:
@@ -57,17 +62,19 @@ def obstacle(
 
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:
     if parametrize.is_parametrized(module):
-        return "its weight is parametrized (torch.nn.utils.parametrize): remove that first"
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if operator.op == "linear" and not plain and not is_hf_conv1d(module):
+        return PARAMETRIZED
+    if operator.op == "linear" and not _runs_as_linear(module):
         return f"its class {type(module).__name__} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (as accelerate does): undo that first"
+    if any(module.__dict__[kind] for kind in HOOKS):
         return "it carries hooks, which a rewrite would lose: remove them first"
+    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if more:
+        return f"it holds more than a weight and a bias: {', '.join(sorted(more))}"
     bias = module._parameters.get("bias")
     if bias is not None:
-        facts = recording.weights[f"{operator.path}.bias"] if (
-            f"{operator.path}.bias" in recording.weights
-        ) else None  # fmt: skip
+        facts = recording.weights.get(f"{operator.path}.bias")
         if facts is None or len(facts.aliases) > 1:
             return "its bias is tied to another parameter"
         if facts.strangers:
@@ -77,3 +84,10 @@ def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator
     if any(type(p) not in (nn.Parameter, torch.Tensor) for p in module.parameters()):
         return f"its weight is a {type(module.weight).__name__}, not a plain parameter"
     return None
+
+
+def _runs_as_linear(module: nn.Module) -> bool:
+    """Whether the class of a linear module computes it in the way of its base class."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return is_hf_conv1d(module) and type(module).__name__ == "Conv1D"

@@ -29,11 +29,14 @@ from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.ownership import Ownership
+from fxcompress.graph.versions import Version, Versions, counter
 
-# Reading these tells the reader about a tensor without reading its values.
+# Reading these tells the reader about a tensor without reading its values.  So does an
+# attribute (``__get__``) that is no tensor itself: ``x.shape``, but not ``x.T``.
 _METADATA = {
     *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size"),
-    *("__get__", "data_ptr", "__len__", "is_contiguous", "get_device", "storage_offset"),
+    *("data_ptr", "__len__", "is_contiguous", "get_device", "storage_offset"),
     *("requires_grad_", "_version", "is_inference", "__hash__", "__repr__", "__format__"),
 }
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(...))
@@ -148,10 +151,6 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     return recorder.finish(flops.get_total_flops() // 2)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -166,16 +165,12 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.graph = fx.Graph(model)
+        # Typed as a GraphModule; any module will do for lint() to look targets up in.
+        self.graph = fx.Graph(model)  # type: ignore[arg-type]
         self.producers: Any = WeakTensorKeyDictionary()
         self.module_names = {id(module): name for name, module in model.named_modules()}
-        self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        self.parameters: dict[int, Tensor] = {}
-        for prefix, module in model.named_modules():
-            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    self.owners[id(tensor)].append((prefix, key))
-                    self.parameters[id(tensor)] = tensor
+        self.ownership = Ownership(model)
+        self.versions = Versions()
         self.stack: list[str] = []
         self.leaf_depth = 0
         self.strangers: dict[int, list[str]] = defaultdict(list)
@@ -214,8 +209,9 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_module(name, *nodes)
                 node.meta.update(canonicalize(module=module), path=name, scope=self.scope())
                 weight = module._parameters.get("weight")
-                if weight is not None and _tensors((args, kwargs)):
-                    self.applied(weight, node, _tensors((args, kwargs))[0])
+                key = None if weight is None else self.ownership.key(weight)
+                if key is not None and before:
+                    self.applied(key, node, before[0][0])
                 out = self.emit(node, before, out)
         return out
 
@@ -224,14 +220,21 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        metadata = name in _METADATA
-        if not metadata:
-            self.notice_strangers(args, kwargs)
-        if self.leaf_depth or metadata:
+        if name in _METADATA:
             return function(*args, **kwargs)
-        nodes, before = self.arguments(args, kwargs)
+        if name == "__get__":
+            out = function(*args, **kwargs)
+            if not isinstance(out, Tensor) or self.ownership.key(out) is not None:
+                return out
+        self.notice_strangers(args, kwargs)
+        nodes, before = ((), []) if self.leaf_depth else self.arguments(args, kwargs)
+        arguments = _tensors((args, kwargs))
+        counters = [counter(tensor) for tensor in arguments]
         out = function(*args, **kwargs)
-        if name == "__setitem__":
+        self.versions.notice(name, arguments, counters)
+        if self.leaf_depth:
+            return out
+        if name in ("__setitem__", "__set__"):
             node = self.function_node(function, nodes, args, kwargs)
             self.tag(args[0], node)
         elif _tensors(out):
@@ -240,22 +243,19 @@ class _Recorder(TorchFunctionMode):
 
     def function_node(self, function: Any, nodes: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.call_function(function, *nodes)
-        meta = canonicalize(function=function, args=args, kwargs=kwargs)
-        weight = meta.pop("weight", None)
-        data = [t for t in _tensors((args, kwargs)) if id(t) not in self.owners]
-        if weight is not None and (id(weight) not in self.owners or not data):
-            # A product of computed values, or of parameters only: no operator with a weight.
-            meta.update(op=getattr(function, "__name__", meta["op"]).strip("_"), attributes={})
-            weight = None
+        parameter = self.ownership.parameter
+        meta = canonicalize(function=function, args=args, kwargs=kwargs, parameter=parameter)
+        key = meta.pop("weight", None)
         node.meta.update(meta, path=self.scope(), scope=self.scope())
-        if weight is not None:
-            self.applied(weight, node, data[0])
+        if key is not None:
+            data = next(t for t in _tensors((args, kwargs)) if parameter(t) is None)
+            self.applied(key, node, data)
         return node
 
     # ---- values and nodes --------------------------------------------------------
 
     def tag(self, tensor: Tensor, node: fx.Node) -> fx.Node:
-        self.producers[tensor] = (node, _version(tensor))
+        self.producers[tensor] = (node, self.versions.of(tensor))
         node.meta["shape"] = tuple(tensor.shape)
         return node
 
@@ -263,16 +263,17 @@ class _Recorder(TorchFunctionMode):
         """The node that produced a tensor; plain values stay themselves."""
         if not isinstance(value, Tensor):
             return value if isinstance(value, _PLAIN) else str(type(value).__name__)
-        node, version = self.producers.get(value, (None, 0))
+        node, version = self.producers.get(value, (None, None))
         if node is not None:
-            if version == _version(value):
+            if version == self.versions.of(value):
                 return node
             # Somebody wrote through a view or through .data: from here on another value.
             written = self.graph.call_function(Tensor.copy_, (node,))
             written.meta.update(op="write", attributes={}, scope=self.scope(), path="")
             return self.tag(value, written)
-        if id(value) in self.owners:
-            target = ".".join(filter(None, self.owners[id(value)][0]))
+        key = self.ownership.key(value)
+        if key is not None:
+            target = self.ownership.names(key)[0]
             # Not create_node("get_attr") through get_attr(): that one resolves the target.
             node = self.graph.create_node("get_attr", target)
             node.meta.update(op="parameter", attributes={}, scope="", path=target)
@@ -281,13 +282,13 @@ class _Recorder(TorchFunctionMode):
             node.meta.update(op="input", attributes={}, scope="", path="")
         return self.tag(value, node)
 
-    def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, int]]]:
+    def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, Version]]]:
         nodes = tree_map(self.node_of, (tuple(args), dict(kwargs)))
-        return nodes, [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
+        return nodes, [(tensor, self.versions.of(tensor)) for tensor in _tensors((args, kwargs))]
 
-    def emit(self, node: fx.Node, before: list[tuple[Tensor, int]], out: Any) -> Any:
+    def emit(self, node: fx.Node, before: list[tuple[Tensor, Version]], out: Any) -> Any:
         if isinstance(out, Tensor) and any(
-            out is tensor and version == _version(tensor) for tensor, version in before
+            out is tensor and version == self.versions.of(tensor) for tensor, version in before
         ):
             # Dropout in eval mode and no-op .to() hand back their argument: give the result
             # an identity of its own, so that the node stays visible.
@@ -307,38 +308,34 @@ class _Recorder(TorchFunctionMode):
 
     # ---- facts about weights -----------------------------------------------------
 
-    def applied(self, weight: Tensor, node: fx.Node, data: Tensor) -> None:
-        producer = self.producers.get(data, (None, 0))[0]
-        self.reads[id(weight)].append(node)
-        self.sources[id(weight)].append(f"{producer}@{_version(data)}")
+    def applied(self, key: int, node: fx.Node, data: Tensor) -> None:
+        producer = self.producers.get(data, (None, None))[0]
+        self.reads[key].append(node)
+        self.sources[key].append(f"{producer}@{self.versions.of(data)}")
         if data.dim() and data.shape[-1]:
-            self.rows[id(weight)] += data.numel() // data.shape[-1]
+            self.rows[key] += data.numel() // data.shape[-1]
             if data.is_floating_point():
                 rows = data.detach().reshape(-1, data.shape[-1])
                 step = max(1, len(rows) // SAMPLE_ROWS)
-                self.samples[id(weight)].append(rows[::step][:SAMPLE_ROWS].clone())
+                self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
 
     def notice_strangers(self, args: Any, kwargs: Any) -> None:
         """A parameter's values are read although no owner of it is running."""
         for tensor in _tensors((args, kwargs)):
-            owners = self.owners.get(id(tensor))
-            if owners and not {owner for owner, _ in owners} & set(self.stack):
-                self.strangers[id(tensor)].append(self.scope())
+            key = self.ownership.key(tensor)
+            if key is not None and not self.ownership.owners(key) & set(self.stack):
+                self.strangers[key].append(self.scope())
 
     # ---- the frozen result -------------------------------------------------------
 
     def finish(self, macs: int) -> Recording:
-        names: dict[int, list[str]] = {
-            key: [".".join(filter(None, owner)) for owner in owners]
-            for key, owners in self.owners.items()
-            if isinstance(self.parameters[key], nn.Parameter)
-        }
-        weights = {}
-        for key, aliases in names.items():
-            tensor = self.parameters[key]
-            weights[aliases[0]] = Weight(
-                name=aliases[0],
-                aliases=tuple(aliases),
+        weights, weight_of, samples = {}, {}, {}
+        for key, tensor in self.ownership.parameters():
+            aliases = self.ownership.names(key)
+            name = aliases[0]
+            weights[name] = Weight(
+                name=name,
+                aliases=aliases,
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 device=str(tensor.device),
@@ -348,14 +345,10 @@ class _Recorder(TorchFunctionMode):
                 strangers=tuple(dict.fromkeys(self.strangers[key])),
                 source=" ".join(self.sources[key]),
             )
-        weight_of = {
-            node.name: names[key][0]
-            for key, nodes in self.reads.items()
-            if key in names
-            for node in nodes
-        }
-        samples = {names[key][0]: torch.cat(rows) for key, rows in self.samples.items()
-                   if key in names and len({r.shape[1] for r in rows}) == 1}  # fmt: skip
+            weight_of.update({node.name: name for node in self.reads[key]})
+            rows = self.samples[key]
+            if len({part.shape[1] for part in rows}) == 1:
+                samples[name] = torch.cat(rows)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         return Recording(self.graph, operators, weights, macs, samples)
 

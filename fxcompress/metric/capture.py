@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -113,7 +114,7 @@ def calibrate(
                             "detaches its result; pass a forward= that does not, or choose "
                             "metric: activation"
                         )
-                    start.tensor.backward(start.gradient)
+                    torch.autograd.backward(start.tensor, start.gradient)
                     predictions += start.predictions
                     kind = start.kind
             session.end()
@@ -233,7 +234,7 @@ class _Session:
                 # activation may follow.
                 out = replaced = out.detach().requires_grad_().clone()
             held = data.detach() if "weight" in self.metric.needs else None
-            out.register_hook(lambda gradient: self._see_gradient(site, held, gradient))
+            out.register_hook(partial(self._see_gradient, site, held))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook

@@ -1,9 +1,9 @@
 """Coordinates in which a metric is the identity.
 
-A factor ``M = L Lᵀ`` is used through products only: ``Lᵀ X`` or ``L X``
-(into whitened coordinates) and ``L⁻ᵀ X`` (out of them).  Which root L is taken does not matter: two roots differ by an
-orthogonal matrix, which changes neither the singular values of ``L_Gᵀ W L_A`` nor the
-truncated weight.
+A factor ``M = L Lᵀ`` is used through products only: ``Lᵀ X`` or ``L X`` (into whitened
+coordinates) and ``L⁻ᵀ X`` (out of them).  Which root L is taken does not matter: two roots
+differ by an orthogonal matrix, which changes neither the singular values of ``L_Gᵀ W L_A``
+nor the truncated weight.
 
 The root is a Cholesky factor in float64, not the symmetric root by ``eigh`` that the design
 sketched: after damping (a shift by a fraction of the mean eigenvalue) it always exists, and
@@ -58,7 +58,8 @@ class Whitener:
     def out_of(self, x: Tensor) -> Tensor:
         """``L⁻ᵀ x`` for x (d x k)."""
         if self.lower is not None:
-            return torch.linalg.solve_triangular(self.lower.T, x, upper=True)
+            solved: Tensor = torch.linalg.solve_triangular(self.lower.T, x, upper=True)
+            return solved
         if self.root is not None:
             return self.root[1] @ x
         return x if self.scale is None else x / self.scale[:, None]

@@ -13,7 +13,7 @@ from fxcompress.report.bodies import BODIES, part_text
 from fxcompress.report.fold import Group, Row, fold_blocks, fold_paths
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
 from fxcompress.report.summary import (
-    budget_line,
+    budget_lines,
     graph_lines,
     model_name,
     operator_changes,
@@ -41,7 +41,7 @@ class Diff:
         model.layers.{0..29}.mlp                            30 alike
         - up_proj             linear 576→1536         884,736
         + up_proj.pivot       linear 576→r            r 96..208 of 576 ▄▅█▇
-        + up_proj.combine     linear r→1536-r         194k..396k  KL 0.0004..0.0031
+        + up_proj.combine     linear r→1536-r         194k..396k    KL 0.0004..0.0031
         + up_proj             cat, index_select (rows back in order)
           rule mlp (decoder.yaml:22)
 
@@ -70,7 +70,7 @@ class Diff:
         if self.unchanged:
             sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
         sections.append(totals_lines(plan))
-        sections.append([budget_line(plan), predicted_line(plan), *graph_lines(plan)])
+        sections.append([*budget_lines(plan), predicted_line(plan), *graph_lines(plan)])
         if self.groups:
             sections.append([LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -185,8 +185,7 @@ def _row_lines(row: Row, label: str) -> list[str]:
     body = BODIES.get(str(site.form))
     lines = [_line("-", name, what, before, ", ".join(notes))]
     if body is None:
-        lines.append(_line("+", name, str(site.form), ranks_text(row)))
-        lines.append(_line(" ", "", "", after, predicted))
+        lines.append(_line("+", name, str(site.form), after, f"{predicted}  {ranks_text(row)}"))
         return lines
     ranks = ranks_of(row.sites)
     columns = [(ranks_text(row), "")] + [("", "")] * (len(body.parts) - 2) + [(after, predicted)]
@@ -200,4 +199,4 @@ def _row_lines(row: Row, label: str) -> list[str]:
 
 def _line(sign: str, name: str, what: str, amount: str, note: str = "") -> str:
     """Columns of fixed width: a longer name moves its own line only."""
-    return f"{sign} {name:19} {what:23} {amount:11} {note}".rstrip()
+    return f"{sign} {name:19} {what:23} {amount:13} {note}".rstrip()

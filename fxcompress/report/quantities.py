@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 BARS = "▁▂▃▄▅▆▇█"
 LOSS_IN_NATS = "nats per prediction"
@@ -67,9 +68,7 @@ def sparkline(values: Sequence[float], width: int = WIDEST) -> str:
     """
     if len(values) > width:
         edges = [len(values) * i // width for i in range(width + 1)]
-        values = [
-            sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     top = max(values, default=0)
     if top <= 0:
         return BARS[0] * len(values)

@@ -54,9 +54,9 @@ def totals(plan: Plan) -> tuple[Total, ...]:
 def totals_lines(plan: Plan) -> list[str]:
     """::
 
-                         before           after    kept
-        parameters  134,515,008     113,281,344   84.2%  of the model
-                    106,168,320      84,934,656   80.0%  of the matched operators
+                     before           after    kept
+    parameters  134,515,008     113,281,344   84.2%  of the model
+                106,168,320      84,934,656   80.0%  of the matched operators
     """
     lines = [f"{'':10}  {'before':>19}  {'after':>19}  {'kept':>6}"]
     for total in totals(plan):
@@ -70,16 +70,20 @@ def totals_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def budget_line(plan: Plan) -> str:
-    """``budget: keep 0.8 of the matched operators' parameters, ranks global: 84,934,120 of ...``."""
+def budget_lines(plan: Plan) -> list[str]:
+    """::
+
+    budget: keep 0.8 of the matched operators' parameters, ranks global
+            84,934,120 of 84,934,656 parameters used by the matched operators (dense 106,168,320)
+    """
     budget = plan.budget
     whole = "the model's" if budget.of == "model" else "the matched operators'"
     unit = UNIT_TEXT[budget.unit]
-    return (
-        f"budget: keep {budget.keep:g} of {whole} {unit}, ranks {budget.allocation}\n"
-        f"        {count(budget.cost)} of {count(budget.limit)} {unit} used by the matched operators"
-        f" (dense {count(budget.dense)})"
-    )
+    return [
+        f"budget: keep {budget.keep:g} of {whole} {unit}, ranks {budget.allocation}",
+        f"        {count(budget.cost)} of {count(budget.limit)} {unit} used by the matched "
+        f"operators (dense {count(budget.dense)})",
+    ]
 
 
 def predicted_line(plan: Plan) -> str:
@@ -100,15 +104,16 @@ def model_name(plan: Plan) -> str:
 
 
 def rewritten_text(plan: Plan) -> str:
-    """``210 of 211 linear operators rewritten``."""
+    """``210 of 211 linear operators rewritten``, ``to be rewritten`` while it is only a plan."""
+    verb = "rewritten" if plan.after or not plan.rewritten else "to be rewritten"
     rewritten = Counter(site.op for site in plan.rewritten)
     present = Counter(site.op for site in plan.sites)
     matched = list(present)
     present.update(one.op for one in plan.unmatched)
     if not matched:
-        return f"0 of {count(present.total())} operators with a weight rewritten"
+        return f"0 of {count(present.total())} operators with a weight {verb}"
     parts = [f"{count(rewritten[op])} of {count(present[op])} {op}" for op in matched]
-    return f"{', '.join(parts)} operators rewritten"
+    return f"{', '.join(parts)} operators {verb}"
 
 
 def operator_changes(plan: Plan) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from torch import fx, nn
 from fxcompress.plan import Plan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
-from fxcompress.rewrite.lift import lift, lower
+from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
 from fxcompress.rewrite.substitute import Provenance, linear_shape, substitute
 
@@ -24,14 +24,13 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Mapping[str, fx.GraphModule
     """
     sites = [site.name for site in plan.rewritten]
     expand_attention(model, above=sites)
-    lifted = lift(model) if isinstance(model, fx.GraphModule) else []
+    if isinstance(model, fx.GraphModule):
+        lift(model, only=sites)
     for site in plan.rewritten:
         assert site.form is not None
         assert site.rank is not None
         origin = Provenance(site.rule, site.location, site.name, site.form, site.rank)
         substitute(model, bodies[site.name], origin)
-    if isinstance(model, fx.GraphModule):
-        lower(model, lifted)
     disable_fast_paths(model, sites)
 
 

@@ -7,11 +7,14 @@ call contract whose projections are ``nn.Linear``s.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fxcompress.rewrite.replace import replace_module
 
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
@@ -28,7 +31,7 @@ class ProjectedAttention(nn.MultiheadAttention):
 
     @classmethod
     def of(cls, original: nn.MultiheadAttention) -> ProjectedAttention:
-        """The same attention, sharing storage with the original's parameters."""
+        """The same attention; only ``out_proj`` shares memory with the original."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         for key, value in original.__dict__.items():
@@ -44,11 +47,14 @@ class ProjectedAttention(nn.MultiheadAttention):
         bias = original.in_proj_bias
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
         learns = any(p.requires_grad for p in original.parameters())
-        for name, weight, part in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            new.add_module(name, _linear(weight.clone(), None if part is None else part.clone(), learns))
+        names = ("q_proj", "k_proj", "v_proj")
+        for name, weight, part in zip(names, weights, biases, strict=True):
+            own = None if part is None else part.clone()
+            new.add_module(name, _linear(weight.clone(), own, learns))
         out = original.out_proj
         out_bias = None if out.bias is None else out.bias.detach()
-        new.out_proj = _linear(out.weight.detach(), out_bias, learns)
+        new.add_module("out_proj", _linear(out.weight.detach(), out_bias, learns))
+        new.train(original.training)
         new.register_parameter("in_proj_weight", None)
         new.register_parameter("in_proj_bias", None)
         # Steers torch's fused paths, which read the packed weight, away from this module.
@@ -125,13 +131,14 @@ class ProjectedAttention(nn.MultiheadAttention):
 def expand_attention(model: nn.Module, above: Sequence[str] | None = None) -> None:
     """Expand every ``nn.MultiheadAttention`` of a model that can be; changes ``model``.
 
-    Subclasses, parametrized ones and those with ``add_bias_kv`` or ``add_zero_attn`` are left
-    alone.
+    Subclasses, parametrized ones, those with ``add_bias_kv`` or ``add_zero_attn`` and those
+    that share a parameter with another module are left alone.
 
     Args:
         model: its parameters are only read.
         above: expand only attentions that contain one of these module paths.
     """
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for name, module in list(model.named_modules()):
         wanted = above is None or any(site.startswith(f"{name}.") for site in above)
         if (
@@ -140,14 +147,13 @@ def expand_attention(model: nn.Module, above: Sequence[str] | None = None) -> No
             and type(module) is nn.MultiheadAttention
             and module.bias_k is None
             and not module.add_zero_attn
+            and all(holders[id(parameter)] == 1 for parameter in module.parameters())
         ):
-            model.set_submodule(name, ProjectedAttention.of(module))
+            replace_module(model, module, ProjectedAttention.of(module))
 
 
 def _linear(weight: Tensor, bias: Tensor | None, learns: bool) -> nn.Linear:
-    linear = nn.utils.skip_init(
-        nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"
-    )
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=learns)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=learns)

@@ -42,8 +42,10 @@ class Factorized(nn.Module):
         self.body = body
         self.train(original.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        out: Tensor = self.body(input)
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        # nn.Linear calls its argument ``input``, Conv1D calls it ``x``; either may be named.
+        (value,) = (*args, *kwargs.values())
+        out: Tensor = self.body(value)
         return out
 
     @property

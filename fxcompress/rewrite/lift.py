@@ -1,4 +1,4 @@
-"""Linear function calls of an ``fx.GraphModule``, as modules for the time of a rewrite.
+"""Linear function calls of an ``fx.GraphModule``, as modules.
 
 before::
 
@@ -9,104 +9,60 @@ after::
 
     y = call_module[target=fc](x)                      # nn.Linear with the same parameters
 
-so that everything downstream deals with modules only.  :func:`lower` undoes it for the
-calls that were not rewritten.
+so that everything downstream deals with modules only.  A plan is made on a copy in which all
+calls are lifted (:func:`fxcompress.rewrite.prepared`); in the model itself only those are that
+the plan rewrites.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxcompress.graph.canonical import linear_arguments
+
 _LINEAR = {F.linear, torch.ops.aten.linear.default}
 
 
-@dataclass(frozen=True, eq=False)
-class Lifted:
-    """One lifted call: what :func:`lower` needs to undo it."""
-
-    path: str
-    target: Any
-    weight: str
-    bias: str | None
-    previous: nn.Module | None
-
-
-def lift(model: fx.GraphModule) -> list[Lifted]:
+def lift(model: fx.GraphModule, only: Collection[str] | None = None) -> None:
     """Turn calls of linear functions on parameters into modules; changes ``model``.
 
-    Only parameters that no other node reads are lifted; state dict names do not change where
-    the parameter is called ``weight`` (and the bias ``bias``) and has an owner of its own.
+    Only parameters that no other node reads are lifted.  The module gets the path of the
+    parameters' owner if that owns nothing else, so that names in the state dict stay as they
+    are; ``<weight>_linear`` otherwise.
+
+    Args:
+        model: its parameters are only read.
+        only: lift only the calls whose module gets one of these paths.
     """
-    lifted = []
-    for node in list(model.graph.nodes):
+    calls = []
+    for node in model.graph.nodes:
         if node.op != "call_function" or node.target not in _LINEAR:
             continue
-        x, weight, *rest = (*node.args, *node.kwargs.values())
-        bias = rest[0] if rest else None
-        if not (_own_parameter(model, weight) and (bias is None or _own_parameter(model, bias))):
-            continue
-        owner, _, name = weight.target.rpartition(".")
-        simple = name == "weight" and (bias is None or bias.target == f"{owner}.bias")
-        path = owner if simple and owner else f"{weight.target}_linear".replace(".", "_")
-        previous = model.get_submodule(path) if simple and owner else None
-        if previous is not None and (
-            any(True for _ in previous.children())
-            or any(n.op == "call_module" and n.target == path for n in model.graph.nodes)
-        ):
-            continue
-        module = nn.utils.skip_init(nn.Linear, 1, 1, bias=bias is not None, device="meta")
-        module.weight = model.get_parameter(weight.target)
-        module.out_features, module.in_features = module.weight.shape
-        if bias is not None:
-            module.bias = model.get_parameter(bias.target)
-        lifted.append(
-            Lifted(path, node.target, weight.target, bias and bias.target, previous)
-        )
+        x, weight, bias = linear_arguments(node.args, node.kwargs)
+        if _own_parameter(model, weight) and (bias is None or _own_parameter(model, bias)):
+            path = _path(model, weight.target, bias and bias.target)
+            if only is None or path in only:
+                calls.append((path, node, x, weight, bias))
+    for path, node, x, weight, bias in calls:
+        sources = [source for source in (weight, bias) if source is not None]
+        module = _linear(*(model.get_parameter(source.target) for source in sources))
+        module.train(model.training)
+        for source in sources:
+            _delete(model, source.target)
         model.add_submodule(path, module)
         with model.graph.inserting_before(node):
             call = model.graph.call_module(path, (x,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         model.graph.erase_node(node)
-        for source in filter(None, (weight, bias)):
+        for source in sources:
             model.graph.erase_node(source)
-        if previous is None:
-            for source in filter(None, (weight, bias)):
-                _delete(model, source.target)
-    if lifted:
-        model.recompile()
-    return lifted
-
-
-def lower(model: fx.GraphModule, lifted: list[Lifted]) -> None:
-    """Undo :func:`lift` for every call whose module is still the lifted ``nn.Linear``."""
-    for entry in lifted:
-        module = model.get_submodule(entry.path)
-        if type(module) is not nn.Linear:
-            continue
-        if entry.previous is None:
-            _delete(model, entry.path)
-            _set(model, entry.weight, module.weight)
-            if entry.bias:
-                _set(model, entry.bias, module.bias)
-        else:
-            model.set_submodule(entry.path, entry.previous)
-        for node in list(model.graph.nodes):
-            if node.op == "call_module" and node.target == entry.path:
-                with model.graph.inserting_before(node):
-                    args = [node.args[0], model.graph.get_attr(entry.weight)]
-                    if entry.bias:
-                        args.append(model.graph.get_attr(entry.bias))
-                    call = model.graph.call_function(entry.target, tuple(args))
-                call.meta = dict(node.meta)
-                node.replace_all_uses_with(call)
-                model.graph.erase_node(node)
-    if lifted:
+    if calls:
         model.graph.lint()
         model.recompile()
 
@@ -120,11 +76,29 @@ def _own_parameter(model: fx.GraphModule, node: Any) -> bool:
     return len(reads) == 1 and node.target in parameters
 
 
+def _path(model: fx.GraphModule, weight: str, bias: str | None) -> str:
+    """Where the module for a call goes, whether or not other calls are lifted before it."""
+    owner, _, name = weight.rpartition(".")
+    if owner and name == "weight" and bias in (None, f"{owner}.bias"):
+        held = {key for key, _ in model.get_submodule(owner).state_dict().items()}
+        called = any(n.op == "call_module" and n.target == owner for n in model.graph.nodes)
+        if not called and held == {"weight"} | ({"bias"} if bias else set()):
+            return owner
+    path = f"{weight}_linear".replace(".", "_")
+    while hasattr(model, path):
+        path += "_"
+    return path
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+    m, n = weight.shape
+    linear = nn.Linear(n, m, bias=bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
 def _delete(model: nn.Module, path: str) -> None:
     owner, _, name = path.rpartition(".")
     delattr(model.get_submodule(owner), name)
-
-
-def _set(model: nn.Module, path: str, value: nn.Parameter) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, value)

@@ -28,12 +28,12 @@ def prepared(model: nn.Module) -> nn.Module:
     return work
 
 
-def own_parameters(model: nn.Module) -> None:
-    """Give a model that shares parameters with another its own; ties stay tied."""
-    own: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in own:
-                    own[id(parameter)] = copy.deepcopy(parameter)
-                module._parameters[key] = own[id(parameter)]
+def own_parameters(rewritten: M, original: nn.Module) -> M:
+    """A copy of a rewritten skeleton whose parameters are all its own; ties stay tied.
+
+    A copy, since parameters are not only kept in ``_parameters``: ``nn.LSTM`` computes with a
+    list of its own, and so may any other module.  What ``original`` does not share is moved.
+    """
+    shared = {id(parameter) for parameter in original.parameters()}
+    memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
+    return copy.deepcopy(rewritten, memo)

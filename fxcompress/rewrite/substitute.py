@@ -7,6 +7,7 @@ graph*; in any other module the leaf is replaced by a facade that runs the same 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,7 @@ from torch import fx, nn
 from fxcompress.forms import LinearShape
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.rewrite.facade import Factorized
+from fxcompress.rewrite.replace import replace_module
 
 
 @dataclass(frozen=True)
@@ -49,30 +51,24 @@ def substitute(model: nn.Module, body: fx.GraphModule, origin: Provenance) -> No
     if isinstance(model, fx.GraphModule):
         calls = [n for n in model.graph.nodes if n.op == "call_module" and n.target == origin.site]
         if calls:
-            _replace_module(model, original, body)
+            replace_module(model, original, body)
             for node in calls:
                 _inline(model.graph, node, body, origin)
             model.graph.lint()
             model.recompile()
             return
     facade = Factorized(original, body, origin.form, origin.rank, is_hf_conv1d(original))
-    _replace_module(model, original, facade)
-
-
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever ``old`` hangs in the tree: a shared module has several parents."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+    replace_module(model, original, facade)
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, origin: Provenance) -> None:
     """Replace one ``call_module`` node by the nodes of a body that hangs at the same path."""
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     copies: dict[fx.Node, object] = {}
-    provenance = {"fxcompress": {**asdict(origin), "node": node.name}}
-    stack = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    provenance: dict[str, Any] = {"fxcompress": {**asdict(origin), "node": node.name}}
+    stack: dict[str, Any] = {
+        key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta
+    }
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "placeholder":

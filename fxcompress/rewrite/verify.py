@@ -44,6 +44,6 @@ def verify(
     error = float((got - exact).abs().max())
     if error > SLACK * allowed:
         raise FormError(
-            f"the rewritten layer is off by {error:.1e} on outputs up to {scale:.1e}; a dense layer "
-            f"in {str(rows.dtype).removeprefix('torch.')} is off by {allowed:.1e}"
+            f"the rewritten layer is off by {error:.1e} on outputs up to {scale:.1e}; a dense "
+            f"layer in {str(rows.dtype).removeprefix('torch.')} is off by {allowed:.1e}"
         )

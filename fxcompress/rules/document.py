@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -62,11 +62,13 @@ class Document:
         data: plain Python data.
         entries: path of keys and indices -> where that value stands.
         diagnostics: the problems found so far.
+        complete: False if reading stopped at a problem, so that the rest is not known.
     """
 
     data: Any
     entries: Mapping[KeyPath, Entry]
     diagnostics: tuple[Diagnostic, ...]
+    complete: bool = True
 
 
 def read_document(text: str) -> Document:
@@ -79,26 +81,37 @@ def read_document(text: str) -> Document:
     diagnostics: list[Diagnostic] = []
     for _ in range(_MOST_MENDS):
         builder = _Builder(text)
-        mended = None
+        stopped: Diagnostic | None = None
+        mended: str | None = None
         try:
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 builder.add(event)
         except yaml.MarkedYAMLError as error:
-            diagnostic, mended = _explain(error, text)
-            diagnostics.append(diagnostic)
+            stopped, mended = _explain(error, text)
         except yaml.reader.ReaderError as error:
-            diagnostics.append(_unreadable_character(error, text))
+            stopped = _unreadable_character(error, text)
         except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is no character
-            diagnostics.append(Diagnostic("yaml-syntax", f"not YAML: {error}", builder.last))
+            stopped = Diagnostic("yaml-syntax", f"not YAML: {error}", builder.last)
         except _Stop as stop:
-            diagnostics.append(stop.diagnostic)
+            stopped = stop.diagnostic
+        if stopped is not None:
+            diagnostics.append(stopped)
         if mended is None:
             # A line that did not parse is not worth a second opinion.
             bad = {item.span.line for item in diagnostics if item.span}
             rest = [d for d in builder.diagnostics if d.span is None or d.span.line not in bad]
-            return Document(builder.root, builder.entries, (*diagnostics, *rest))
+            found = (*diagnostics, *rest)
+            return Document(builder.root, builder.entries, found, complete=stopped is None)
         text = mended
-    return Document(None, {}, tuple(diagnostics))
+    return Document(None, {}, tuple(diagnostics), complete=False)
+
+
+class Position(Protocol):
+    """Where the scanner was; its lines and columns count from 0."""
+
+    line: int
+    column: int
+    index: int
 
 
 class _Stop(Exception):
@@ -241,7 +254,7 @@ class _Builder:
         raise _Stop(Diagnostic(code, message, span, hint))
 
 
-def _known(mark: yaml.Mark | None) -> yaml.Mark:
+def _known(mark: Position | None) -> Position:
     if mark is None:
         raise ValueError("an event without a position")
     return mark

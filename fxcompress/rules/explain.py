@@ -16,6 +16,7 @@ from fxcompress.rules.result import STEPS, Funnel, MatchResult
 
 _OUTCOME = "rewritten"
 _MOST_LINES = 12
+_WIDEST = 64
 _DEPTHS = {step: depth for depth, step in enumerate((*STEPS, _OUTCOME))}
 
 
@@ -117,8 +118,7 @@ def _explain(
     funnel = result.funnels[rule_id]
     losses: list[tuple[str, str, str, str]] = [
         (miss.step, miss.reason, miss.location, miss.path or miss.operator)
-        for miss in result.misses
-        if miss.rule_id == rule_id
+        for miss in result.misses_of(rule_id)
     ]
     if outcomes is not None:
         won = [match for match in result.matches if match.rule_id == rule_id]
@@ -145,7 +145,9 @@ def _explain(
 def _rule_text(item: RuleExplanation) -> str:
     rows = [("near miss", *row) for group in item.near for row in _rows(group)]
     rows += [("rejected", *row) for group in item.rejected for row in _rows(group)]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    widths = [
+        min(_WIDEST, max((len(row[column]) for row in rows), default=0)) for column in range(3)
+    ]
     lines = [f"rule {item.rule_id} ({item.location})", _funnel_text(item.funnel)]
     for kind, path, reason, location in rows:
         line = f"{kind:<9}  {path:<{widths[1]}}  {reason:<{widths[2]}}  {location}"

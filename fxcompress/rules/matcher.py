@@ -13,18 +13,10 @@ from types import MappingProxyType
 from fxcompress.graph.operator import Operator
 from fxcompress.rules.loader import LoadedRules
 from fxcompress.rules.problems import find_problems
-from fxcompress.rules.result import STEPS, Funnel, Match, MatchResult, Miss, Step
+from fxcompress.rules.result import STEPS, Funnel, Losses, Lost, Match, MatchResult, Step
 from fxcompress.rules.schema import Rewrite, Rule
 from fxcompress.rules.sites import Site, SiteIndex
-from fxcompress.rules.steps import (
-    Condition,
-    Excluded,
-    Legality,
-    Lost,
-    StepCheck,
-    illegal,
-    positives,
-)
+from fxcompress.rules.steps import Legality, StepCheck, legality_step, rule_steps
 from fxcompress.rules.vocabulary import forms_for
 
 
@@ -46,99 +38,80 @@ def match_rules(
         RuleError: a ``where`` condition that has no truth value on some operator, located.
     """
     index = SiteIndex.of(operators)
-    legal = _Memo(legality)
+    legal = legality_step(loaded, legality)
     rules = enumerate(loaded.rules.rules)
-    runs = [_Run.of(loaded, number, rule, index, legal) for number, rule in rules]
+    runs = [_Run(loaded, number, rule, index, legal) for number, rule in rules]
     _resolve_overlaps(runs)
     matches = [(site.order, run.match(site)) for run in runs for site in run.kept]
     matches.sort(key=lambda item: item[0])
-    misses = tuple(miss for run in runs for miss in run.in_order())
+    lost = MappingProxyType({run.rule.id: run.losses() for run in runs})
     funnels = MappingProxyType({run.rule.id: run.funnel() for run in runs})
     return MatchResult(
         matches=tuple(match for _, match in matches if match.forms),
         protected=tuple(match for _, match in matches if not match.forms),
-        misses=misses,
         funnels=funnels,
-        problems=find_problems(loaded, funnels, misses, index),
+        problems=find_problems(loaded, funnels, lost, index),
+        lost=lost,
     )
 
 
-class _Memo:
-    """The legality callback, asked once per operator however many rules want it."""
-
-    def __init__(self, legality: Legality) -> None:
-        self._legality = legality
-        self._known: dict[str, str | None] = {}
-
-    def __call__(self, operator: Operator) -> str | None:
-        if operator.name not in self._known:
-            self._known[operator.name] = self._legality(operator)
-        return self._known[operator.name]
-
-
 class _Run:
-    """One rule on its way through the steps."""
+    """One rule on its way: its sites so far, and those that it lost."""
 
-    def __init__(self, loaded: LoadedRules, number: int, rule: Rule, ops: tuple[str, ...]) -> None:
+    def __init__(
+        self, loaded: LoadedRules, number: int, rule: Rule, index: SiteIndex, legal: StepCheck
+    ) -> None:
         self.loaded = loaded
         self.number = number
         self.rule = rule
-        self.ops = ops
         self.location = loaded.location(rule.id)
+        self.ops = tuple(dict.fromkeys(node.op for node in rule.match.alternatives))
+        self.candidates = index.candidates(self.ops)
         self.kept: list[Site] = []
-        self.candidates = 0
-        self.lost: dict[Step, int] = dict.fromkeys(STEPS, 0)
-        self._misses: list[tuple[int, Miss]] = []
-        self._locations: dict[tuple[str | int, ...], str] = {(): self.location}
-
-    @classmethod
-    def of(
-        cls, loaded: LoadedRules, number: int, rule: Rule, index: SiteIndex, legal: Legality
-    ) -> _Run:
-        """Take every candidate of one rule through its own steps; overlaps come later."""
-        ops = tuple(dict.fromkeys(node.op for node in rule.match.alternatives))
-        run = cls(loaded, number, rule, ops)
-        expressions = enumerate(loaded.expressions[rule.id])
-        steps: list[StepCheck] = [
-            positives(rule),
-            *(Excluded(i, entry, index) for i, entry in enumerate(rule.unless)),
-            *(Condition(i, expression, rule, loaded) for i, expression in expressions),
-            lambda site: illegal(site, rule, loaded, legal),
-        ]
-        for site in index.candidates(ops):
-            run.candidates += 1
-            lost = None
+        self.lost_sites: list[Site] = []
+        self.reasons: list[Lost] = []
+        steps = rule_steps(rule, loaded, legal)
+        # The one loop that runs rules times sites.
+        keep, lose_site, lose_for = self.kept.append, self.lost_sites.append, self.reasons.append
+        for site in self.candidates:
             for step in steps:
                 lost = step(site)
                 if lost is not None:
+                    lose_site(site)
+                    lose_for(lost)
                     break
-            if lost is None:
-                run.kept.append(site)
             else:
-                run.lose(site, lost)
-        return run
+                keep(site)
+        self.own_losses = len(self.reasons)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Sorts the rule that wins an overlap first."""
+        return (-self.rule.priority, -self.rule.match.node_count, self.number)
 
     def lose(self, site: Site, lost: Lost) -> None:
-        self.lost[lost.step] += 1
-        location = self._locations.get(lost.keys)
-        if location is None:
-            location = self.loaded.location(self.rule.id, *lost.keys)
-            self._locations[lost.keys] = location
-        first = site.first
-        miss = Miss(
-            self.rule.id, first.name, first.path, first.weight, lost.step, lost.reason, location
-        )
-        self._misses.append((site.order, miss))
+        self.lost_sites.append(site)
+        self.reasons.append(lost)
 
-    def in_order(self) -> list[Miss]:
-        self._misses.sort(key=lambda item: item[0])
-        return [miss for _, miss in self._misses]
+    def losses(self) -> Losses:
+        if len(self.reasons) == self.own_losses:
+            return Losses(tuple(self.lost_sites), tuple(self.reasons))
+        # What was lost to other rules came last; the order wanted is that of the graph.
+        orders = [site.order for site in self.lost_sites]
+        turns = sorted(range(len(orders)), key=orders.__getitem__)
+        return Losses(
+            tuple(self.lost_sites[turn] for turn in turns),
+            tuple(self.reasons[turn] for turn in turns),
+        )
 
     def funnel(self) -> Funnel:
-        left = self.candidates
+        lost: dict[Step, int] = dict.fromkeys(STEPS, 0)
+        for loss in self.reasons:
+            lost[loss.step] += 1
+        left = len(self.candidates)
         counts = {"op": left}
-        for step in ("name", "attribute", "unless", "where", "legal"):
-            left -= self.lost[step]
+        for step in STEPS[: STEPS.index("overlap")]:
+            left -= lost[step]
             counts[step] = left
         if not any(node.attributes for node in self.rule.match.alternatives):
             del counts["attribute"]
@@ -161,35 +134,34 @@ class _Run:
             multiple_of=(given and given.multiple_of) or defaults.multiple_of,
             group=given.group if given else None,
             location=self.location,
-            path=site.first.path,
+            path=site.path,
         )
 
 
 def _resolve_overlaps(runs: Sequence[_Run]) -> None:
     """Leave every site to one rule; the others lose it, with the winner as the reason."""
-
-    def rank(run: _Run) -> tuple[int, int, int]:
-        return (-run.rule.priority, -run.rule.match.node_count, run.number)
-
     winners: dict[str, _Run] = {}
-    for run in sorted(runs, key=rank):
+    for run in sorted(runs, key=lambda run: run.rank):
         kept: list[Site] = []
+        beaten_by: dict[int, Lost] = {}
         for site in run.kept:
             winner = winners.setdefault(site.key, run)
             if winner is run:
                 kept.append(site)
-            else:
-                run.lose(site, _beaten(run, winner))
+                continue
+            if winner.number not in beaten_by:
+                beaten_by[winner.number] = _beaten(run.rule, winner.rule)
+            run.lose(site, beaten_by[winner.number])
         run.kept = kept
 
 
-def _beaten(loser: _Run, winner: _Run) -> Lost:
-    if winner.rule.rewrite == "none":
-        return Lost("protected", f"protected by rule '{winner.rule.id}' (rewrite: none)")
-    if winner.rule.priority > loser.rule.priority:
-        why = f"priority {winner.rule.priority} > {loser.rule.priority}"
-    elif winner.rule.match.node_count > loser.rule.match.node_count:
+def _beaten(loser: Rule, winner: Rule) -> Lost:
+    if winner.rewrite == "none":
+        return Lost("protected", f"protected by rule '{winner.id}' (rewrite: none)")
+    if winner.priority > loser.priority:
+        why = f"priority {winner.priority} > {loser.priority}"
+    elif winner.match.node_count > loser.match.node_count:
         why = "a larger pattern"
     else:
         why = "earlier in the file"
-    return Lost("overlap", f"taken by rule '{winner.rule.id}' ({why})")
+    return Lost("overlap", f"taken by rule '{winner.id}' ({why})")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from fxcompress.rules.loader import LoadedRules
-from fxcompress.rules.result import STEPS, Funnel, Miss, Problem
+from fxcompress.rules.result import Funnel, Losses, Problem
 from fxcompress.rules.schema import Rule
 from fxcompress.rules.sites import SiteIndex
 from fxcompress.rules.vocabulary import OPERATORS
@@ -19,13 +19,10 @@ _NEAREST = 3
 def find_problems(
     loaded: LoadedRules,
     funnels: Mapping[str, Funnel],
-    misses: Sequence[Miss],
+    lost: Mapping[str, Losses],
     index: SiteIndex,
 ) -> tuple[Problem, ...]:
     """A warning for every rule that matched nothing, an error for every unmet ``expect``."""
-    by_rule: dict[str, list[Miss]] = {}
-    for miss in misses:
-        by_rule.setdefault(miss.rule_id, []).append(miss)
     problems: list[Problem] = []
     for rule in loaded.rules.rules:
         funnel = funnels[rule.id]
@@ -43,12 +40,12 @@ def find_problems(
         else:
             continue
         head = f"{location} {severity}[{code}]: rule '{rule.id}' {message}"
-        text = _text(head, rule, funnel, by_rule.get(rule.id, ()), index)
+        text = _text(head, rule, funnel, lost[rule.id], index)
         problems.append(Problem(severity, rule.id, text))
     return tuple(problems)
 
 
-def _text(head: str, rule: Rule, funnel: Funnel, misses: Sequence[Miss], index: SiteIndex) -> str:
+def _text(head: str, rule: Rule, funnel: Funnel, losses: Losses, index: SiteIndex) -> str:
     lines = [head, str(funnel)]
     if funnel["op"] == 0:
         there = [op for op in OPERATORS if op in index.by_op]
@@ -59,8 +56,10 @@ def _text(head: str, rule: Rule, funnel: Funnel, misses: Sequence[Miss], index: 
         lines.append(f"the last of {_sites(funnel['op'])} went at step '{_LOST[lost]}'")
         if lost == "name":
             lines += _close_names(rule, index)
-    furthest = sorted(misses, key=lambda miss: -STEPS.index(miss.step))[:_NEAREST]
-    lines += [f"near miss  {miss.path or miss.operator}   {miss.reason}" for miss in furthest]
+    lines += [
+        f"near miss  {site.path or site.first.name}   {lost.reason}"
+        for site, lost in losses.furthest(_NEAREST)
+    ]
     return "\n   ".join(lines)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from fxcompress.errors import RuleError
+from fxcompress.rules.sites import Site
 
 Step = Literal["name", "attribute", "unless", "where", "legal", "overlap", "protected"]
 STEPS: tuple[Step, ...] = (
@@ -50,6 +53,41 @@ class Match:
     group: str | None
     location: str
     path: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Where and why a rule lost sites; sites lost for the same reason share one.
+
+    Attributes:
+        step: where.
+        reason: why.
+        location: ``"file:line:column"`` of the condition to blame; empty if there is none.
+    """
+
+    step: Step
+    reason: str
+    location: str = ""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The sites that one rule lost, in graph order, and why each was.
+
+    Two parallel tuples: a pair for every site would keep the garbage collector busy.
+    """
+
+    sites: tuple[Site, ...]
+    reasons: tuple[Lost, ...]
+
+    def __iter__(self) -> Iterator[tuple[Site, Lost]]:
+        return zip(self.sites, self.reasons, strict=True)
+
+    def furthest(self, count: int) -> tuple[tuple[Site, Lost], ...]:
+        """The first few of those that were lost latest."""
+        depth = max((STEPS.index(step) for step in {lost.step for lost in self.reasons}), default=0)
+        found = (item for item in self if item[1].step == STEPS[depth])
+        return tuple(islice(found, count))
 
 
 class Miss(NamedTuple):
@@ -125,17 +163,44 @@ class MatchResult:
     Attributes:
         matches: sites to be rewritten, in graph order.
         protected: sites that a rule with ``rewrite: none`` keeps dense, in graph order.
-        misses: sites that a rule's operator fits and that it did not get; by rule in file
-            order, then in graph order.
         funnels: rule id -> its funnel, in file order.
         problems: rules that matched nothing, or not as many sites as they expect.
+        lost: rule id -> the sites that it lost, from which the misses are made.
     """
 
     matches: tuple[Match, ...]
     protected: tuple[Match, ...]
-    misses: tuple[Miss, ...]
     funnels: Mapping[str, Funnel]
     problems: tuple[Problem, ...]
+    lost: Mapping[str, Losses] = field(repr=False)
+
+    @cached_property
+    def misses(self) -> tuple[Miss, ...]:
+        """Sites that a rule's operator fits and that the rule did not get.
+
+        By rule in file order, then in graph order.  Made when asked for: most are never read.
+        """
+        return tuple(miss for rule_id in self.lost for miss in self.misses_of(rule_id))
+
+    def misses_of(self, rule_id: str) -> tuple[Miss, ...]:
+        """The misses of one rule, in graph order.
+
+        Raises:
+            KeyError: there is no rule of that id.
+        """
+        whole = self.funnels[rule_id].location
+        return tuple(
+            Miss(
+                rule_id,
+                site.first.name,
+                site.path,
+                site.first.weight,
+                lost.step,
+                lost.reason,
+                lost.location or whole,
+            )
+            for site, lost in self.lost[rule_id]
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:

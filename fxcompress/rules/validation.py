@@ -50,6 +50,8 @@ _WANTED = {
 
 def validate(document: Document) -> tuple[schema.RuleSet | None, list[Diagnostic]]:
     """The rule set, or None and what is wrong with the shape of the document."""
+    if not document.complete:
+        return None, []  # what looks missing may stand in the part that was not read
     try:
         return schema.RuleSet.model_validate(document.data), []
     except ValidationError as error:

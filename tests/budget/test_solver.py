@@ -297,6 +297,17 @@ def test_promises_hold_where_the_search_is_cut_short(
         assert exact.loss <= found.loss * (1.0 + 1e-12)
 
 
+def test_the_fill_looks_beyond_the_next_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The dual leaves 3 units: too few for the jump of b.  The next choice of a gains 0.1 per
+    # unit, the next of b 1.5, but the one after next of a 2.
+    monkeypatch.setattr(solver, "_search", lambda *_: None)
+    ranks = permitted_ranks(3)
+    a = Option("f", ranks, np.array([10.0, 9.9, 4.0]), np.array([0.0, 1.0, 3.0]))
+    b = Option("f", ranks, np.array([300.0, 298.5, 0.0]), np.array([0.0, 1.0, 100.0]))
+    found = allocate([Candidate("a", 500.0, (a,)), Candidate("b", 500.0, (b,))], 3.0)
+    assert [choice.rank for choice in found.choices.values()] == [3, 1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_ends_on_the_budget_itself_when_that_takes_rounding(seed: int) -> None:
     # The budget is the rounded sum of costs that are no integers: a tolerance of any size,

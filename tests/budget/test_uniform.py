@@ -64,6 +64,17 @@ def test_definition(seed: int) -> None:
     assert found.budget == budget
 
 
+def test_fractions_a_billionth_apart_are_told_apart() -> None:
+    ranks = permitted_ranks(2)
+    loss = np.array([2.0, 1.0])
+    candidates = [
+        Candidate(name, 1e9, (Option("low_rank", ranks, loss, np.array([1e8, cost])),))
+        for name, cost in (("a", 3e8), ("b", 3e8 + 1.0))
+    ]
+    found = allocate_uniform(candidates, 5e8)
+    assert [choice.rank for choice in found.choices.values()] == [2, 1]
+
+
 def test_all_dense_only_with_the_whole_budget() -> None:
     rng = np.random.default_rng(0)
     candidates = [site(rng, f"site{i}") for i in range(3)]

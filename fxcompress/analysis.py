@@ -1,0 +1,157 @@
+"""Everything before the budget: record, match, calibrate, decompose."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxcompress.errors import CalibrationError, RuleError
+from fxcompress.graph.eligible import obstacle
+from fxcompress.graph.inputs import Forward
+from fxcompress.graph.recorder import Recording, record
+from fxcompress.metric import METRICS, Calibration, Loss, Spectrum, calibrate
+from fxcompress.metric.spectrum import decompose_whitened
+from fxcompress.metric.whiten import Whitener, whitener
+from fxcompress.plan import Size
+from fxcompress.report.progress import Progress
+from fxcompress.rewrite import Factorized, prepared
+from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
+from fxcompress.sites import Site, dense_weight, gather_sites
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What the stages before the budget found out."""
+
+    model: nn.Module
+    rules: LoadedRules
+    recording: Recording
+    matched: MatchResult
+    sites: tuple[Site, ...]
+    calibration: Calibration
+    spectra: Mapping[str, Spectrum]
+    examples: Sequence[Any]
+    size: Size
+    notes: list[str]
+
+
+def analyse(
+    model: nn.Module,
+    loaded: LoadedRules,
+    calibration: Iterable[Any] | None,
+    examples: Sequence[Any] | None,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+) -> Analysis:
+    spec = loaded.rules.metric
+    metric = METRICS[spec.kind]
+    first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
+    work = prepared(model)
+
+    tick = show.stage("record", None)
+    examples = list(examples) if examples else [first]
+    recording = record(work, examples, forward=forward)
+    tick()
+
+    show.stage("match", None)
+    matched = match_model(work, loaded, recording)
+    matched.check()
+    sites = gather_sites(work, recording, matched.matches)
+    if not sites:
+        raise RuleError(
+            f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
+            f"nothing to compress\n{Explanation.of(matched)}"
+        )
+    for site in sites:
+        if not bool(dense_weight(work.get_submodule(site.name)).isfinite().all()):
+            raise CalibrationError(
+                f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
+            )
+    notes = list(matched.warnings)
+
+    tick = show.stage("calibrate", total)
+    calibrated = calibrate(
+        work, sites, batches, metric,
+        output=spec.output, loss=loss, forward=forward, seed=spec.seed, tick=tick,
+    )  # fmt: skip
+
+    tick = show.stage("decompose", len(sites))
+    damping = (spec.damping.input, spec.damping.output)
+    moments = dict(calibrated.moments)
+    calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
+    inputs: dict[int, Whitener] = {}
+    spectra = {}
+    for site in sites:
+        a, g = metric.factors(moments.pop(site.name))
+        if id(a) not in inputs:  # sites on one input share one tensor, and its root
+            inputs = {id(a): whitener(a, damping[0])}
+        weight = dense_weight(work.get_submodule(site.name))
+        outputs = whitener(g, damping[1])
+        spectra[site.name] = decompose_whitened(weight, inputs[id(a)], outputs)
+        if inputs[id(a)].null or outputs.null:
+            notes.append(
+                f"{site.name}: the calibration data gives it no influence on the output (all-zero "
+                "inputs or gradients); its predicted loss is 0 at every rank"
+            )
+        tick()
+    size = _model_size(work, recording)
+    return Analysis(
+        work, loaded, recording, matched, sites, calibrated, spectra, examples, size, notes
+    )
+
+
+def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:
+    return match_rules(loaded, recording.operators, obstacle(model, recording, (Factorized,)))
+
+
+def _batches(
+    calibration: Iterable[Any] | None,
+    needed: bool,
+    metric: str,
+    examples: Sequence[Any] | None,
+) -> tuple[Any, Iterable[Any], int | None]:
+    """The first batch, all batches (the first among them), and their number if known."""
+    if calibration is None:
+        if needed:
+            raise CalibrationError(
+                f"metric {metric} needs calibration data: compile(model, rules, [batch, ...]) with "
+                "a few hundred typical inputs (no labels), or choose metric: {kind: euclidean}"
+            )
+        if not examples:
+            raise CalibrationError(
+                "the model has to be run once to record its graph: give one batch as "
+                "calibration=[batch] or examples=[batch]"
+            )
+        return None, [], 0
+    if isinstance(calibration, (Tensor, Mapping, str)):
+        raise CalibrationError(
+            f"calibration must be an iterable of batches, not one {type(calibration).__name__}; "
+            "for a single batch pass [batch]"
+        )
+    iterator = iter(calibration)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError(
+            "the calibration iterable is empty or exhausted; pass a list of batches or a "
+            "fresh DataLoader"
+        ) from None
+    total = len(calibration) if isinstance(calibration, Sized) else None
+    if iterator is calibration:  # a generator: it cannot be started again
+        return first, itertools.chain([first], iterator), total
+    return first, calibration, total
+
+
+def _model_size(model: nn.Module, recording: Recording) -> Size:
+    parameters = list(model.parameters())
+    tensors = [*parameters, *model.buffers()]
+    return Size(
+        parameters=sum(p.numel() for p in parameters),
+        macs=recording.macs,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+    )

@@ -1,0 +1,240 @@
+"""The command line: the verbs of the Python API.
+
+A model is a Hugging Face directory, or ``module:function`` / ``file.py:function`` for a
+function without arguments that returns one.  Data are a text file (for a Hugging Face
+language model: its tokenizer cuts it into sequences), or again ``file.py:function``,
+returning an iterable of batches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+import fxcompress
+from fxcompress.compile import FxcompressWarning
+from fxcompress.errors import FxcompressError
+from fxcompress.io import read_plan
+from fxcompress.report import diff_plan
+from fxcompress.rules import json_schema, load_rules, preset_names
+
+app = typer.Typer(
+    name="fxcompress",
+    help="Low-rank compression of PyTorch models by declarative graph rewriting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Rules = Annotated[str, typer.Argument(help="rule file, or a preset: " + ", ".join(preset_names()))]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Hugging Face directory, or file.py:function")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", "-d", help="text file, or file.py:function giving batches")
+]
+Sequences = Annotated[int, typer.Option(help="how many sequences to cut from a text file")]
+Length = Annotated[int, typer.Option(help="tokens in each of them")]
+Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for other programs")]
+
+
+@app.command()
+def compile(
+    rules: Rules,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="directory to save to")],
+    data: Data = None,
+    keep: Keep = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
+) -> None:
+    """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
+    dense = load_model(model)
+    small = fxcompress.compile(
+        dense, rules, load_data(data, model, sequences, length), keep=keep, progress=True
+    )
+    fxcompress.save(small, out)
+    difference = fxcompress.diff(dense, small)
+    (out / "diff.txt").write_text(f"{difference}\n", encoding="utf-8")
+    (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
+    _copy_tokenizer(model, out)
+    typer.echo(str(difference))
+    typer.echo(f"\nsaved to {out}; load it with fxcompress.load({str(out)!r})")
+
+
+@app.command()
+def plan(
+    rules: Rules,
+    model: Model,
+    data: Data = None,
+    keep: Keep = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
+    as_json: Json = False,
+) -> None:
+    """Show the ranks that compile would choose, without rewriting anything."""
+    made = fxcompress.plan(
+        load_model(model), rules, load_data(data, model, sequences, length), keep=keep
+    )
+    typer.echo(made.model_dump_json(indent=1) if as_json else str(made))
+
+
+@app.command()
+def explain(
+    rules: Rules,
+    model: Model,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Which operators each rule matches, and why the others not."""
+    network = load_model(model)
+    batches = load_data(data, model, 1, 16)
+    # Hugging Face models bring inputs to try them on.
+    example = getattr(network, "dummy_inputs", None) if batches is None else next(iter(batches))
+    if example is None:
+        raise typer.BadParameter("explain runs the model once: give --data")
+    explanation = fxcompress.explain(network, rules, example)
+    typer.echo(explanation.to_json() if as_json else str(explanation))
+
+
+@app.command()
+def diff(
+    directory: Annotated[Path, typer.Argument(help="a directory written by save or compile")],
+    html: Annotated[Path | None, typer.Option(help="write the page to this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was changed in a saved model."""
+    difference = diff_plan(read_plan(directory))
+    if html is not None:
+        html.write_text(difference.to_html(), encoding="utf-8")
+        typer.echo(f"written to {html}")
+    else:
+        typer.echo(json.dumps(difference.to_json(), indent=1) if as_json else str(difference))
+
+
+@app.command()
+def load(
+    directory: Annotated[Path, typer.Argument(help="a directory written by save or compile")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="file.py:function; not for Hugging Face")
+    ] = None,
+) -> None:
+    """Load a saved model strictly, to check that the files are whole, and print it."""
+    loaded = fxcompress.load(directory, None if model is None else load_model(model))
+    typer.echo(str(fxcompress.plan_of(loaded)))
+
+
+@app.command()
+def check(rules: Rules) -> None:
+    """Check a rule file without a model; prints every error with its place."""
+    loaded = load_rules(rules)
+    count = len(loaded.rules.rules)
+    typer.echo(f"{loaded.filename}: {count} rule{'s' if count != 1 else ''}, no errors")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+def main() -> None:
+    """Entry point: errors of ours are printed without a traceback, with exit status 1."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        app()
+    except FxcompressError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+def load_model(source: str) -> nn.Module:
+    """A Hugging Face model from a directory, or whatever a function returns."""
+    if Path(source).is_dir():
+        transformers = _transformers()
+        config = transformers.AutoConfig.from_pretrained(source)
+        name = (config.architectures or [None])[0]
+        cls = getattr(transformers, name or "", None)
+        if cls is None:
+            raise typer.BadParameter(f"{source}/config.json names no architecture of transformers")
+        model: nn.Module = cls.from_pretrained(source)
+        return model.eval()
+    made = _resolve(source, "--model")()
+    if not isinstance(made, nn.Module):
+        raise typer.BadParameter(f"{source}() returned {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def load_data(source: str | None, model: str, sequences: int, length: int) -> Iterable[Any] | None:
+    """Batches from a text file (two sequences each), or whatever a function returns."""
+    if source is None:
+        return None
+    path = Path(source)
+    if not path.is_file() or path.suffix == ".py":
+        return _resolve(source, "--data")()  # type: ignore[no-any-return]
+    if not Path(model).is_dir():
+        raise typer.BadParameter("a text file needs the tokenizer of a Hugging Face directory")
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    count = min(sequences, len(ids) // length)
+    if count == 0:
+        raise typer.BadParameter(f"{source} has {len(ids)} tokens, fewer than one sequence")
+    if count < sequences:
+        typer.secho(f"{source} gives {count} sequences, not {sequences}", err=True, fg="yellow")
+    return [{"input_ids": part} for part in ids[: count * length].view(count, length).split(2)]
+
+
+def _resolve(source: str, option: str) -> Any:
+    """``module:function`` or ``file.py:function``."""
+    place, colon, name = source.rpartition(":")
+    if not colon:
+        raise typer.BadParameter(
+            f"{option} {source!r} is neither an existing directory or file nor module:function"
+        )
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(place)
+        return getattr(module, name)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise typer.BadParameter(f"{option} {source!r}: {error}") from error
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise typer.BadParameter("this needs transformers: pip install 'fxcompress[hf]'") from error
+
+
+def _copy_tokenizer(model: str, out: Path) -> None:
+    if Path(model).is_dir() and (Path(model) / "tokenizer_config.json").exists():
+        _transformers().AutoTokenizer.from_pretrained(model).save_pretrained(out)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    if issubclass(category, FxcompressWarning):
+        typer.secho(f"warning: {message}", err=True, fg="yellow")
+
+
+if __name__ == "__main__":
+    main()

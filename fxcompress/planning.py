@@ -1,0 +1,177 @@
+"""From spectra to a plan: the budget is solved, and every decision written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from fxcompress.analysis import Analysis
+from fxcompress.budget import Allocation, allocate, allocate_uniform
+from fxcompress.errors import BudgetError
+from fxcompress.graph.operator import Operator
+from fxcompress.metric import METRICS
+from fxcompress.plan import ZERO, BudgetOutcome, NodeSummary, Plan, SitePlan, Size, Unmatched
+from fxcompress.report.progress import Progress
+from fxcompress.sites import Site
+
+
+def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
+    tick = show.stage("budget", None)
+    rules = analysis.rules.rules
+    budget = rules.budget
+    unit = budget.unit
+    candidates = [
+        site.candidate(analysis.spectra[site.name], unit, excluded.get(site.name, frozenset()))
+        for site in analysis.sites
+    ]
+    dense = sum(candidate.dense_cost for candidate in candidates)
+    whole = float(getattr(analysis.size, unit))
+    limit = budget.keep * (dense if budget.of == "matched" else whole)
+    if budget.of == "model":
+        limit -= whole - dense
+    allocation = _allocate(candidates, limit, rules.solver.allocation, budget.of, unit, whole)
+    sites = tuple(_site_plan(site, analysis, allocation, excluded) for site in analysis.sites)
+    saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
+    glob = rules.solver.allocation == "global"
+    planned = Plan(
+        model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
+        rules=analysis.rules.filename,
+        metric=rules.metric.kind,
+        loss_unit=METRICS[rules.metric.kind].unit,
+        calibration={
+            "batches": analysis.calibration.batches,
+            "predictions": analysis.calibration.predictions,
+            "output": analysis.calibration.kind,
+            "seed": rules.metric.seed,
+        },
+        budget=BudgetOutcome(
+            keep=budget.keep,
+            of=budget.of,
+            unit=unit,
+            allocation=rules.solver.allocation,
+            limit=limit,
+            cost=allocation.cost,
+            dense=dense,
+            multiplier=allocation.multiplier if glob else None,
+            predicted=allocation.loss,
+            bound=allocation.bound if glob else None,
+        ),
+        sites=sites,
+        unmatched=_unmatched(analysis),
+        model_before=analysis.size,
+        model_after=analysis.size - saved,
+        before=summarize(analysis.recording.operators),
+    )
+    tick()
+    return planned
+
+
+def _allocate(
+    candidates: Sequence[Candidate], limit: float, allocation: str, of: str, unit: str, whole: float
+) -> Allocation:
+    solve = allocate if allocation == "global" else allocate_uniform
+    try:
+        if limit < 0:
+            raise BudgetError("even with every matched operator removed the rest is over it")
+        return solve(candidates, limit)
+    except BudgetError as error:
+        dense = sum(candidate.dense_cost for candidate in candidates)
+        raise BudgetError(
+            f"the budget cannot be met, in {unit} of the matched operators ({dense:,.0f} now"
+            + (f", of {whole:,.0f} in the model; budget of: model" if of == "model" else "")
+            + f"): {error}"
+        ) from error
+
+
+def _site_plan(
+    site: Site,
+    analysis: Analysis,
+    allocation: Allocation,
+    excluded: Mapping[str, frozenset[str]],
+) -> SitePlan:
+    choice = allocation.choices[site.name]
+    spectrum = analysis.spectra[site.name]
+    squares = spectrum.sigma.square()
+    total = float(squares.sum())
+    before = site.dense_size()
+    dense = choice.form is None or choice.rank is None
+    rank = None if dense else choice.rank
+    shown = np.linspace(0, len(squares) - 1, min(64, len(squares))).round().astype(int)
+    return SitePlan(
+        name=site.name,
+        weight=site.weight,
+        op=site.op,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        bias=site.shape.bias,
+        dtype=str(site.shape.dtype).removeprefix("torch."),
+        calls=site.calls,
+        rule=site.match.rule_id,
+        location=site.match.location,
+        forms=site.match.forms,
+        form=choice.form,
+        rank=rank,
+        predicted=choice.loss,
+        energy=1.0 if dense or total == 0 else float(squares[:rank].sum()) / total,
+        before=before,
+        after=before if dense else site.size(choice.form, choice.rank),  # type: ignore[arg-type]
+        reason=_dense_reason(site, excluded.get(site.name, frozenset())) if dense else "",
+        spectrum=tuple(spectrum.sigma[shown].tolist()),
+    )
+
+
+def _dense_reason(site: Site, excluded: frozenset[str]) -> str:
+    if excluded.issuperset(site.match.forms):
+        return f"no form worked: {', '.join(sorted(excluded))} given up"
+    m, n = site.out_features, site.in_features
+    if "pivoted" in site.match.forms:
+        return f"left dense by the budget: every rank below {min(m, n)} loses more than it saves"
+    return (
+        f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
+        "loses more than that is worth"
+    )
+
+
+def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
+    """Operators with a weight that stay as they are, each with the nearest reason."""
+    matched = {site.weight for site in analysis.sites}
+    reasons = {miss.operator: miss.reason for miss in analysis.matched.misses}
+    for kept in analysis.matched.protected:
+        reasons[kept.operators[0]] = f"kept dense by rule {kept.rule_id} ({kept.location})"
+    weights = analysis.recording.weights
+    seen: set[str] = set()
+    out = []
+    for operator in analysis.recording.operators:
+        weight = operator.weight
+        if weight is None or weight in matched or weight in seen:
+            continue
+        if len(weights[weight].shape) < 2:
+            continue  # norms and other vectors: nothing to factorize
+        seen.add(weight)
+        shape = weights[weight].shape
+        if operator.op == "linear":  # (out x in), whichever way it is stored
+            shape = tuple(int(operator.attributes[k]) for k in ("out_features", "in_features"))  # type: ignore[arg-type]
+        out.append(
+            Unmatched(
+                name=operator.path or weight,
+                op=operator.op,
+                weight=weight,
+                shape=shape,
+                parameters=math.prod(shape),
+                reason=reasons.get(operator.name, f"no rule is about operator {operator.op}"),
+            )
+        )
+    return tuple(out)
+
+
+def sum_sizes(sizes: Iterable[Size]) -> Size:
+    return sum(sizes, ZERO)
+
+
+def summarize(operators: Iterable[Operator]) -> tuple[NodeSummary, ...]:
+    return tuple(
+        NodeSummary(name=o.name, op=o.op, path=o.path, inputs=o.inputs, shape=o.shape)
+        for o in operators
+    )

@@ -1,0 +1,78 @@
+"""The plan as a table: what ``print(plan)`` shows."""
+
+from __future__ import annotations
+
+from fxcompress.plan import Plan
+from fxcompress.report.diff import group_title, ranks_of, unchanged_lines
+from fxcompress.report.fold import Row, fold_blocks
+from fxcompress.report.quantities import loss, loss_label, span, sparkline
+from fxcompress.report.summary import (
+    budget_lines,
+    model_name,
+    predicted_line,
+    rewritten_text,
+    totals_lines,
+)
+from fxcompress.report.unchanged import site_text, unchanged
+
+BARS = 12
+"""Bars of a sparkline here at most, so that a line keeps to 100 columns."""
+
+
+def plan_table(plan: Plan) -> str:
+    """The budget, the totals, and one line for alike sites.
+
+    ::
+
+        plan for LlamaForCausalLM: rules decoder.yaml, metric kfac
+        210 of 211 linear operators to be rewritten
+        ...
+        site                operator          form      kept          KL               rank
+        model.layers.{0..29}.mlp                            30 alike
+          up_proj           linear 576→1536   pivoted   23.1%..44.8%  0.0004..0.0031   96..208 ▄▅█▇
+    """
+    head = [
+        f"plan for {model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
+        rewritten_text(plan),
+    ]
+    if plan.calibration:
+        facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
+        head.append(f"calibration: {facts}")
+    sections = [head, [*budget_lines(plan), predicted_line(plan)], totals_lines(plan)]
+    groups = fold_blocks(plan.rewritten)
+    if groups:
+        label = loss_label(plan.loss_unit)
+        lines = [_columns("site", "operator", "form", "kept", label, "rank")]
+        for group in groups:
+            lines += [*group_title(group), *(_row(row) for row in group.rows)]
+        sections.append(lines)
+    rest = unchanged(plan)
+    if rest:
+        sections.append(["unchanged:", *unchanged_lines(rest)])
+    if plan.warnings:
+        sections.append(["warnings:", *(f"  {warning}" for warning in plan.warnings)])
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _row(row: Row) -> str:
+    site = row.sites[0]
+    name = row.name or "(itself)"
+    ranks = ranks_of(row.sites)
+    text = span(ranks, "{:.0f}".format)
+    kept = [
+        100 * one.after.parameters / one.before.parameters
+        for one in row.sites
+        if one.before.parameters
+    ]
+    return _columns(
+        f"  {name}" + (f" ({row.per_block} alike)" if row.per_block > 1 else ""),
+        site_text(site),
+        str(site.form),
+        span(kept, "{:.1f}%".format) if kept else "-",
+        span((one.predicted for one in row.sites), loss),
+        text if min(ranks) == max(ranks) else f"{text} {sparkline(ranks, BARS)}",
+    )
+
+
+def _columns(name: str, what: str, form: str, kept: str, predicted: str, rank: str) -> str:
+    return f"{name:17} {what:17} {form:9} {kept:13} {predicted:16} {rank}".rstrip()

@@ -1,0 +1,128 @@
+"""Rewrite every linear layer of a model at the highest rank, where nothing may change.
+
+The stages are called one by one, without calibration and without a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.forms import FORMS
+from fxcompress.graph.eligible import obstacle
+from fxcompress.graph.recorder import record
+from fxcompress.metric.spectrum import decompose
+from fxcompress.plan import ZERO, BudgetOutcome, Plan, SitePlan
+from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
+from fxcompress.rules import MatchResult, load_rules, match_rules
+from fxcompress.sites import Site, dense_weight, gather_sites
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A model, and the same with all its linear layers factorized."""
+
+    original: nn.Module
+    model: nn.Module
+    sites: tuple[Site, ...]
+
+
+def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tuple[Site, ...]]:
+    """What the preset ``every-linear`` finds in a prepared model."""
+    recording = record(model, [example])
+    legality = obstacle(model, recording, (Factorized,))
+    matched = match_rules(load_rules("every-linear"), recording.operators, legality)
+    return matched, gather_sites(model, recording, matched.matches)
+
+
+def rewrite(
+    model: nn.Module, example: Any, form: str = "low_rank", rank: int | None = None
+) -> Rewritten:
+    """Factorize all linear layers, at full rank unless a rank is given."""
+    work = prepared(model)
+    _, sites = match_every_linear(work, example)
+    bodies = {site.name: body_of(work.get_submodule(site.name), site, form, rank) for site in sites}
+    rewritten = skeleton(model)
+    apply_plan(rewritten, plan_for(sites, form, rank), bodies)
+    return Rewritten(model, own_parameters(rewritten, model), sites)
+
+
+def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -> fx.GraphModule:
+    """A filled body for a linear module, decomposed in a random metric."""
+    spectrum = decompose(
+        dense_weight(module),
+        random_spd(site.in_features),
+        random_spd(site.out_features),
+        damping=(0.0, 0.0),
+    )
+    rank = rank or site.shape.full_rank
+    body = FORMS[form].empty(site.shape, rank)
+    bias: Any = getattr(module, "bias", None)
+    FORMS[form].fill(body, spectrum.left[:, :rank], spectrum.right[:rank], bias)
+    return body
+
+
+def random_spd(size: int) -> Tensor:
+    """Symmetric, positive definite, with a condition number of at most 100."""
+    basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+    return (basis * torch.logspace(-2, 0, size, dtype=torch.float64)) @ basis.T
+
+
+def plan_for(sites: tuple[Site, ...], form: str, rank: int | None = None) -> Plan:
+    """A plan that says no more than what is needed to carry it out."""
+    return Plan(
+        model_class="",
+        rules="every-linear.yaml",
+        metric="euclidean",
+        loss_unit="",
+        calibration={},
+        budget=BudgetOutcome(
+            keep=1, of="matched", unit="parameters", allocation="global", limit=0, cost=0,
+            dense=0, multiplier=None, predicted=0, bound=None,
+        ),
+        sites=tuple(
+            SitePlan(
+                name=site.name, weight=site.weight, op=site.op, in_features=site.in_features,
+                out_features=site.out_features, bias=site.shape.bias, dtype="float32",
+                calls=site.calls, rule="every-linear", location="every-linear.yaml:13",
+                forms=(form,), form=form, rank=rank or site.shape.full_rank, predicted=0,
+                energy=1, before=ZERO, after=ZERO,
+            )
+            for site in sites
+        ),
+        unmatched=(),
+        model_before=ZERO,
+        model_after=ZERO,
+    )  # fmt: skip
+
+
+def factorized(model: nn.Module) -> dict[str, Factorized]:
+    """The rewritten layers of a model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Factorized)}
+
+
+@contextmanager
+def counted_calls(model: nn.Module) -> Iterator[dict[str, int]]:
+    """How often the body of each rewritten layer runs.
+
+    Not counted by forward hooks: ``nn.TransformerEncoderLayer`` leaves its fast path for a
+    module with hooks, which is just what must not be disturbed.
+    """
+    names = {id(module.body): name for name, module in factorized(model).items()}
+    counts = dict.fromkeys(names.values(), 0)
+    forward = Factorized.forward
+
+    def counting(self: Factorized, *args: Any, **kwargs: Any) -> Tensor:
+        counts[names[id(self.body)]] += 1
+        return forward(self, *args, **kwargs)
+
+    Factorized.forward = counting  # type: ignore[method-assign]
+    try:
+        yield counts
+    finally:
+        Factorized.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,331 @@
+"""The data pass against dense float64 references: one gradient per prediction, by autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxcompress.errors import CalibrationError
+from fxcompress.metric import METRICS, calibrate
+from fxcompress.metric.metric import Metric
+from fxcompress.metric.moments import GramSum
+from fxcompress.metric.output import sampled_gradient
+
+ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    in_features: int
+    out_features: int
+    source: str
+    calls: int = 1
+
+
+def target(model: nn.Module, name: str, source: str | None = None, calls: int = 1) -> Target:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return Target(name, linear.in_features, linear.out_features, source or name, calls)
+
+
+class Classifier(nn.Module):
+    """Two layers and an in-place activation; positions are mixed, so gradients are not local."""
+
+    def __init__(self, n: int = 5, hidden: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(n, hidden)
+        self.second = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh_()
+        if h.dim() == 3:
+            h = h + 0.5 * h.cumsum(1)
+        return self.second(h)
+
+
+def model_and_data(*shape: int, seed: int = 0) -> tuple[Classifier, list[Tensor]]:
+    torch.manual_seed(seed)
+    model = Classifier(shape[-1]).double()
+    return model, [torch.randn(*shape, dtype=torch.float64) for _ in range(3)]
+
+
+def reference(
+    model: nn.Module, names: list[str], batches: list[Tensor], seed: int
+) -> dict[str, Any]:
+    """A, G and the mean-square weight gradient per row, from autograd, label by label."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in names}
+    squares = {name: torch.zeros(1, dtype=torch.float64) for name in names}
+    predictions = 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(batch)
+            p = logits.float().softmax(-1)
+            flat = p.reshape(-1, p.shape[-1])
+            labels = torch.multinomial(flat, 1, generator=generator).view(p.shape[:-1])
+        predictions += labels.numel()
+        for sample, y in zip(batch, labels, strict=True):
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def keep(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
+                def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+                    out = out.clone()
+                    out.retain_grad()
+                    seen[name] = (args[0].detach(), out)
+                    return out.clone()
+
+                return hook
+
+            handles = [
+                model.get_submodule(name).register_forward_hook(keep(name, seen)) for name in names
+            ]
+            model.zero_grad()
+            logits = model(sample[None])
+            F.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), y.reshape(-1), reduction="sum"
+            ).backward()
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                a, out = seen[name]
+                assert out.grad is not None
+                rows[name].append(a.reshape(-1, a.shape[-1]))
+                gradients[name].append(out.grad.reshape(-1, out.shape[-1]))
+                weight = model.get_submodule(name).weight
+                assert isinstance(weight.grad, Tensor)
+                squares[name] = squares[name] + weight.grad.square().mean(1)
+    result = {}
+    for name in names:
+        a, g = torch.cat(rows[name]), torch.cat(gradients[name])
+        result[name] = (a.T @ a / len(a), g.T @ g / predictions, squares[name] / predictions)
+    return result
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 7, 5), (1, 1, 5), (2, 3, 40)])
+def test_moments_equal_autograd_label_by_label(shape: tuple[int, ...]) -> None:
+    model, batches = model_and_data(*shape)
+    names = ["first", "second"]
+    expected = reference(model, names, batches, seed=3)
+    found = calibrate(model, [target(model, name) for name in names], batches, ALL, seed=3)
+    assert found.kind == "categorical"
+    assert found.predictions == 3 * batches[0].numel() // shape[-1]
+    for name in names:
+        a, g, w = expected[name]
+        # The labels come from float32 probabilities on both sides; all else is float64, but for
+        # the probabilities themselves, which enter the gradient rounded to float32.
+        torch.testing.assert_close(found.moments[name].input, a, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            found.moments[name].output, g, rtol=0, atol=2e-6 * float(g.max())
+        )
+        torch.testing.assert_close(
+            found.moments[name].weight, w, rtol=0, atol=2e-6 * float(w.max())
+        )
+
+
+def test_a_weight_used_twice_is_summed_before_squaring() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.core(torch.tanh(self.core(x))))
+
+    torch.manual_seed(0)
+    model = Twice().double()
+    batch = torch.randn(5, 2, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        p = model(batch).float().softmax(-1).reshape(-1, 3)
+    labels = torch.multinomial(p, 1, generator=generator).view(5, 2)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for sample, y in zip(batch, labels, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(sample[None])[0], y, reduction="sum").backward()
+        assert model.core.weight.grad is not None
+        expected += model.core.weight.grad.square().mean(1)
+    model.zero_grad()
+    found = calibrate(model, [target(model, "core", calls=2)], [batch], METRICS["diagonal"], seed=0)
+    moment = found.moments["core"].weight
+    torch.testing.assert_close(moment, expected / 10, rtol=0, atol=2e-6 * float(expected.max()))
+
+
+def test_labels_are_drawn_from_the_model() -> None:
+    """E[g gᵀ] over draws is the Fisher of the softmax, diag(p) - p pᵀ."""
+    torch.manual_seed(0)
+    logits = torch.tensor([[1.0, -0.5, 0.2, 2.0]]).repeat(200_000, 1)
+    start = sampled_gradient(logits, "auto", None, torch.Generator().manual_seed(1))
+    p = logits[0].softmax(-1).double()
+    g = start.gradient.double()
+    exact = torch.diag(p) - torch.outer(p, p)
+    # Entries are means of 200,000 variables of magnitude at most 1: five standard errors.
+    assert float((g.T @ g / len(g) - exact).abs().max()) < 5 / 200_000**0.5
+    assert float((g.T @ g / len(g) - exact).abs().max()) > 0  # sampled, not exact
+
+
+def test_sampled_gradient_of_the_other_families() -> None:
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(50_000, 2, generator=generator)
+    gaussian = sampled_gradient(f, "gaussian", None, generator).gradient.double()
+    cov = gaussian.T @ gaussian / len(gaussian)
+    assert float((cov - torch.eye(2)).abs().max()) < 5 * 2**0.5 / 50_000**0.5
+    constant = torch.full((50_000, 1), 0.7)
+    bernoulli = sampled_gradient(constant, "bernoulli", None, generator).gradient.double()
+    p = float(constant[0].sigmoid())
+    assert abs(float(bernoulli.square().mean()) - p * (1 - p)) < 5 * 0.5 / 50_000**0.5
+    assert abs(float(bernoulli.mean())) < 5 * 0.5 / 50_000**0.5
+
+
+def test_same_seed_same_moments_other_seed_others() -> None:
+    model, batches = model_and_data(4, 7, 5)
+    sites = [target(model, "first")]
+    runs = [calibrate(model, sites, batches, METRICS["kfac"], seed=s) for s in (0, 0, 1)]
+    first, again, other = (run.moments["first"].output for run in runs)
+    assert first is not None
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sites_with_one_input_share_one_gram() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(5, 4), "k": nn.Linear(5, 3)}).double()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.layers["q"](x), self.layers["k"](x)], -1)
+
+    both = Both()
+    sites = [target(both, "layers.q", "x"), target(both, "layers.k", "x")]
+    batch = torch.randn(6, 5, dtype=torch.float64)
+    found = calibrate(both, sites, [batch], METRICS["kfac"])
+    assert found.moments["layers.q"].input is found.moments["layers.k"].input
+    torch.testing.assert_close(found.moments["layers.q"].input, batch.T @ batch / 6)
+
+
+def test_sharing_that_does_not_hold_on_a_batch_is_an_error() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x if len(x) == 2 else x + 1)
+
+    model = Sometimes()
+    sites = [target(model, "q", "x"), target(model, "k", "x")]
+    calibrate(model, sites, [torch.randn(2, 4)], METRICS["kfac"])
+    with pytest.raises(CalibrationError, match="k shared its input .* batch 1"):
+        calibrate(model, sites, [torch.randn(2, 4), torch.randn(3, 4)], METRICS["kfac"])
+
+
+def test_padding_makes_no_prediction_and_no_position() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Masked().double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = calibrate(
+        model, [target(model, "head")], [{"x": x, "attention_mask": mask}], METRICS["kfac"]
+    )
+    assert found.predictions == 8
+    real = x[mask.bool()]
+    torch.testing.assert_close(found.moments["head"].input, real.T @ real / 8)
+
+
+def test_a_user_loss_replaces_the_sampled_labels() -> None:
+    model, (batch, *_) = model_and_data(6, 5)
+    labels = torch.arange(6) % 3
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(output, batch[1], reduction="none")
+
+    found = calibrate(
+        model,
+        [target(model, "second")],
+        [(batch, labels)],
+        METRICS["kfac"],
+        loss=loss,
+        forward=lambda model, pair: model(pair[0]),
+    )
+    g = model(batch).detach().softmax(-1) - F.one_hot(labels, 3)
+    torch.testing.assert_close(found.moments["second"].output, g.T @ g / 6)
+    with pytest.raises(CalibrationError, match="one value per prediction"):
+        calibrate(
+            model, [target(model, "second")], [batch], METRICS["kfac"],
+            loss=lambda output, batch: output.sum(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("features", [3, 256, 300, 513])
+def test_gram_sum_equals_the_full_product(features: int) -> None:
+    x = torch.randn(40, features, dtype=torch.float64)
+    gram = GramSum(features, torch.device("cpu"))
+    for part in x.split(15):
+        gram.add(part)
+    torch.testing.assert_close(gram.finish(40), x.T @ x / 40, rtol=1e-12, atol=1e-14)
+
+
+def test_half_precision_rows_are_summed_in_float64() -> None:
+    """2,048 equal products of 1 exceed what bfloat16 can count: it would stop at 256."""
+    gram = GramSum(2, torch.device("cpu"))
+    for _ in range(64):
+        gram.add(torch.ones(32, 2, dtype=torch.bfloat16))
+    assert gram.finish(1)[0, 1] == 2048
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, batches = model_and_data(4, 7, 5)
+    model.first.weight.requires_grad_(False)
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    calibrate(model, [target(model, "first")], batches, ALL)
+    assert model.training
+    assert model.second.training
+    assert not model.first.weight.requires_grad
+    assert model.second.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_errors_name_the_place_and_the_remedy() -> None:
+    model, batches = model_and_data(4, 7, 5)
+    sites = [target(model, "first")]
+    kfac = METRICS["kfac"]
+    with pytest.raises(CalibrationError, match="empty or exhausted"):
+        calibrate(model, sites, iter([]), kfac)
+    with pytest.raises(CalibrationError, match=r"rejected calibration batch 1: .*\n.*forward="):
+        calibrate(model, sites, [batches[0], torch.randn(2, 3).double()], kfac)
+    poisoned = batches[1].clone()
+    poisoned[0, 0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="input of first .* calibration batch 1"):
+        calibrate(model, sites, [batches[0], poisoned], kfac)
+    with pytest.raises(CalibrationError, match="no gradient reaches"):
+        calibrate(model, sites, batches, kfac, forward=lambda m, b: m(b).detach())
+
+    class Skips(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[..., :3]
+
+    skips = Skips().double()
+    with pytest.raises(CalibrationError, match="no calibration data reached first"):
+        calibrate(skips, sites, [batches[0]], METRICS["activation"])
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,195 @@
+"""Spectra and predicted losses against the dense quadratic form, degenerate metrics included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress.metric import METRICS, Moments, Spectrum, calibrate, decompose
+from fxcompress.metric.whiten import whitener
+from tests.metric.test_moments import target
+
+DAMPING = (1e-3, 1e-1)
+SHAPES = [(4, 7), (7, 4), (5, 5), (1, 6), (6, 1)]
+
+
+def gram(size: int, rank: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rank, size, generator=generator, dtype=torch.float64)
+    return x.T @ x / rank
+
+
+FACTORS = {
+    "well-posed": lambda d: gram(d, 4 * d, 1),
+    "fewer samples than channels": lambda d: gram(d, max(1, d // 2), 2),
+    "dead channels": lambda d: gram(d, 4 * d, 3) * (torch.arange(d) % 2).outer(torch.arange(d) % 2),
+    "constant input": lambda d: torch.ones(d, d, dtype=torch.float64),
+    "huge range": lambda d: torch.diag(10.0 ** -torch.arange(0, 2 * d, 2, dtype=torch.float64)),
+    "zero": lambda d: torch.zeros(d, d, dtype=torch.float64),
+}
+
+
+def damped(factor: Tensor, damping: float) -> Tensor:
+    return factor + damping * factor.diagonal().mean() * torch.eye(len(factor), dtype=torch.float64)
+
+
+def quadratic(delta: Tensor, a: Tensor, g: Tensor) -> float:
+    """½ vec(Δ)ᵀ (A ⊗ G) vec(Δ), with the Kronecker product written out."""
+    v = delta.T.reshape(-1)
+    return 0.5 * float(v @ torch.kron(a, g) @ v)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("output", FACTORS)
+@pytest.mark.parametrize("input_", FACTORS)
+def test_every_rank_against_the_dense_quadratic_form(
+    shape: tuple[int, int], input_: str, output: str
+) -> None:
+    m, n = shape
+    torch.manual_seed(0)
+    w = torch.randn(m, n, dtype=torch.float64)
+    a, g = FACTORS[input_](n), FACTORS[output](m)
+    spectrum = decompose(w, a, g, damping=DAMPING)
+    assert spectrum.sigma.isfinite().all()
+    assert (spectrum.sigma.diff() <= 0).all()
+    # Full rank reproduces the weight, whatever the metric.
+    torch.testing.assert_close(spectrum.left @ spectrum.right, w, rtol=0, atol=1e-10)
+    losses = spectrum.loss()
+    a, g = damped(a, DAMPING[0]), damped(g, DAMPING[1])
+    for rank in range(min(m, n) + 1):
+        delta = w - spectrum.left[:, :rank] @ spectrum.right[:rank]
+        dense = quadratic(delta, a, g)
+        assert float(losses[rank]) == pytest.approx(dense, rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_truncation_is_optimal(shape: tuple[int, int]) -> None:
+    """No other matrix of the rank comes closer: checked against alternating least squares from
+    random starts, which descend to the optimum in the metric."""
+    m, n = shape
+    w, a, g = torch.randn(m, n).double(), damped(gram(n, 9, 1), 1e-3), damped(gram(m, 9, 2), 1e-1)
+    spectrum = decompose(w, gram(n, 9, 1), gram(m, 9, 2), damping=DAMPING)
+    for rank in range(1, min(m, n)):
+        best = float(spectrum.loss()[rank])
+        for start in range(3):
+            torch.manual_seed(start)
+            left = torch.randn(m, rank, dtype=torch.float64)
+            for _ in range(200):
+                right = torch.linalg.solve(left.T @ g @ left, left.T @ g @ w)
+                left = torch.linalg.solve(right @ a @ right.T, right @ a @ w.T).T
+            assert quadratic(w - left @ right, a, g) >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12])
+def test_without_damping_a_singular_factor_still_works(damping: float) -> None:
+    w = torch.randn(5, 6, dtype=torch.float64)
+    a, g = gram(6, 2, 0), gram(5, 3, 0)
+    spectrum = decompose(w, a, g, damping=(damping, damping))
+    # Rank 2 inputs and rank 3 gradients: beyond rank 2 nothing is left to lose.
+    assert float(spectrum.loss()[2]) < 1e-6 * float(spectrum.loss()[0])
+    delta = w - spectrum.left[:, :2] @ spectrum.right[:2]
+    assert quadratic(delta, a, g) < 1e-6 * quadratic(w, a, g)
+    torch.testing.assert_close(spectrum.left @ spectrum.right, w, rtol=0, atol=1e-4)
+
+
+def test_cholesky_and_symmetric_roots_give_the_same_truncation() -> None:
+    w, a = torch.randn(6, 8).double(), gram(8, 20, 0)
+    from fxcompress.metric.spectrum import decompose_whitened
+    from fxcompress.metric.whiten import Whitener
+
+    values, vectors = torch.linalg.eigh(damped(a, 1e-3))
+    symmetric = (vectors * values.sqrt()) @ vectors.T
+    by_root = decompose_whitened(
+        w, Whitener(root=(symmetric, torch.linalg.inv(symmetric).T)), whitener(None, 0)
+    )
+    by_cholesky = decompose(w, a, None, damping=DAMPING)
+    torch.testing.assert_close(by_root.sigma, by_cholesky.sigma)
+    torch.testing.assert_close(
+        by_root.left[:, :3] @ by_root.right[:3], by_cholesky.left[:, :3] @ by_cholesky.right[:3]
+    )
+
+
+def test_squaring_blurs_only_what_does_not_matter() -> None:
+    """σ to 1e-8 of the largest, losses to 1e-14 of the whole, over twelve orders of magnitude."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(12, 12).double()).Q for _ in range(2))
+    sigma = 10.0 ** -torch.arange(12, dtype=torch.float64)
+    w = (u * sigma) @ v.T
+    spectrum = decompose(w, None, None, damping=DAMPING)
+    torch.testing.assert_close(spectrum.sigma, sigma, rtol=0, atol=1e-8)
+    for rank in range(13):
+        lost = float((w - spectrum.left[:, :rank] @ spectrum.right[:rank]).square().sum()) / 2
+        assert float(spectrum.loss()[rank]) == pytest.approx(lost, rel=1e-6, abs=1e-16)
+        assert lost == pytest.approx(float(sigma[rank:].square().sum()) / 2, rel=1e-6, abs=1e-14)
+
+
+def test_not_finite_is_an_error() -> None:
+    w = torch.randn(3, 4).double()
+    with pytest.raises(ValueError, match="weight is not finite"):
+        decompose(w * torch.nan, None, None, damping=DAMPING)
+    with pytest.raises(ValueError, match="factor is not finite"):
+        decompose(w, torch.full((4, 4), torch.inf), None, damping=DAMPING)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_factors(name: str) -> None:
+    moments = Moments(gram(4, 9, 0), gram(3, 9, 0), torch.rand(3).double())
+    a, g = METRICS[name].factors(moments)
+    expected = {
+        "euclidean": (None, None),
+        "activation": (moments.input, None),
+        "diagonal": (None, moments.weight),
+        "kfac": (moments.input, moments.output),
+    }[name]
+    assert a is expected[0]
+    assert g is expected[1]
+
+
+def exact_fisher(model: nn.Linear, x: Tensor) -> Tensor:
+    """E_x E_{y~p} ∇∇ᵀ over vec(W) (column-major), every label enumerated."""
+    m, n = model.weight.shape
+    total = torch.zeros(m * n, m * n, dtype=torch.float64)
+    for row in x:
+        p = model(row).softmax(-1).detach()
+        for label in range(m):
+            (gradient,) = torch.autograd.grad(model(row).log_softmax(-1)[label], model.weight)
+            v = gradient.T.reshape(-1)
+            total += p[label] * torch.outer(v, v)
+    return total / len(x)
+
+
+def test_kfac_is_the_exact_fisher_where_its_assumption_holds() -> None:
+    """Softmax regression on one input: A ⊗ G is the Fisher, and ½ vec(Δ)ᵀ F vec(Δ) is the KL."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(1, 4, dtype=torch.float64)
+    wrapped = nn.Sequential(model)
+    data = [x.repeat(20_000, 1)] * 10
+    found = calibrate(wrapped, [target(wrapped, "0")], data, METRICS["kfac"])
+    a, g = METRICS["kfac"].factors(found.moments["0"])
+    assert isinstance(a, Tensor)
+    assert isinstance(g, Tensor)
+    fisher = exact_fisher(model, x)
+    error = (torch.kron(a, g) - fisher).abs().max() / fisher.abs().max()
+    assert float(error) < 5 / 200_000**0.5  # sampled labels: five standard errors
+    delta = 1e-3 * torch.randn(3, 4, dtype=torch.float64)
+    p = model(x).softmax(-1)
+    q = (x @ (model.weight + delta).T).softmax(-1)
+    kl = float((p * (p / q).log()).sum().detach())
+    assert quadratic(delta, a, g) == pytest.approx(kl, rel=0.02)
+
+
+def test_diagonal_is_the_diagonal_of_the_exact_fisher() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    wrapped = nn.Sequential(model)
+    found = calibrate(wrapped, [target(wrapped, "0")], [x] * 20_000, METRICS["diagonal"])
+    rows = exact_fisher(model, x).diagonal().view(4, 3).mean(0)
+    _, w = METRICS["diagonal"].factors(found.moments["0"])
+    assert isinstance(w, Tensor)
+    assert float(((w - rows) / rows).abs().max()) < 0.03
+    spectrum: Spectrum = decompose(model.weight, None, w, damping=(0, 0))
+    weighted = model.weight * w.sqrt()[:, None]
+    torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(weighted))

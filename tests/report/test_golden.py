@@ -1,0 +1,110 @@
+"""The texts, exactly.  To accept a change: write the new text to the file and read it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fxcompress.plan import Plan
+from fxcompress.report import diff_plan
+from tests.report.plans import llama, plan, site, unmatched
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def a_site_left_dense() -> Plan:
+    return llama(
+        dense=["model.layers.3.self_attn.k_proj", "model.layers.7.self_attn.k_proj"], rewritten=True
+    )
+
+
+def gpt2() -> Plan:
+    """Two blocks with biases, ``low_rank``, uniform ranks, and a loss that is not in nats."""
+    reason = "no rule is about operator embedding"
+    wte = unmatched("transformer.wte", 768, 50257, reason, op="embedding")
+    sites = []
+    for layer in range(2):
+        for child, n, m in [("attn.c_attn", 768, 2304), ("mlp.c_fc", 768, 3072)]:
+            sites.append(
+                site(
+                    f"transformer.h.{layer}.{child}",
+                    n,
+                    m,
+                    256,
+                    form="low_rank",
+                    bias=True,
+                    predicted=0.25,
+                )
+            )
+    return plan(
+        sites,
+        [wte],
+        model_class="transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel",
+        loss_unit="squared error per output",
+        uniform=True,
+        warnings=("rule down matches nothing",),
+    )
+
+
+def no_layers() -> Plan:
+    """Operators at the root, numbered ones, one that is called twice, a form without a picture."""
+    sites = [
+        site("fc1", 100, 200, 20, predicted=0.01),
+        site("fc2", 200, 10, 4, predicted=2e-6, calls=2, rule="last", location="decoder.yaml:30"),
+        site("net.0", 64, 64, 8, predicted=0.01),
+        site("net.2", 64, 64, 16, predicted=0.02),
+        site("odd", 64, 64, 16, form="joint", predicted=0.03),
+    ]
+    return plan(sites, model_class="Net", expanded=("encoder.0.self_attn", "encoder.1.self_attn"))
+
+
+def nothing_rewritten() -> Plan:
+    reasons = [f"no saving: rank {rank} ≥ break-even 418" for rank in (448, 512)]
+    sites = [
+        site(f"h.{layer}.fc", 576, 1536, None, reason=reason)
+        for layer, reason in enumerate(reasons)
+    ]
+    return plan(sites, model_class="Net", keep=1.0)
+
+
+def all_unmatched() -> Plan:
+    others = [
+        unmatched(f"h.{layer}.fc", 64, 128, 'name does not match "*.mlp.*"') for layer in (0, 1)
+    ]
+    return plan([], others, model_class="Net")
+
+
+CASES = [llama, a_site_left_dense, gpt2, no_layers, nothing_rewritten, all_unmatched]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_diff(case: Callable[[], Plan]) -> None:
+    expected = (GOLDEN / f"{case.__name__}.diff.txt").read_text("utf-8")
+    assert str(diff_plan(case())) + "\n" == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_table(case: Callable[[], Plan]) -> None:
+    expected = (GOLDEN / f"{case.__name__}.table.txt").read_text("utf-8")
+    assert str(case()) + "\n" == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_texts_hold_no_timings(case: Callable[[], Plan]) -> None:
+    slow = case().model_copy(update={"seconds": {"calibrate": 1234.5, "record": 6.7}})
+    assert str(diff_plan(slow)) == str(diff_plan(case()))
+    assert str(slow) == str(case())
+
+
+def test_one_rank_that_changes_leaves_other_lines_as_they_are() -> None:
+    """What makes a diff of diffs readable."""
+    before = llama()
+    sites = list(before.sites)
+    changed = sites[4]
+    assert changed.rank is not None
+    sites[4] = changed.model_copy(update={"rank": 7})
+    after = before.model_copy(update={"sites": tuple(sites)})
+    texts = [str(diff_plan(one)).splitlines() for one in (before, after)]
+    differing = [old for old, new in zip(*texts, strict=True) if old != new]
+    assert len(differing) == 1
+    assert differing[0].startswith("+ gate_proj.pivot")

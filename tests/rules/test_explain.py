@@ -1,0 +1,105 @@
+"""The explanation's text, its JSON, and the folding of paths."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxcompress.rules import Explanation, match_rules, parse_rules
+from fxcompress.rules.folding import fold_paths
+from fxcompress.rules.globs import expand
+from fxcompress.rules.result import MatchResult
+from tests.rules.graphs import decoder
+
+TEXT = """\
+budget: {keep: 0.8}
+rules:
+  - id: mlp
+    match: {node: {op: linear, as: fc, name: "*.mlp.*"}}
+    unless: [{name: "*.layers.0.*"}]
+    rewrite: {form: pivoted}
+  - id: wide
+    priority: 1
+    match: {node: {op: linear, as: fc}}
+    unless: [{shares_weight_with: embedding}]
+    where: ["fc.out_features > 512", fc.bias]
+    rewrite: none
+  - id: attention
+    match: {node: {op: linear, as: fc, name: "*.self_attn.*"}}
+    where: [fc.out_features >= 256]
+    rewrite: {form: pivoted}
+"""
+
+
+def result() -> MatchResult:
+    loaded = parse_rules(TEXT, "rules.yaml")
+    return match_rules(
+        loaded, decoder(4), lambda operator: "frozen" if ".1." in operator.path else None
+    )
+
+
+def test_text() -> None:
+    golden = Path(__file__).parent / "golden" / "explain.txt"
+    assert f"{Explanation.of(result())}\n" == golden.read_text(encoding="utf-8")
+
+
+def test_the_plan_adds_a_last_step() -> None:
+    outcomes = {"model.layers.3.self_attn.o_proj.weight": "no saving: rank 448 ≥ break-even 418"}
+    lines = str(Explanation.of(result(), outcomes, rule="attention")).splitlines()
+    assert lines[1] == "29 linear → 16 name → 16 unless → 8 where → 6 legal → 5 rewritten"
+    assert lines[2].startswith("near miss  model.layers.3.self_attn.o_proj ")
+    assert " no saving: rank 448 ≥ break-even 418 " in lines[2]
+    assert lines[3].startswith("rejected   model.layers.1.self_attn.{q_proj,o_proj} (2) ")
+
+
+def test_an_overlap_shows_before_the_last_step() -> None:
+    text = str(Explanation.of(result(), {}, rule="mlp"))
+    assert text.splitlines()[1].endswith("6 legal → 0 kept")
+
+
+def test_json() -> None:
+    document = json.loads(Explanation.of(result(), {}).to_json())
+    mlp = document["rules"][0]
+    assert mlp["rule"] == "mlp"
+    assert mlp["funnel"]["legal"] == 6
+    assert mlp["near_misses"][0]["sites"] == 6
+    assert mlp["near_misses"][0]["step"] == "protected"
+    assert document["problems"][0].startswith("rules.yaml:3 warning[no-match]")
+
+
+def test_unknown_rule() -> None:
+    with pytest.raises(KeyError):
+        Explanation.of(result(), rule="nope")
+
+
+def test_folding() -> None:
+    paths = [f"h.{i}.{n}" for i in (0, 1, 2, 3, 7, 9, 10) for n in ("q", "k")]
+    assert fold_paths([*paths, "lm_head", "a.b"]) == (
+        ("h.{0..3,7,9,10}.{q,k}", 14),
+        ("lm_head", 1),
+        ("a.b", 1),
+    )
+    assert fold_paths(["h.0.q", "h.1.q", "h.1.k"]) == (("h.{0,1}.q", 2), ("h.1.k", 1))
+    assert fold_paths([]) == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from("qkv")), max_size=12))
+def test_folding_loses_and_invents_nothing(parts: list[tuple[int, str]]) -> None:
+    paths = [f"h.{number}.{word}" for number, word in parts]
+    random.Random(0).shuffle(paths)
+    seen: list[str] = []
+    for folded, count in fold_paths(paths):
+        numbered = folded
+        for low in range(5):
+            for high in range(low + 2, 5):
+                whole = ",".join(map(str, range(low, high + 1)))
+                numbered = numbered.replace(f"{low}..{high}", whole)
+        found = list(expand(numbered))
+        assert count % len(found) == 0
+        seen += found * (count // len(found))
+    assert sorted(seen) == sorted(paths)

@@ -1,0 +1,97 @@
+"""Loading: presets, files, Python values, and locations."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fxcompress.rules import Budget, RuleSet, json_schema, load_rules, parse_rules, preset_names
+
+TEXT = """\
+version: 1
+budget: {keep: 0.8}
+metric: {damping: {input: 1.0e-3}}
+
+rules:
+  - id: mlp
+    match: {node: {op: linear, as: fc, name: "*.mlp.*"}}
+    unless:
+      - name: "*.0.*"
+      - shares_weight_with: embedding
+    where: ["fc.in_features >= 256", fc.bias]
+    rewrite: {form: pivoted}
+  - id: convs
+    match: {node: {op: conv2d, as: c, kernel_size: [3, 3]}}
+    rewrite: none
+"""
+
+
+def test_locations() -> None:
+    loaded = parse_rules(TEXT, "dir/rules.yaml")
+    assert loaded.location("mlp") == "dir/rules.yaml:6"
+    assert loaded.location("convs") == "dir/rules.yaml:13"
+    assert loaded.location("mlp", "where", 0) == "dir/rules.yaml:11:13"
+    assert loaded.location("mlp", "where", 1) == "dir/rules.yaml:11:38"
+    assert loaded.location("mlp", "unless", 1) == "dir/rules.yaml:10:9"
+    assert loaded.location("mlp", "match", "node", "name") == "dir/rules.yaml:7:46"
+    with pytest.raises(KeyError):
+        loaded.location("nope")
+
+
+def test_values() -> None:
+    rules = parse_rules(TEXT, "r").rules
+    mlp, convs = rules.rules
+    assert (rules.budget.keep, rules.budget.of, rules.budget.unit) == (0.8, "matched", "parameters")
+    assert rules.metric.damping.output == 0.1
+    assert mlp.match.alternatives[0].name == ("*.mlp.*",)
+    assert convs.match.alternatives[0].attributes == {"kernel_size": (3, 3)}
+    assert convs.rewrite == "none"
+
+
+def test_everything_is_frozen() -> None:
+    loaded = parse_rules(TEXT, "r")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.filename = "x"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        loaded.rules.budget.keep = 0.5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        loaded.entries[()] = None  # type: ignore[index]
+
+
+def test_a_rule_set_made_in_python_is_checked_and_located() -> None:
+    made = parse_rules(TEXT, "r").rules
+    loaded = load_rules(made)
+    assert loaded.rules == made
+    assert loaded.location("mlp").startswith("<RuleSet>:")
+    assert load_rules(made.model_copy(update={"budget": Budget(keep=0.5)})).rules.budget.keep == 0.5
+
+
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    assert load_rules(path).location("convs") == f"{path}:13"
+    assert load_rules(str(path)).rules == parse_rules(TEXT, "r").rules
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load(name: str) -> None:
+    loaded = load_rules(name)
+    assert loaded.rules.budget.keep == 0.8
+    assert loaded.filename.endswith(f"{name}.yaml")
+    assert loaded.text.startswith("# ")
+
+
+def test_three_presets() -> None:
+    assert preset_names() == ("decoder", "encoder", "every-linear")
+
+
+def test_json_schema_names_what_editors_should_offer() -> None:
+    schema = json_schema()
+    node = schema["$defs"]["NodePattern"]["properties"]
+    assert {"op", "as", "name", "in_features", "kernel_size"} <= set(node)
+    assert "conv2d" in node["op"]["enum"]
+    assert schema["$defs"]["Rewrite"]["properties"]["form"]
+    assert RuleSet.model_fields.keys() == set(schema["properties"])

@@ -1,0 +1,113 @@
+"""The presets against the module names of well-known models."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxcompress.rules import load_rules, match_rules
+from tests.rules.graphs import embedding, linear
+
+DECODER = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.31.mlp.down_proj",
+    "model.language_model.layers.0.mlp.gate_proj",
+    "layers.0.self_attn.q_proj",
+    "transformer.h.0.attn.c_attn",
+    "h.11.mlp.c_fc",
+    "transformer.blocks.0.ffn.up_proj",
+    "gpt_neox.layers.0.attention.query_key_value",
+    "gpt_neox.layers.0.mlp.dense_h_to_4h",
+    "model.decoder.layers.0.fc1",
+    "decoder.block.0.layer.0.SelfAttention.q",
+    "transformer.h.0.self_attention.dense",
+]
+NOT_DECODER = [
+    "lm_head",
+    "model.lm_head",
+    "embed_out",
+    "score",
+    "model.decoder.project_in",
+    "model.layers.0.mlp.gate",
+    "model.encoder.layers.0.fc1",
+    "encoder.block.0.layer.0.SelfAttention.q",
+    "model.vision_tower.encoder.layers.0.mlp.fc1",
+    "visual.blocks.0.attn.qkv",
+]
+ENCODER = [
+    "bert.encoder.layer.0.attention.self.query",
+    "encoder.layer.0.attention.output.dense",
+    "roberta.encoder.layer.11.output.dense",
+    "distilbert.transformer.layer.0.attention.q_lin",
+    "encoder.albert_layer_groups.0.albert_layers.0.ffn",
+    "vit.encoder.layer.0.attention.attention.query",
+    "vit.layers.0.attention.q_proj",
+    "layers.0.attention.q_proj",
+    "swin.encoder.layers.0.blocks.0.attention.self.query",
+    "vision_model.encoder.layers.0.self_attn.q_proj",
+    "text_model.encoder.layers.0.mlp.fc1",
+    "wav2vec2.encoder.layers.0.attention.k_proj",
+    "model.encoder.layers.0.fc1",
+    "encoder.block.0.layer.1.DenseReluDense.wi",
+    "blocks.0.attn.qkv",
+    "model.layers.0.attn.Wqkv",
+]
+NOT_ENCODER = [
+    "bert.pooler.dense",
+    "pooler.dense",
+    "classifier",
+    "classifier.dense",
+    "classifier.out_proj",
+    "head",
+    "cls.predictions.transform.dense",
+    "qa_outputs",
+    "visual_projection",
+    "lm_head",
+    "model.decoder.layers.0.fc1",
+    "decoder.block.0.layer.0.SelfAttention.q",
+]
+
+
+def matched(preset: str, paths: list[str]) -> list[str]:
+    operators = [linear(path) for path in paths]
+    result = match_rules(load_rules(preset), operators, lambda operator: None)
+    result.check()
+    return [found.path for found in result.matches]
+
+
+@pytest.mark.parametrize(
+    ("preset", "wanted", "others"),
+    [
+        ("decoder", DECODER, NOT_DECODER),
+        ("encoder", ENCODER, NOT_ENCODER),
+        ("every-linear", DECODER + NOT_ENCODER, []),
+    ],
+)
+def test_names(preset: str, wanted: list[str], others: list[str]) -> None:
+    paths = list(dict.fromkeys(wanted + others))
+    assert matched(preset, paths) == list(dict.fromkeys(wanted))
+
+
+@pytest.mark.parametrize("preset", ["decoder", "encoder", "every-linear"])
+def test_what_is_tied_to_the_embedding_stays(preset: str) -> None:
+    tied = linear("model.layers.0.fc", weight="embed.weight")
+    operators = [embedding("embed"), tied, linear("model.layers.1.fc")]
+    result = match_rules(load_rules(preset), operators, lambda operator: None)
+    assert [found.path for found in result.matches] == ["model.layers.1.fc"]
+
+
+def test_a_bare_encoder_gives_no_warning() -> None:
+    operators = [linear("encoder.layer.0.attention.self.query")]
+    assert not match_rules(load_rules("encoder"), operators, lambda operator: None).problems
+
+
+def test_forms() -> None:
+    operators = [linear("model.layers.0.fc")]
+    forms = {
+        preset: match_rules(load_rules(preset), operators, lambda operator: None).matches[0].forms
+        for preset in ("decoder", "encoder", "every-linear")
+    }
+    assert forms == {
+        "decoder": ("pivoted",),
+        "encoder": ("pivoted",),
+        "every-linear": ("pivoted", "low_rank"),
+    }
