@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from fxcompress.analysis import Analysis
-from fxcompress.budget import Allocation, allocate, allocate_uniform
+from fxcompress.budget import Allocation, Candidate, allocate, allocate_uniform
 from fxcompress.errors import BudgetError
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS

@@ -225,7 +225,7 @@ def test_sharing_that_does_not_hold_on_a_batch_is_an_error() -> None:
     model = Sometimes()
     sites = [target(model, "q", "x"), target(model, "k", "x")]
     calibrate(model, sites, [torch.randn(2, 4)], METRICS["kfac"])
-    with pytest.raises(CalibrationError, match="k shared its input .* batch 1"):
+    with pytest.raises(CalibrationError, match=r"k shared its input .* batch 1"):
         calibrate(model, sites, [torch.randn(2, 4), torch.randn(3, 4)], METRICS["kfac"])
 
 
@@ -316,7 +316,7 @@ def test_errors_name_the_place_and_the_remedy() -> None:
         calibrate(model, sites, [batches[0], torch.randn(2, 3).double()], kfac)
     poisoned = batches[1].clone()
     poisoned[0, 0, 0] = torch.nan
-    with pytest.raises(CalibrationError, match="input of first .* calibration batch 1"):
+    with pytest.raises(CalibrationError, match=r"input of first .* calibration batch 1"):
         calibrate(model, sites, [batches[0], poisoned], kfac)
     with pytest.raises(CalibrationError, match="no gradient reaches"):
         calibrate(model, sites, batches, kfac, forward=lambda m, b: m(b).detach())
