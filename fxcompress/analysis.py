@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,16 @@ from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.metric import METRICS, Calibration, Loss, Spectrum, calibrate
+from fxcompress.metric import (
+    METRICS,
+    Calibration,
+    Factor,
+    Loss,
+    Metric,
+    Moments,
+    Spectrum,
+    calibrate,
+)
 from fxcompress.metric.spectrum import decompose_whitened
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.plan import Size
@@ -61,7 +70,7 @@ def analyse(
     show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
-    sites = gather_sites(work, recording, matched.matches)
+    sites = gather_sites(recording, matched.matches)
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
@@ -80,29 +89,56 @@ def analyse(
         output=spec.output, loss=loss, forward=forward, seed=spec.seed, tick=tick,
     )  # fmt: skip
 
-    tick = show.stage("decompose", len(sites))
-    damping = (spec.damping.input, spec.damping.output)
     moments = dict(calibrated.moments)
     calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
-    inputs: dict[int, Whitener] = {}
-    spectra = {}
-    for site in sites:
-        a, g = metric.factors(moments.pop(site.name))
-        if id(a) not in inputs:  # sites on one input share one tensor, and its root
-            inputs = {id(a): whitener(a, damping[0])}
-        weight = dense_weight(work.get_submodule(site.name))
-        outputs = whitener(g, damping[1])
-        spectra[site.name] = decompose_whitened(weight, inputs[id(a)], outputs)
-        if inputs[id(a)].null or outputs.null:
-            notes.append(
-                f"{site.name}: the calibration data gives it no influence on the output (all-zero "
-                "inputs or gradients); its predicted loss is 0 at every rank"
-            )
-        tick()
+    damping = (spec.damping.input, spec.damping.output)
+    tick = show.stage("decompose", len(sites))
+    spectra, idle = decompose_sites(work, sites, moments, metric, damping, tick)
+    notes += [
+        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
+        "gradients); its predicted loss is 0 at every rank"
+        for name in idle
+    ]
     size = _model_size(work, recording)
     return Analysis(
         work, loaded, recording, matched, sites, calibrated, spectra, examples, size, notes
     )
+
+
+def decompose_sites(
+    model: nn.Module,
+    sites: Sequence[Site],
+    moments: dict[str, Moments],
+    metric: Metric,
+    damping: tuple[float, float],
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Spectrum], list[str]]:
+    """The spectrum of every site in a metric.
+
+    Args:
+        model: has the weights.
+        sites: in graph order, so that sites on one input follow one another.
+        moments: per site name; emptied on the way, to free the memory.
+        metric: makes factors of moments.
+        damping: of the input and of the output factor.
+        tick: called after every site.
+
+    Returns:
+        Spectra by site name, and the names of sites whose factors are all zero.
+    """
+    spectra, idle = {}, []
+    shared: tuple[Factor, Whitener] | None = None
+    for site in sites:
+        a, g = metric.factors(moments.pop(site.name))
+        if shared is None or shared[0] is not a:  # sites on one input share one tensor
+            shared = (a, whitener(a, damping[0]))
+        inputs, outputs = shared[1], whitener(g, damping[1])
+        weight = dense_weight(model.get_submodule(site.name))
+        spectra[site.name] = decompose_whitened(weight, inputs, outputs)
+        if inputs.null or outputs.null:
+            idle.append(site.name)
+        tick()
+    return spectra, idle
 
 
 def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:

@@ -81,33 +81,8 @@ def compile(
     loaded = _loaded(rules, keep)
     with stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        excluded: dict[str, frozenset[str]] = {}
-        while True:
-            planned = make_plan(analysis, excluded, show)
-            bodies, failures = _build(analysis, planned, show)
-            if not failures:
-                rewritten = skeleton(model)
-                apply_plan(rewritten, planned, bodies)
-                after, failures = _rerecord(rewritten, analysis, planned, forward)
-            if not failures:
-                break
-            # A site that fails at a form is planned again without it, so that the budget
-            # still holds: the ranks of all others are found anew.
-            for name, form in failures.items():
-                excluded[name] = excluded.get(name, frozenset()) | {form.form}
-                analysis.notes.append(f"{name}: {form.form} was given up: {form.reason}")
-        if inplace:
-            apply_plan(model, planned, bodies)
-            rewritten = model
-        else:
-            rewritten = own_parameters(rewritten, model)
-        planned = planned.model_copy(
-            update={
-                "after": summarize(after.operators),
-                "seconds": dict(show.seconds),
-                "warnings": (*planned.warnings, *analysis.notes),
-            }
-        )
+        rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
+    planned = planned.model_copy(update={"seconds": dict(show.seconds)})
     attach_plan(rewritten, planned)
     for note in planned.warnings:
         warnings.warn(note, FxcompressWarning, stacklevel=2)
@@ -167,6 +142,47 @@ def _loaded(rules: Rules, keep: float | None) -> LoadedRules:
     rules = loaded.rules
     budget = rules.budget.model_copy(update={"keep": keep})
     return replace(loaded, rules=rules.model_copy(update={"budget": budget}))
+
+
+def rewrite(
+    model: M,
+    analysis: Analysis,
+    forward: Forward | None,
+    show: Progress,
+    *,
+    inplace: bool = False,
+) -> tuple[M, Plan]:
+    """Plan, build, substitute and check; a site that fails is planned again without that form.
+
+    So the budget still holds after a failure: the ranks of all other sites are found anew.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        RecordError: the rewritten model does not run.
+    """
+    excluded: dict[str, frozenset[str]] = {}
+    notes = list(analysis.notes)
+    while True:
+        planned = make_plan(analysis, excluded, show)
+        bodies, failures = _build(analysis, planned, show)
+        if not failures:
+            show.stage("verify", None)
+            rewritten = skeleton(model)
+            apply_plan(rewritten, planned, bodies)
+            after, failures = _rerecord(rewritten, analysis, planned, forward)
+        if not failures:
+            break
+        for name, failure in failures.items():
+            excluded[name] = excluded.get(name, frozenset()) | {failure.form}
+            notes.append(f"{name}: {failure.form} was given up: {failure.reason}")
+    if inplace:
+        apply_plan(model, planned, bodies)
+        rewritten = model
+    else:
+        rewritten = own_parameters(rewritten, model)
+    return rewritten, planned.model_copy(
+        update={"after": summarize(after.operators), "warnings": tuple(notes)}
+    )
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,7 @@ class Site:
         )
 
 
-def gather_sites(
-    model: nn.Module, recording: Recording, matches: Sequence[Match]
-) -> tuple[Site, ...]:
+def gather_sites(recording: Recording, matches: Sequence[Match]) -> tuple[Site, ...]:
     """The matched weights of a recording, in graph order."""
     operators = {operator.name: operator for operator in recording.operators}
     sites = []

@@ -37,7 +37,7 @@ def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tup
     recording = record(model, [example])
     legality = obstacle(model, recording, (Factorized,))
     matched = match_rules(load_rules("every-linear"), recording.operators, legality)
-    return matched, gather_sites(model, recording, matched.matches)
+    return matched, gather_sites(recording, matched.matches)
 
 
 def rewrite(

@@ -137,7 +137,9 @@ DECODER = {
 
 def decoder(name: str, config: type, sites: int, **options: Any) -> None:
     def make() -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_config(config(**{**DECODER, **options}))
+        # Grouped matrix products of experts are not there in float64.
+        built = config(**{**DECODER, **options}, experts_implementation="eager")
+        return transformers.AutoModelForCausalLM.from_config(built)
 
     add(name, make, text, sites, generates=True, single=True)
 
@@ -273,7 +275,7 @@ add("roberta", _roberta, text, 14)
 add("vit", _vit, image, 13, sizes=IMAGES)
 add("swin", _swin, image, 26, sizes=IMAGES)
 add("convnext", _convnext, image, 9, sizes=((2, 32), (3, 48)))
-add("segformer", _segformer, image, 29, sizes=((2, 64), (3, 96)))
+add("segformer", _segformer, image, 28, sizes=((2, 64), (3, 96)))
 add("whisper", _whisper, speech, 32, sizes=((2, 6), (3, 4)), generates=True)
 add("t5", _t5, translation, 32, generates=True, single=True)
 add("clip", _clip, captioned, 26)

@@ -3,18 +3,28 @@
 In eval mode ``nn.TransformerEncoderLayer`` hands the weights of all its layers to one fused
 kernel.  A rewritten layer still answers to ``.weight``, so the outputs would be right, and
 nothing would be saved.  Two attributes that torch itself consults switch that path off.
+
+One thing changes with it: under a ``src_key_padding_mask`` the fused path returns zeros where
+the padding is, and the ordinary one (which torch takes in training, too) whatever comes out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 
-def disable_fast_paths(model: nn.Module, sites: list[str]) -> None:
-    """Switch the fused path off in every encoder layer (and encoder) above a rewritten site."""
+def disable_fast_paths(model: nn.Module, above: Sequence[str] | None = None) -> None:
+    """Switch the fused path off in encoder layers and encoders; changes ``model``.
+
+    Args:
+        model: anything.
+        above: only where they contain one of these module paths.
+    """
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if not any(site.startswith(prefix) for site in sites):
+        if above is not None and not any(site.startswith(prefix) for site in above):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from fxcompress.rewrite.attention import expand_attention
+from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,6 +24,7 @@ def prepared(model: nn.Module) -> nn.Module:
     """A skeleton in which every operator that can be a module is one."""
     work = skeleton(model)
     expand_attention(work)
+    disable_fast_paths(work)  # they hide operators, and cannot read an expanded attention
     if isinstance(work, fx.GraphModule):
         lift(work)
     return work

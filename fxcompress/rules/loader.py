@@ -115,7 +115,9 @@ def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:
         presets = preset_names()
         hint = suggest(name, presets) or f"presets are {choices(presets)}"
         raise _unusable(name, "unreadable", f"cannot read it: {reason}", hint) from None
-    return parse_rules(_decode(raw, str(path)), str(path))
+    # A preset shows as "decoder.yaml": where it is installed says nothing about the rules.
+    shown = path.name if preset else name
+    return parse_rules(_decode(raw, shown), shown)
 
 
 def parse_rules(text: str, filename: str) -> LoadedRules:
