@@ -40,7 +40,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move all tensors of a batch; Hugging Face's ``BatchEncoding`` becomes a dict."""
     if isinstance(batch, Mapping):
         batch = dict(batch)
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def move(leaf: Any) -> Any:
+        # Not .to() where it would do nothing: a recording has a node for that.
+        return leaf.to(device) if isinstance(leaf, Tensor) and leaf.device != device else leaf
+
+    return tree_map(move, batch)
 
 
 def padding_mask(batch: Any) -> Tensor | None:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
-from fxcompress.graph.inputs import Forward, run_model
+from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
 from fxcompress.graph.versions import Version, Versions, counter
@@ -133,6 +133,7 @@ def _agree(facts: list[Weight]) -> Weight:
 
 def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Recording:
     recorder = _Recorder(model)
+    example = to_device(example, device_of(model))  # before, so that no node comes of it
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -312,6 +313,7 @@ class _Recorder(TorchFunctionMode):
         producer = self.producers.get(data, (None, None))[0]
         self.reads[key].append(node)
         self.sources[key].append(f"{producer}@{self.versions.of(data)}")
+        data = _physical(data)
         if data.dim() and data.shape[-1]:
             self.rows[key] += data.numel() // data.shape[-1]
             if data.is_floating_point():
@@ -351,6 +353,16 @@ class _Recorder(TorchFunctionMode):
                 samples[name] = torch.cat(rows)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         return Recording(self.graph, operators, weights, macs, samples)
+
+
+def _physical(tensor: Tensor) -> Tensor:
+    """The tensor behind the ones that ``torch.func`` hands to a model, all rows included."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner = functorch.get_unwrapped(tensor)
+        batched = functorch.is_batchedtensor(tensor)
+        tensor = inner.movedim(functorch.maybe_get_bdim(tensor), 0) if batched else inner
+    return tensor
 
 
 def _operator(node: fx.Node, weight: str | None) -> Operator:

@@ -35,12 +35,12 @@ def recorded(function: Callable[[Model, Tensor], Any]) -> Recording:
     outputs: list[Any] = []
 
     def forward(module: nn.Module, batch: Tensor) -> Any:
-        outputs.append(module(batch.clone()))
+        outputs.append(module(batch))
         return outputs[-1]
 
     with torch.no_grad():
         wanted = model(example.clone())
-    recording = record(model, [example], forward=forward)
+    recording = record(model, [example.clone()], forward=forward)
     torch.testing.assert_close(outputs, [wanted], rtol=0, atol=0)
     recording.graph.lint()
     return recording
@@ -218,6 +218,12 @@ def test_a_write_between_two_reads_makes_two_inputs(function: Callable[..., Any]
     assert not share_input(recorded(function))
 
 
+def test_rows_count_what_vmap_hides() -> None:
+    recording = recorded(vmapped)
+    assert recording.weights["q.weight"].rows == 12
+    assert recording.samples["q.weight"].shape == (12, WIDTH)
+
+
 def test_a_write_elsewhere_leaves_one_input() -> None:
     def function(m: Model, x: Tensor) -> Tensor:
         other = x.clone()
@@ -327,10 +333,10 @@ def test_forward_called_directly_is_a_function_call() -> None:
 
 
 def sometimes(m: Model, x: Tensor) -> Tensor:
-    """q and k share their input only if the batch is large; the head is read only if small."""
+    """q and k share their input only if the batch is large; o is read only if it is small."""
     if len(x) > 2:
         return m.q(x) + m.k(x) + m.o(x)
-    return m.q(x) + m.k(x + 1) + m.o(x) + x @ m.o.weight
+    return m.q(x) + m.k(x + 1) + m.o(x) + m.o.weight.sum()
 
 
 def test_only_what_is_true_of_all_examples_is_kept() -> None:
