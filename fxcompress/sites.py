@@ -77,9 +77,10 @@ class Site:
             multiple_of=self.match.multiple_of,
         )
         bias = self.shape.out_features if self.shape.bias else 0
+        dense = float(getattr(self.dense_size(), unit))
         options = []
         for name in self.match.forms:
-            if name in excluded or not len(ranks):
+            if name in excluded:
                 continue
             form = FORMS[name]
             if unit == "parameters":
@@ -88,10 +89,11 @@ class Site:
                 cost = form.macs(self.shape, ranks) * self.rows
             else:
                 cost = form.bytes(self.shape, ranks) + bias * self.shape.dtype.itemsize
-            options.append(Option(name, ranks, loss[ranks], cost.astype(np.float64)))
-        return Candidate(
-            self.name, float(getattr(self.dense_size(), unit)), tuple(options), self.match.group
-        )
+            worth = cost <= (1 - self.match.min_saving) * dense
+            if worth.any():
+                kept = cost[worth].astype(np.float64)
+                options.append(Option(name, ranks[worth], loss[ranks[worth]], kept))
+        return Candidate(self.name, dense, tuple(options), self.match.group)
 
 
 def gather_sites(recording: Recording, matches: Sequence[Match]) -> tuple[Site, ...]:

@@ -140,20 +140,27 @@ def _function(
     if name not in _PRODUCTS:
         return found
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    keys = [key for tensor in tensors if (key := parameter(tensor)) is not None]
-    if not keys or len(keys) == len(tensors):  # computed values, or parameters, only
-        return found
+    keys = {id(t): key for t in tensors if t.dim() > 1 and (key := parameter(t)) is not None}
+    if not keys or all(parameter(tensor) is not None for tensor in tensors):
+        return found  # of computed values, or of parameters, only
+    matrix, bias, transposed = _matrix(name, args, kwargs)
+    if id(matrix) in keys:
+        m, n = matrix.shape if transposed else matrix.shape[::-1]
+        linear = _linear(n, m, bias is not None, {"dtype": _dtype(matrix)})
+        return {**linear, "weight": keys[id(matrix)]}
+    return {**found, "weight": next(iter(keys.values()))}
+
+
+def _matrix(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """What a function multiplies rows by, the bias it adds, and whether the matrix is (m x n)."""
     if name == "linear":
         _, weight, bias = linear_arguments(args, kwargs)
-        m, n = weight.shape if weight.dim() == 2 else (1, *weight.shape)
-    elif name in _MATRIX and len(args) > _MATRIX[name] and args[_MATRIX[name]].dim() == 2:
-        weight, bias = args[_MATRIX[name]], args[0] if name == "addmm" else None
-        n, m = weight.shape
-    else:
-        return {**found, "weight": keys[0]}
-    if (key := parameter(weight)) is None:  # only the bias is a parameter
-        return found
-    return {**_linear(n, m, bias is not None, {"dtype": _dtype(weight)}), "weight": key}
+        return weight, bias, True
+    place = _MATRIX.get(name, len(args))
+    matrix = args[place] if place < len(args) else None
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+        return None, None, False
+    return matrix, args[0] if name == "addmm" else None, False
 
 
 def linear_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

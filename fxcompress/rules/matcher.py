@@ -132,6 +132,11 @@ class _Run:
             min_rank=(given and given.min_rank) or defaults.min_rank,
             max_rank=given.max_rank if given else None,
             multiple_of=(given and given.multiple_of) or defaults.multiple_of,
+            min_saving=(
+                defaults.min_saving
+                if given is None or given.min_saving is None
+                else given.min_saving
+            ),
             group=given.group if given else None,
             location=self.location,
             path=site.path,

@@ -37,6 +37,8 @@ class Match:
         min_rank: lowest rank, the file's defaults merged in.
         max_rank: highest rank, None if it is free.
         multiple_of: what ranks are a multiple of, the file's defaults merged in.
+        min_saving: share of an operator's cost that a rewrite has to save to be made at all,
+            the file's defaults merged in.
         group: name of the group whose sites get equal ranks, None without one.
         location: ``"file:line"`` of the rule.
         path: module path of the first operator.
@@ -50,6 +52,7 @@ class Match:
     min_rank: int
     max_rank: int | None
     multiple_of: int
+    min_saving: float
     group: str | None
     location: str
     path: str

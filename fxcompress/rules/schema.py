@@ -48,6 +48,7 @@ Text = Annotated[str, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Globs = Annotated[
@@ -99,6 +100,7 @@ class Defaults(_Model):
     multi_call: Literal["once", "skip"] = "once"
     multiple_of: Count = 1
     min_rank: Count = 1
+    min_saving: Share = 0.0
 
 
 class _WithAttributes(BaseModel):
@@ -190,6 +192,7 @@ class Rewrite(_Model):
     form: Form | None = None
     any_of: Annotated[tuple[Form, ...], Field(min_length=1)] | None = None
     min_rank: Count | None = None
+    min_saving: Share | None = None
     max_rank: Count | None = None
     multiple_of: Count | None = None
     group: Name | None = None
