@@ -42,8 +42,6 @@ RESULTS = Path(__file__).parent / "results"
 EVERYTHING = Metric(
     "all", frozenset({"input", "output", "weight"}), "", lambda moments: (None, None)
 )
-    "all", frozenset({"input", "output", "weight"}), "", lambda moments: (None, None)
-)
 BASELINE = ("activation", "uniform", "low_rank")
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxcompress.errors import CalibrationError, RuleError
+from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
+from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import (
     METRICS,
@@ -25,7 +29,7 @@ from fxcompress.metric import (
 )
 from fxcompress.metric.spectrum import decompose_whitened
 from fxcompress.metric.whiten import Whitener, whitener
-from fxcompress.plan import Size
+from fxcompress.plan import Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
@@ -57,13 +61,18 @@ def analyse(
     forward: Forward | None,
     show: Progress,
 ) -> Analysis:
+    """Record, match, calibrate and decompose; arguments and errors as of ``compile``."""
+    # The plan goes to others together with the model: no paths of this machine.
+    loaded = replace(loaded, filename=Path(loaded.filename).name)
     spec = loaded.rules.metric
     metric = METRICS[spec.kind]
+    work = working_copy(model)
+    _require_values(work)
+    examples = [] if examples is None else list(_iterator("examples", examples))
     first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
-    work = prepared(model)
 
     tick = show.stage("record", None)
-    examples = list(examples) if examples else [first]
+    examples = examples or [first]
     recording = record(work, examples, forward=forward)
     tick()
 
@@ -82,6 +91,8 @@ def analyse(
                 f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
             )
     notes = list(matched.warnings)
+    if loss is not None and not metric.needs & {"output", "weight"}:
+        notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
 
     tick = show.stage("calibrate", total)
     calibrated = calibrate(
@@ -142,7 +153,23 @@ def decompose_sites(
 
 
 def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:
-    return match_rules(loaded, recording.operators, obstacle(model, recording, (Factorized,)))
+    """What each rule gets of a recorded model, and why not more.
+
+    Args:
+        model: the working copy that was recorded.
+        loaded: the rules.
+        recording: of ``model``.
+    """
+    reason = obstacle(model, recording, (Factorized,))
+    # In an fx.GraphModule a rewritten layer has no class of its own.
+    before = tuple(f"{site.name}." for plan in history(model) for site in plan.rewritten)
+
+    def legality(operator: Operator) -> str | None:
+        if operator.path.startswith(before):
+            return "it is part of a layer that was factorized before"
+        return reason(operator)
+
+    return match_rules(loaded, recording.operators, legality)
 
 
 def _batches(
@@ -164,12 +191,8 @@ def _batches(
                 "calibration=[batch] or examples=[batch]"
             )
         return None, [], 0
-    if isinstance(calibration, (Tensor, Mapping, str)):
-        raise CalibrationError(
-            f"calibration must be an iterable of batches, not one {type(calibration).__name__}; "
-            "for a single batch pass [batch]"
-        )
-    iterator = iter(calibration)
+    total = length_hint(calibration) or None
+    iterator = _iterator("calibration", calibration)
     try:
         first = next(iterator)
     except StopIteration:
@@ -177,10 +200,47 @@ def _batches(
             "the calibration iterable is empty or exhausted; pass a list of batches or a "
             "fresh DataLoader"
         ) from None
-    total = len(calibration) if isinstance(calibration, Sized) else None
-    if iterator is calibration:  # a generator: it cannot be started again
-        return first, itertools.chain([first], iterator), total
-    return first, calibration, total
+    return first, itertools.chain([first], iterator), total
+
+
+def _iterator(name: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """Over batches, and not over the rows of one."""
+    if not isinstance(batches, (Tensor, Mapping, str, bytes)):
+        try:
+            return iter(batches)
+        except TypeError:
+            pass
+    raise CalibrationError(
+        f"{name} must be an iterable of batches, not one {type(batches).__name__}; "
+        "for a single batch pass [batch]"
+    )
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """The model to record and to calibrate on, with every operator that can be a module as one.
+
+    Raises:
+        RecordError: it is no module, or cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    try:
+        return prepared(model)
+    except (TypeError, RuntimeError, copy.Error) as error:
+        raise RecordError(
+            f"this {type(model).__name__} cannot be copied (copy.deepcopy), and the given model is "
+            f"never changed: {error}; take what cannot be copied off the model meanwhile, or give "
+            "its class a __deepcopy__"
+        ) from error
+
+
+def _require_values(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise CalibrationError(
+                f"{name} is on the meta device, where tensors have no values: load the model's "
+                "weights first"
+            )
 
 
 def _model_size(model: nn.Module, recording: Recording) -> Size:

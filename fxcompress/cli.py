@@ -13,7 +13,8 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 import fxcompress
 from fxcompress.compile import FxcompressWarning
-from fxcompress.errors import FxcompressError
+from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.io import read_plan
 from fxcompress.report import diff_plan
 from fxcompress.rules import json_schema, load_rules, preset_names
@@ -42,8 +43,8 @@ Model = Annotated[
 Data = Annotated[
     str | None, typer.Option("--data", "-d", help="text file, or file.py:function giving batches")
 ]
-Sequences = Annotated[int, typer.Option(help="how many sequences to cut from a text file")]
-Length = Annotated[int, typer.Option(help="tokens in each of them")]
+Sequences = Annotated[int, typer.Option(min=1, help="how many sequences to cut from a text file")]
+Length = Annotated[int, typer.Option(min=1, help="tokens in each of them")]
 Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for other programs")]
 
@@ -59,6 +60,9 @@ def compile(
     length: Length = 512,
 ) -> None:
     """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
+    standing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
     dense = load_model(model)
     small = fxcompress.compile(
         dense, rules, load_data(data, model, sequences, length), keep=keep, progress=True
@@ -100,7 +104,7 @@ def explain(
     network = load_model(model)
     batches = load_data(data, model, 1, 16)
     # Hugging Face models bring inputs to try them on.
-    example = getattr(network, "dummy_inputs", None) if batches is None else next(iter(batches))
+    example = getattr(network, "dummy_inputs", None) if batches is None else _first(batches)
     if example is None:
         raise typer.BadParameter("explain runs the model once: give --data")
     explanation = fxcompress.explain(network, rules, example)
@@ -153,7 +157,7 @@ def main() -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
-    except FxcompressError as error:
+    except (FxcompressError, OSError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -165,14 +169,15 @@ def load_model(source: str) -> nn.Module:
     """A Hugging Face model from a directory, or whatever a function returns."""
     if Path(source).is_dir():
         transformers = _transformers()
-        config = transformers.AutoConfig.from_pretrained(source)
-        name = (config.architectures or [None])[0]
-        cls = getattr(transformers, name or "", None)
-        if cls is None:
-            raise typer.BadParameter(f"{source}/config.json names no architecture of transformers")
-        model: nn.Module = cls.from_pretrained(source)
+        with _reading(f"a model from {source}"):
+            config = transformers.AutoConfig.from_pretrained(source)
+            name = (config.architectures or [None])[0]
+            cls = getattr(transformers, name or "", None)
+            if cls is None:
+                raise LoadError("its config.json names no architecture of transformers")
+            model: nn.Module = cls.from_pretrained(source)
         return model.eval()
-    made = _resolve(source, "--model")()
+    made = _call(source, "--model")
     if not isinstance(made, nn.Module):
         raise typer.BadParameter(f"{source}() returned {type(made).__name__}, not an nn.Module")
     return made
@@ -184,17 +189,49 @@ def load_data(source: str | None, model: str, sequences: int, length: int) -> It
         return None
     path = Path(source)
     if not path.is_file() or path.suffix == ".py":
-        return _resolve(source, "--data")()  # type: ignore[no-any-return]
+        return _call(source, "--data")  # type: ignore[no-any-return]
     if not Path(model).is_dir():
         raise typer.BadParameter("a text file needs the tokenizer of a Hugging Face directory")
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    transformers = _transformers()
+    with _reading(f"a tokenizer from {model}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    with _reading(f"text from {source}"):
+        text = path.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
     count = min(sequences, len(ids) // length)
     if count == 0:
-        raise typer.BadParameter(f"{source} has {len(ids)} tokens, fewer than one sequence")
+        raise typer.BadParameter(
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}"
+        )
     if count < sequences:
         typer.secho(f"{source} gives {count} sequences, not {sequences}", err=True, fg="yellow")
     return [{"input_ids": part} for part in ids[: count * length].view(count, length).split(2)]
+
+
+def _first(batches: Iterable[Any]) -> Any:
+    """The first batch; a bare tensor is told apart by whoever runs it."""
+    with _reading("a batch from --data"):
+        for batch in batches:
+            return batch
+    raise typer.BadParameter("--data gives no batch")
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Says what could not be read, whoever complained about it."""
+    try:
+        yield
+    except Exception as error:
+        raise LoadError(f"cannot read {what}: {type(error).__name__}: {error}") from error
+
+
+def _call(source: str, option: str) -> Any:
+    """What a function of the user returns."""
+    function = _resolve(source, option)
+    if not callable(function):
+        raise typer.BadParameter(f"{option} {source!r} is a {type(function).__name__}, no function")
+    with _reading(f"{option} {source}"):
+        return function()
 
 
 def _resolve(source: str, option: str) -> Any:
@@ -215,15 +252,17 @@ def _resolve(source: str, option: str) -> Any:
             sys.path.insert(0, "")
             module = importlib.import_module(place)
         return getattr(module, name)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise typer.BadParameter(f"{option} {source!r}: {error}") from error
+    except Exception as error:  # whatever the user's file does
+        raise typer.BadParameter(f"{option} {source!r}: {type(error).__name__}: {error}") from error
 
 
 def _transformers() -> Any:
     try:
-        return importlib.import_module("transformers")
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise typer.BadParameter("this needs transformers: pip install 'fxcompress[hf]'") from error
+    transformers.utils.logging.disable_progress_bar()  # it has its own, terminal or not
+    return transformers
 
 
 def _copy_tokenizer(model: str, out: Path) -> None:

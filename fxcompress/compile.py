@@ -10,14 +10,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.analysis import Analysis, analyse, match_model
-from fxcompress.errors import BudgetError
+from fxcompress.analysis import Analysis, analyse, match_model, working_copy
+from fxcompress.errors import BudgetError, RecordError, RewriteError, RuleError
 from fxcompress.forms import FORMS, FormError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
@@ -25,7 +26,7 @@ from fxcompress.metric import Loss
 from fxcompress.plan import Plan, attach_plan
 from fxcompress.planning import make_plan, summarize
 from fxcompress.report.progress import Progress, stages
-from fxcompress.rewrite import apply_plan, own_parameters, prepared, skeleton, verify
+from fxcompress.rewrite import apply_plan, own_parameters, skeleton, verify
 from fxcompress.rules import Explanation, LoadedRules, RuleSet, load_rules
 from fxcompress.sites import Site
 
@@ -79,7 +80,7 @@ def compile(
         RewriteError: the rewritten model does not run.
     """
     loaded = _loaded(rules, keep)
-    with stages(progress) as show:
+    with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
         rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})
@@ -105,7 +106,7 @@ def plan(
     Arguments and errors as there.
     """
     loaded = _loaded(rules, keep)
-    with stages(progress) as show:
+    with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
         planned = make_plan(analysis, {}, show)
     return planned.model_copy(
@@ -128,20 +129,23 @@ def explain(
         RuleError, RecordError: as in :func:`compile`.
     """
     loaded = _loaded(rules, None)
-    work = prepared(model)
+    work = working_copy(model)
     recording = record(work, [example], forward=forward)
     return Explanation.of(match_model(work, loaded, recording))
 
 
 def _loaded(rules: Rules, keep: float | None) -> LoadedRules:
+    if not isinstance(rules, (str, PathLike, RuleSet, LoadedRules)):
+        raise RuleError(
+            f"rules must be a file, the name of a preset or a RuleSet, not a {type(rules).__name__}"
+        )
     loaded = rules if isinstance(rules, LoadedRules) else load_rules(rules)
     if keep is None:
         return loaded
-    if not 0 < keep <= 1:
-        raise BudgetError(f"keep must be in (0, 1], got {keep}")
-    rules = loaded.rules
-    budget = rules.budget.model_copy(update={"keep": keep})
-    return replace(loaded, rules=rules.model_copy(update={"budget": budget}))
+    if not (isinstance(keep, Real) and 0 < keep <= 1):
+        raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}")
+    budget = loaded.rules.budget.model_copy(update={"keep": float(keep)})
+    return replace(loaded, rules=loaded.rules.model_copy(update={"budget": budget}))
 
 
 def rewrite(
@@ -158,12 +162,17 @@ def rewrite(
 
     Raises:
         BudgetError: the budget cannot be met.
-        RecordError: the rewritten model does not run.
+        RewriteError: the rewritten model does not run.
     """
     excluded: dict[str, frozenset[str]] = {}
-    notes = list(analysis.notes)
+    notes: list[str] = []  # about the rewrite
     while True:
-        planned = make_plan(analysis, excluded, show)
+        try:
+            planned = make_plan(analysis, excluded, show)
+        except BudgetError as error:
+            if not notes:
+                raise
+            raise BudgetError("\n".join([str(error), *notes])) from error
         bodies, failures = _build(analysis, planned, show)
         if not failures:
             show.stage("verify", None)
@@ -180,8 +189,19 @@ def rewrite(
         rewritten = model
     else:
         rewritten = own_parameters(rewritten, model)
+    counted = planned.model_after.model_copy(update={"macs": after.macs})
+    more = after.macs - planned.model_after.macs
+    if more > analysis.size.macs // 100:
+        notes.append(
+            f"the rewritten model does {more:,} multiply-accumulates more than its layers need: "
+            "something in its forward reads the weight of a rewritten layer, which computes it"
+        )
     return rewritten, planned.model_copy(
-        update={"after": summarize(after.operators), "warnings": tuple(notes)}
+        update={
+            "model_after": counted,
+            "after": summarize(after.operators),
+            "warnings": (*analysis.notes, *notes),
+        }
     )
 
 
@@ -231,7 +251,15 @@ def _rerecord(
     rewritten: nn.Module, analysis: Analysis, planned: Plan, forward: Forward | None
 ) -> tuple[Recording, dict[str, _Failure]]:
     """The graph that really runs now, and the sites whose body does not."""
-    after = record(rewritten, analysis.examples, forward=forward)
+    try:
+        after = record(rewritten, analysis.examples, forward=forward)
+    except RecordError as error:
+        paths = ", ".join(entry.name for entry in planned.rewritten[:5])
+        raise RewriteError(
+            f"the model does not run with its layers rewritten ({paths}, ...); a part of it may "
+            "insist on the class or on the parameters of a layer: take that one out of the rules "
+            f"(unless: [{{name: ...}}])\n{error.__cause__!r}"
+        ) from error
     running = {operator.path for operator in after.operators if operator.weight is not None}
     failures = {}
     for entry in planned.rewritten:

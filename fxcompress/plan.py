@@ -5,15 +5,17 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import fx, nn
 
 from fxcompress.errors import RewriteError
 
 FORMAT = 1
 """Version of ``plan.json``; files of another version are refused."""
+
+FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class _Frozen(BaseModel):
@@ -81,7 +83,7 @@ class SitePlan(_Frozen):
     in_features: int
     out_features: int
     bias: bool
-    dtype: str
+    dtype: FloatingType
     calls: int
     rule: str
     location: str
@@ -94,6 +96,14 @@ class SitePlan(_Frozen):
     after: Size
     reason: str = ""
     spectrum: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.form is None) != (self.rank is None):
+            raise ValueError(f"{self.name}: a form needs a rank, and a rank a form")
+        if self.rank is not None and not 1 <= self.rank <= self.full_rank:
+            raise ValueError(f"{self.name}: rank {self.rank} is not within 1..{self.full_rank}")
+        return self
 
     @property
     def full_rank(self) -> int:
@@ -172,6 +182,8 @@ class Plan(_Frozen):
         before, after: the recorded graphs; ``after`` is empty until the model is rewritten.
         seconds: time spent per stage.
         warnings: what the user should know.
+        earlier: the plans that were carried out before this one, oldest first, if the model given
+            was a compressed one.
     """
 
     format: int = FORMAT
@@ -190,6 +202,13 @@ class Plan(_Frozen):
     after: tuple[NodeSummary, ...] = ()
     seconds: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    earlier: tuple[Plan, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_site_once(self) -> Self:
+        if len({site.name for site in self.sites}) < len(self.sites):
+            raise ValueError("a site appears twice")
+        return self
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
@@ -201,12 +220,16 @@ class Plan(_Frozen):
         return plan_table(self)
 
 
+_PLAN = "_fxcompress_plan"
+_PRESERVED = "_user_preserved_attributes"
+
+
 def attach_plan(model: nn.Module, plan: Plan) -> None:
     """Let a model carry its plan; it survives ``deepcopy`` and pickling."""
+    model.__dict__[_PLAN] = plan
     if isinstance(model, fx.GraphModule):
-        model.meta["fxcompress_plan"] = plan
-    else:
-        model.__dict__["_fxcompress_plan"] = plan
+        # Its deepcopy drops attributes, except for those in here; pickling drops ``meta``.
+        model.meta.setdefault(_PRESERVED, {})[_PLAN] = plan
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -215,11 +238,17 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         RewriteError: the model carries none.
     """
-    carried = getattr(model, "meta", {}).get("fxcompress_plan") if isinstance(
-        model, fx.GraphModule
-    ) else model.__dict__.get("_fxcompress_plan")  # fmt: skip
+    carried = getattr(model, "__dict__", {}).get(_PLAN)
     if not isinstance(carried, Plan):
         raise RewriteError(
             f"this {type(model).__name__} did not come from fxcompress.compile() or .load()"
         )
     return carried
+
+
+def history(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that were carried out on a model, oldest first; none on a dense one."""
+    last = model.__dict__.get(_PLAN)
+    if not isinstance(last, Plan):
+        return ()
+    return (*last.earlier, last.model_copy(update={"earlier": ()}))

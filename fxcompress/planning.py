@@ -8,16 +8,36 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from fxcompress.analysis import Analysis
-from fxcompress.budget import Allocation, Candidate, allocate, allocate_uniform
+from fxcompress.budget import Allocation, Candidate, allocate, allocate_uniform, least_cost
 from fxcompress.errors import BudgetError
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
-from fxcompress.plan import ZERO, BudgetOutcome, NodeSummary, Plan, SitePlan, Size, Unmatched
+from fxcompress.plan import (
+    ZERO,
+    BudgetOutcome,
+    NodeSummary,
+    Plan,
+    SitePlan,
+    Size,
+    Unmatched,
+    history,
+)
 from fxcompress.report.progress import Progress
+from fxcompress.rules import Budget
 from fxcompress.sites import Site
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
+    """Choose a form and a rank, or neither, for every site, within the budget of the rules.
+
+    Args:
+        analysis: of the stages before.
+        excluded: forms that failed, per site name; they are not chosen again.
+        show: told of the stage.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says the least that can.
+    """
     tick = show.stage("budget", None)
     rules = analysis.rules.rules
     budget = rules.budget
@@ -31,7 +51,9 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     limit = budget.keep * (dense if budget.of == "matched" else whole)
     if budget.of == "model":
         limit -= whole - dense
-    allocation = _allocate(candidates, limit, rules.solver.allocation, budget.of, unit, whole)
+    _require_possible(candidates, limit, budget, whole)
+    solve = allocate if rules.solver.allocation == "global" else allocate_uniform
+    allocation = solve(candidates, limit)
     sites = tuple(_site_plan(site, analysis, allocation, excluded) for site in analysis.sites)
     saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
     glob = rules.solver.allocation == "global"
@@ -63,26 +85,32 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         model_before=analysis.size,
         model_after=analysis.size - saved,
         before=summarize(analysis.recording.operators),
+        earlier=history(analysis.model),
     )
     tick()
     return planned
 
 
-def _allocate(
-    candidates: Sequence[Candidate], limit: float, allocation: str, of: str, unit: str, whole: float
-) -> Allocation:
-    solve = allocate if allocation == "global" else allocate_uniform
-    try:
-        if limit < 0:
-            raise BudgetError("even with every matched operator removed the rest is over it")
-        return solve(candidates, limit)
-    except BudgetError as error:
-        dense = sum(candidate.dense_cost for candidate in candidates)
-        raise BudgetError(
-            f"the budget cannot be met, in {unit} of the matched operators ({dense:,.0f} now"
-            + (f", of {whole:,.0f} in the model; budget of: model" if of == "model" else "")
-            + f"): {error}"
-        ) from error
+def _require_possible(
+    candidates: Sequence[Candidate], limit: float, budget: Budget, whole: float
+) -> None:
+    """An error that names the least budget that can be met, if this one cannot."""
+    least = least_cost(candidates)
+    if least <= limit:
+        return
+    dense = sum(candidate.dense_cost for candidate in candidates)
+    base, needed, of = dense, least, "of the matched operators"
+    if budget.of == "model":
+        base, needed, of = whole, whole - dense + least, "of the model"
+    steps = math.ceil(1e4 * needed / base)
+    while steps / 1e4 * base < needed:  # rounding
+        steps += 1
+    raise BudgetError(
+        f"the budget cannot be met: keep {budget.keep:g} of {base:,.0f} {budget.unit} {of} allows "
+        f"{budget.keep * base:,.0f}, and these rules need at least {needed:,.0f} "
+        f"(keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, multiple_of) or match "
+        "more operators"
+    )
 
 
 def _site_plan(
@@ -141,11 +169,15 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
     for kept in analysis.matched.protected:
         reasons[kept.operators[0]] = f"kept dense by rule {kept.rule_id} ({kept.location})"
     weights = analysis.recording.weights
+    # A tied weight is shown as the operator that a rule was about.
+    told = {o.weight: o.name for o in reversed(analysis.recording.operators) if o.name in reasons}
     seen: set[str] = set()
     out = []
     for operator in analysis.recording.operators:
         weight = operator.weight
         if weight is None or weight in matched or weight in seen:
+            continue
+        if told.get(weight, operator.name) != operator.name:
             continue
         if len(weights[weight].shape) < 2:
             continue  # norms and other vectors: nothing to factorize
@@ -167,10 +199,12 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
 
 
 def sum_sizes(sizes: Iterable[Size]) -> Size:
+    """Sizes added up, each count for itself."""
     return sum(sizes, ZERO)
 
 
 def summarize(operators: Iterable[Operator]) -> tuple[NodeSummary, ...]:
+    """A recorded graph as a plan keeps it."""
     return tuple(
         NodeSummary(name=o.name, op=o.op, path=o.path, inputs=o.inputs, shape=o.shape)
         for o in operators

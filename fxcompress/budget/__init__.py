@@ -11,6 +11,7 @@
 Choice(form='low_rank', rank=2, loss=2.5, cost=32.0)
 """
 
+from fxcompress.budget._sites import least_cost
 from fxcompress.budget.problem import Allocation, Candidate, Choice, Option, permitted_ranks
 from fxcompress.budget.solver import allocate
 from fxcompress.budget.uniform import allocate_uniform
@@ -22,5 +23,6 @@ __all__ = [
     "Option",
     "allocate",
     "allocate_uniform",
+    "least_cost",
     "permitted_ranks",
 ]

@@ -7,6 +7,7 @@ choice beats in cost and loss at once, from the cheapest to the one without loss
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,16 @@ def sites_of(candidates: Sequence[Candidate], budget: float) -> list[Site]:
             "or match more operators"
         )
     return sites
+
+
+def least_cost(candidates: Sequence[Candidate]) -> float:
+    """The smallest budget that can be met.
+
+    Raises:
+        BudgetError, ValueError: as :func:`sites_of`.
+    """
+    sites = sites_of(candidates, sys.float_info.max)
+    return total_cost(sites, [0] * len(sites))
 
 
 def total_cost(sites: Sequence[Site], picks: Sequence[int]) -> float:

@@ -32,8 +32,13 @@ def obstacle(
 
     def reason(operator: Operator) -> str | None:
         if operator.weight is None:
-            if parametrize.is_parametrized(modules.get(operator.path, model)):
+            module = modules.get(operator.path) if operator.module else None
+            if module is not None and parametrize.is_parametrized(module):
                 return PARAMETRIZED
+            if module is not None and module._forward_pre_hooks:
+                return (
+                    "its weight is made by a hook (torch.nn.utils.weight_norm): remove that first"
+                )
             return "it applies no parameter of its own"
         facts = recording.weights[operator.weight]
         if len(facts.aliases) > 1:
@@ -49,7 +54,7 @@ def obstacle(
         if not operator.path:
             return "it is the model itself; wrap it in nn.Sequential"
         if facts.strangers:
-            readers = ", ".join(scope or "the model" for scope in facts.strangers)
+            readers = _scopes(facts.strangers)
             return f"its weight is also read by {readers}, which would bypass a rewritten layer"
         if facts.dtype not in FLOATING:
             return f"its weight is {facts.dtype}, not a floating type"
@@ -78,7 +83,7 @@ def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator
         if facts is None or len(facts.aliases) > 1:
             return "its bias is tied to another parameter"
         if facts.strangers:
-            return f"its bias is also read by {', '.join(facts.strangers)}"
+            return f"its bias is also read by {_scopes(facts.strangers)}"
     if len({p.dtype for p in module.parameters()}) > 1:
         return "its weight and bias have different types"
     if any(type(p) not in (nn.Parameter, torch.Tensor) for p in module.parameters()):
@@ -91,3 +96,7 @@ def _runs_as_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     return is_hf_conv1d(module) and type(module).__name__ == "Conv1D"
+
+
+def _scopes(strangers: tuple[str, ...]) -> str:
+    return ", ".join(scope or "the model" for scope in strangers)

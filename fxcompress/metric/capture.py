@@ -22,7 +22,13 @@ from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model, to_device
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import LARGEST_OUTPUT, GramSum, Moments
-from fxcompress.metric.output import Loss, OutputKind, loss_gradient, sampled_gradient
+from fxcompress.metric.output import (
+    Loss,
+    OutputGradient,
+    OutputKind,
+    loss_gradient,
+    sampled_gradient,
+)
 
 
 class Target(Protocol):
@@ -102,19 +108,14 @@ def calibrate(
             with torch.set_grad_enabled(backward):
                 result = _forward(model, batch, forward, count)
                 if backward:
-                    batch = to_device(batch, device_of(model)) if loss else batch
-                    start = (
-                        loss_gradient(result, batch, loss)
-                        if loss
-                        else sampled_gradient(result, output, session.mask, generator)
-                    )
-                    if not start.tensor.requires_grad:
-                        raise CalibrationError(
-                            "no gradient reaches the model's output: it runs under no_grad or "
-                            "detaches its result; pass a forward= that does not, or choose "
-                            "metric: activation"
+                    with _named(count):
+                        batch = to_device(batch, device_of(model)) if loss else batch
+                        start = (
+                            loss_gradient(result, batch, loss)
+                            if loss
+                            else sampled_gradient(result, output, session.mask, generator)
                         )
-                    torch.autograd.backward(start.tensor, start.gradient)
+                        _backward(start)
                     predictions += start.predictions
                     kind = start.kind
             session.end()
@@ -124,6 +125,11 @@ def calibrate(
         raise CalibrationError(
             f"metric {metric.name} needs calibration data, and the iterable given was empty "
             "or exhausted; pass a list of batches or a fresh DataLoader"
+        )
+    if backward and not predictions:
+        raise CalibrationError(
+            "the calibration batches hold no prediction at all: they are empty, or their "
+            "attention_mask is zero everywhere"
         )
     return Calibration(session.finish(predictions), count, predictions, kind)
 
@@ -138,6 +144,34 @@ def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) 
             f"the model rejected calibration batch {index}: {type(error).__name__}: {error}\n"
             "A batch is a tensor, a tuple (positional arguments) or a mapping (keyword "
             "arguments); for (input, label) pairs pass forward=lambda model, batch: model(batch[0])"
+        ) from error
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Lets every error say on which batch it happened."""
+    try:
+        yield
+    except CalibrationError as error:
+        if f"calibration batch {index}" in str(error):
+            raise
+        raise CalibrationError(f"on calibration batch {index}: {error}") from error
+
+
+def _backward(start: OutputGradient) -> None:
+    if not start.tensor.requires_grad:
+        raise CalibrationError(
+            "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
+            "pass a forward= that does not, or choose metric: {kind: activation}"
+        )
+    try:
+        torch.autograd.backward(start.tensor, start.gradient)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"the backward pass failed: {type(error).__name__}: {error}\n"
+            "metric: {kind: activation} needs none"
         ) from error
 
 
@@ -161,11 +195,15 @@ class _Session:
         self.seen: dict[str, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
         for site in self.sites:
+            exact = any(
+                p.dtype == torch.float64 for p in self.model.get_submodule(site.name).parameters()
+            )
+            dtype = torch.float64 if exact else torch.float32
             if "input" in self.metric.needs and site.source not in self.inputs:
-                self.inputs[site.source] = GramSum(site.in_features, device)
+                self.inputs[site.source] = GramSum(site.in_features, device, dtype)
             if "output" in self.metric.needs:
                 wide = site.out_features >= LARGEST_OUTPUT
-                self.outputs[site.name] = GramSum(site.out_features, device, diagonal=wide)
+                self.outputs[site.name] = GramSum(site.out_features, device, dtype, diagonal=wide)
             if "weight" in self.metric.needs:
                 self.weights[site.name] = torch.zeros(
                     site.out_features, dtype=torch.float64, device=device
@@ -255,14 +293,12 @@ class _Session:
         self.rows[site.source] += len(rows)
         gram = self.inputs.get(site.source)
         if gram is not None:
-            gram.add(rows)
-            self._require_finite(gram.is_finite(), site, "input")
+            self._require_finite(gram.add(rows), site, "input")
 
     def _see_gradient(self, site: Target, data: Tensor | None, gradient: Tensor) -> None:
         gram = self.outputs.get(site.name)
         if gram is not None:
-            gram.add(self._rows(gradient))
-            self._require_finite(gram.is_finite(), site, "output gradient")
+            self._require_finite(gram.add(self._rows(gradient)), site, "output gradient")
         if data is not None:
             if site.calls > 1:  # the same weight used again: sum before squaring
                 self.pending[site.name].append(_sample_products(data, gradient))

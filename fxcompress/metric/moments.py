@@ -1,7 +1,7 @@
 """Second moments of the inputs and output gradients of a linear operator.
 
 Layout: an operator maps rows ``a`` (n) to rows ``W a`` (m); a *position* is one such row.
-Products are taken in float32 (float64 for a float64 model), sums over batches in float64.
+Products are taken in float32 (float64 for a float64 model), sums over the data in float64.
 """
 
 from __future__ import annotations
@@ -37,35 +37,73 @@ class Moments:
 
 
 class GramSum:
-    """Running sum of ``xᵀ x`` over batches of rows, in float64.
+    """Running sum of ``xᵀ x`` over batches of rows.
 
-    Only the blocks on and above the diagonal are computed: 5/8 of the work of the full product.
+    Only the blocks on and above the diagonal are computed and kept: 5/8 of the work and of the
+    memory of the full product.  Products are summed in float32 up to :data:`FLUSH` rows, as
+    one long product would be, and from there on in float64.
     """
 
     BLOCKS = 4
+    FLUSH = 8192
 
-    def __init__(self, features: int, device: torch.device, *, diagonal: bool = False) -> None:
+    def __init__(
+        self,
+        features: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        diagonal: bool = False,
+    ) -> None:
         self.diagonal = diagonal
-        shape = (features,) if diagonal else (features, features)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows (positions x features) of any floating type."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        if self.diagonal:
-            self.total += rows.square().sum(0)
-            return
-        features = rows.shape[1]
+        self.features = features
+        self._rows = 0
         step = -(-features // self.BLOCKS) if features >= 64 * self.BLOCKS else features
-        for start in range(0, features, step):
-            stop = min(start + step, features)
-            self.total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        self._starts = [0] if diagonal else list(range(0, features, step))
+        shapes = [(features,)] if diagonal else [
+            (min(step, features - start), features - start) for start in self._starts
+        ]  # fmt: skip
+        self._sums = [torch.zeros(s, dtype=torch.float64, device=device) for s in shapes]
+        self._recent = [torch.zeros(s, dtype=dtype, device=device) for s in shapes]
+
+    def add(self, rows: Tensor) -> bool:
+        """Add rows (positions x features) of any floating type; False if they are not finite."""
+        rows = rows.to(self._recent[0].dtype)
+        finite = True
+        for start, recent in zip(self._starts, self._recent, strict=True):
+            if self.diagonal:
+                recent += rows.square().sum(0)
+                squares = recent
+            else:
+                recent.addmm_(rows[:, start : start + len(recent)].T, rows[:, start:])
+                squares = recent.diagonal()
+            finite = finite and bool(squares.sum().isfinite())
+        self._rows += len(rows)
+        if self._rows >= self.FLUSH:
+            self._flush()
+        return finite
+
+    def _flush(self) -> None:
+        for total, recent in zip(self._sums, self._recent, strict=True):
+            total += recent
+            recent.zero_()
+        self._rows = 0
 
     def finish(self, count: int) -> Tensor:
-        """The symmetric mean, ``total / count``."""
-        mean = self.total / max(count, 1)
-        return mean if self.diagonal else mean.triu() + mean.triu(1).T
-
-    def is_finite(self) -> bool:
-        diagonal = self.total if self.diagonal else self.total.diagonal()
-        return bool(diagonal.sum().isfinite())
+        """The symmetric mean, the sum divided by ``count``; the sum itself is given up."""
+        self._flush()
+        self._recent.clear()
+        if self.diagonal:
+            return self._sums.pop() / max(count, 1)
+        shape = (self.features, self.features)
+        mean = torch.empty(shape, dtype=torch.float64, device=self._sums[0].device)
+        for start, total in zip(self._starts, self._sums, strict=True):
+            stop = start + len(total)
+            total /= max(count, 1)
+            mean[start:stop, start:] = total
+            mean[start:, start:stop] = total.T
+            # The block on the diagonal was written twice; one half of it counts.
+            square = total[:, : stop - start]
+            mean[start:stop, start:stop] = square.triu() + square.triu(1).T
+        self._sums.clear()
+        return mean

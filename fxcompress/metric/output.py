@@ -89,22 +89,24 @@ def sampled_gradient(
         generator: the source of the labels.
 
     Raises:
-        CalibrationError: no predictions, or none that is finite.
+        CalibrationError: no predictions, or none that is finite, or none that leaves a choice.
     """
     tensor, found = main_output(output)
     kind = found if kind == "auto" else kind  # type: ignore[assignment]
     detached = tensor.detach().float()
     if not bool(detached.isfinite().all()):
         raise CalibrationError("the model's output has NaN or infinite values")
+    _require_predictions(detached, kind)
+    width = detached.shape[-1] if detached.dim() > 1 else 1
     if kind == "gaussian":
         # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
         gradient = _normal(detached, generator)
-        predictions = detached.numel() // max(detached.shape[-1], 1)
+        predictions = detached.numel() // max(width, 1)
         dim = -1
     elif kind == "bernoulli":
         p = detached.sigmoid()
         gradient = p - torch.bernoulli(p, generator=generator)
-        predictions = detached.numel() // max(detached.shape[-1], 1)
+        predictions = detached.numel() // max(width, 1)
         dim = -1
     else:
         dim = class_dimension(detached)
@@ -125,17 +127,46 @@ def loss_gradient(output: Any, batch: Any, loss: Loss) -> OutputGradient:
     """Start from the user's own loss: its labels are the data's (the empirical Fisher).
 
     Raises:
-        CalibrationError: the loss is reduced to a scalar, not finite, or not differentiable.
+        CalibrationError: the loss fails, is reduced to a scalar, not finite, or not
+            differentiable.
     """
-    value = loss(output, batch)
+    try:
+        value = loss(output, batch)
+    except Exception as error:
+        raise CalibrationError(
+            f"loss(output, batch) failed: {type(error).__name__}: {error}\nIt is given what the "
+            f"model returned ({type(output).__name__}) and the whole batch "
+            f"({type(batch).__name__})"
+        ) from error
     if not isinstance(value, Tensor) or value.dim() == 0:
         raise CalibrationError(
             "loss(output, batch) must return one value per prediction (reduction='none'), "
             "not a single number: the Fisher metric needs to know what it is a mean of"
         )
+    if not value.requires_grad:
+        raise CalibrationError(
+            "loss(output, batch) returned a tensor without a gradient: it has to be computed "
+            "from the output, without detach(), argmax() or no_grad()"
+        )
     if not bool(value.isfinite().all()):
         raise CalibrationError("loss(output, batch) returned NaN or infinite values")
     return OutputGradient(value, torch.ones_like(value), value.numel(), "loss")
+
+
+def _require_predictions(logits: Tensor, kind: str) -> None:
+    """Outputs that the family makes no sense of would pass for layers without influence."""
+    if logits.dim() == 0:
+        raise CalibrationError(
+            "the model returned a single number (its own loss?), not predictions: pass a "
+            "forward= that returns the logits, or loss="
+        )
+    if kind == "categorical" and (logits.dim() == 1 or logits.shape[class_dimension(logits)] == 1):
+        raise CalibrationError(
+            f"the model's output of shape {tuple(logits.shape)} is taken for logits, and has "
+            + ("no dimension of samples" if logits.dim() == 1 else "one class only")
+            + ": declare what it is, metric: {output: bernoulli} for yes or no, "
+            "metric: {output: gaussian} for a regression"
+        )
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

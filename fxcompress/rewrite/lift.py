@@ -43,12 +43,13 @@ def lift(model: fx.GraphModule, only: Collection[str] | None = None) -> None:
     for node in model.graph.nodes:
         if node.op != "call_function" or node.target not in _LINEAR:
             continue
-        x, weight, bias = linear_arguments(node.args, node.kwargs)
+        _, weight, bias = linear_arguments(node.args, node.kwargs)
         if _own_parameter(model, weight) and (bias is None or _own_parameter(model, bias)):
             path = _path(model, weight.target, bias and bias.target)
             if only is None or path in only:
-                calls.append((path, node, x, weight, bias))
-    for path, node, x, weight, bias in calls:
+                calls.append((path, node))
+    for path, node in calls:
+        x, weight, bias = linear_arguments(node.args, node.kwargs)
         sources = [source for source in (weight, bias) if source is not None]
         module = _linear(*(model.get_parameter(source.target) for source in sources))
         module.train(model.training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
@@ -17,7 +17,13 @@ M = TypeVar("M", bound=nn.Module)
 def skeleton(model: M) -> M:
     """A deep copy that shares the parameters (not the buffers: a forward may write those)."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {**memo, **_computed(model)})
+
+
+def _computed(model: nn.Module) -> dict[int, Tensor]:
+    """Tensors that a graph of autograd hangs on (as weight_norm keeps) cannot be copied."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -38,4 +44,4 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     """
     shared = {id(parameter) for parameter in original.parameters()}
     memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
-    return copy.deepcopy(rewritten, memo)
+    return copy.deepcopy(rewritten, {**memo, **_computed(rewritten)})

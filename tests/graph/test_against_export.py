@@ -18,8 +18,9 @@ Groups = set[frozenset[str]]
 def shared_inputs_by_export(case: Case) -> Groups:
     """Linear layers that ``torch.export`` applies to one node."""
     model = case.build()
-    if hasattr(model, "config"):
-        model.config.use_cache = False  # a cache cannot be exported
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False  # a cache cannot be exported
     exported = torch.export.export(model, (), case.batch(), strict=False)
     parameters = exported.graph_signature.inputs_to_parameters
     readers = defaultdict(set)

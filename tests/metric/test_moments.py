@@ -274,21 +274,39 @@ def test_a_user_loss_replaces_the_sampled_labels() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("features", [3, 256, 300, 513])
-def test_gram_sum_equals_the_full_product(features: int) -> None:
+@pytest.mark.parametrize("features", [1, 3, 256, 300, 513])
+@pytest.mark.parametrize("flush", [1, 20, 8192])
+def test_gram_sum_equals_the_full_product(
+    features: int, flush: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GramSum, "FLUSH", flush)
     x = torch.randn(40, features, dtype=torch.float64)
-    gram = GramSum(features, torch.device("cpu"))
-    for part in x.split(15):
-        gram.add(part)
+    gram = GramSum(features, torch.device("cpu"), torch.float64)
+    assert all(gram.add(part) for part in x.split(15))
     torch.testing.assert_close(gram.finish(40), x.T @ x / 40, rtol=1e-12, atol=1e-14)
 
 
-def test_half_precision_rows_are_summed_in_float64() -> None:
-    """2,048 equal products of 1 exceed what bfloat16 can count: it would stop at 256."""
-    gram = GramSum(2, torch.device("cpu"))
-    for _ in range(64):
-        gram.add(torch.ones(32, 2, dtype=torch.bfloat16))
-    assert gram.finish(1)[0, 1] == 2048
+def test_diagonal_gram_sum() -> None:
+    x = torch.randn(40, 7, dtype=torch.float64)
+    gram = GramSum(7, torch.device("cpu"), torch.float64, diagonal=True)
+    assert all(gram.add(part) for part in x.split(15))
+    torch.testing.assert_close(gram.finish(40), x.square().mean(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("position", [(0, 0), (3, 299)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gram_sum_notices_what_is_not_finite(position: tuple[int, int], value: float) -> None:
+    x = torch.randn(5, 300)
+    x[position] = value
+    assert not GramSum(300, torch.device("cpu")).add(x)
+
+
+def test_long_sums_go_on_in_float64() -> None:
+    """2^25 ones: in bfloat16 counting stops at 256, in float32 at 2^24."""
+    gram = GramSum(1, torch.device("cpu"))
+    for _ in range(512):
+        gram.add(torch.ones(65536, 1, dtype=torch.bfloat16))
+    assert float(gram.finish(1)) == 2**25
 
 
 def test_the_model_is_left_as_it_was() -> None:

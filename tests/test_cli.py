@@ -1,0 +1,330 @@
+"""The command line: every verb, and errors in one clean message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import fxcompress
+from fxcompress import cli
+from tests.zoo import DECODER
+
+MODELS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 10)).eval()
+
+def other():
+    return nn.Sequential(nn.Linear(8, 8))
+
+def batches():
+    torch.manual_seed(1)
+    return [torch.randn(64, 24) for _ in range(3)]
+
+def tokens():
+    torch.manual_seed(1)
+    return [{"input_ids": torch.randint(3, 100, (2, 16))} for _ in range(3)]
+
+def none(): return []
+def nothing(): return None
+def row(): return torch.randn(4, 24)
+def number(): return 3
+def broken(): raise KeyError("oh no")
+def stops(): raise KeyboardInterrupt
+CONSTANT = 3
+"""
+WORDS = [f"w{i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tokenizer, a text, and a file of functions."""
+    path = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+    model.save_pretrained(path / "llama")
+    words = Tokenizer(models.WordLevel({w: i + 3 for i, w in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path / "llama")
+    text = " ".join(WORDS[i * i % 97] for i in range(200))
+    (path / "text.txt").write_text(text)
+    (path / "functions.py").write_text(MODELS)
+    (path / "bad.py").write_text("def f(:\n")
+    (path / "raises.py").write_text("1 / 0\n")
+    (path / "rules.yaml").write_text(
+        "budget: {keep: 0.5}\n"
+        "rules:\n"
+        "  - {id: all, match: {node: {op: linear}}, rewrite: {form: pivoted}}\n"
+    )
+    (path / "wrong.yaml").write_text("budget: {keep: 2}\nrules: [{id: a}]\n")
+    (path / "latin.txt").write_bytes(b"caf\xe9")
+    (path / "empty").mkdir()
+    return path
+
+
+class _Run:
+    def __init__(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.place, self.monkeypatch, self.capsys = place, monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> tuple[str, str]:
+        """Standard output and standard error of a command that ends with this code."""
+        self.monkeypatch.chdir(self.place)
+        self.monkeypatch.setattr(sys, "argv", ["fxcompress", *map(str, arguments)])
+        self.capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self.capsys.readouterr()
+        assert (ended.value.code or 0) == code, (out, err)
+        assert "Traceback" not in out + err
+        return out, err
+
+    def fails(self, *arguments: str | Path, code: int = 1) -> str:
+        """The one message of a command that fails; nothing else is printed."""
+        out, err = self(*arguments, code=code)
+        assert out == ""
+        assert err.startswith("error: " if code == 1 else "Usage: ")
+        return " ".join(err.replace("│", " ").split())
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> _Run:
+    # Wide enough for a message on one line, and not coloured.
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+    return _Run(place, monkeypatch, capsys)
+
+
+NET = ("--model", "functions.py:net", "--data", "functions.py:batches")
+LLAMA = ("--model", "llama", "--data", "functions.py:tokens")
+TEXT = ("--model", "llama", "--data", "text.txt", "--length", "20")
+
+
+# ---- verbs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [NET, LLAMA, TEXT])
+def test_compile_and_what_it_writes(run: _Run, tmp_path: Path, arguments: Any) -> None:
+    out, err = run("compile", "rules.yaml", *arguments, "--out", tmp_path / "o")
+    assert "saved to" in out
+    assert [line.split()[0] for line in err.splitlines() if "sequences" not in line][-1] == "verify"
+    written = {path.name for path in (tmp_path / "o").iterdir()}
+    files = {"model.fxcompress.safetensors", "plan.json", "diff.txt", "diff.html"}
+    assert files <= written
+    assert (tmp_path / "o" / "diff.txt").read_text().strip() in out
+    assert "<html" in (tmp_path / "o" / "diff.html").read_text()
+    hugging_face = arguments is not NET
+    assert {"config.json", "tokenizer_config.json"} <= written if hugging_face else True
+    if hugging_face:
+        loaded = fxcompress.load(tmp_path / "o")
+        assert type(loaded) is transformers.LlamaForCausalLM
+
+    # And the verbs that read it again.
+    model = () if hugging_face else ("--model", "functions.py:net")
+    shown, _ = run("load", tmp_path / "o", *model)
+    assert shown.startswith("plan for ")
+    shown, _ = run("diff", tmp_path / "o")
+    assert shown == (tmp_path / "o" / "diff.txt").read_text()
+    shown, _ = run("diff", tmp_path / "o", "--json")
+    assert json.loads(shown)
+    shown, _ = run("diff", tmp_path / "o", "--html", tmp_path / "page.html")
+    assert "page.html" in shown
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "o" / "diff.html").read_text()
+
+
+def test_plan(run: _Run) -> None:
+    out, err = run("plan", "rules.yaml", *NET)
+    assert out.startswith("plan for Sequential: rules rules.yaml, metric kfac")
+    assert err == ""
+    out, _ = run("plan", "rules.yaml", *NET, "--json", "--keep", "0.7")
+    plan = fxcompress.Plan.model_validate_json(out)
+    assert plan.budget.keep == 0.7
+    assert plan.budget.cost <= 0.7 * plan.budget.dense
+    out, err = run("plan", "decoder", *TEXT, "--sequences", "4", "--json")
+    assert json.loads(out)["calibration"]["predictions"] == 4 * 20
+    assert err == ""
+
+
+def test_a_short_text_is_told(run: _Run) -> None:
+    out, err = run("plan", "rules.yaml", *TEXT, "--json")
+    assert "text.txt gives 10 sequences, not 64" in err
+    assert json.loads(out)["calibration"]["batches"] == 5
+
+
+def test_explain(run: _Run) -> None:
+    out, _ = run("explain", "rules.yaml", *NET)
+    assert "2 linear → 2 name" in out
+    out, _ = run("explain", "rules.yaml", "--model", "llama")  # with inputs of its own
+    assert "15 linear → 15 name" in out
+    out, _ = run("explain", "rules.yaml", *TEXT[:4])
+    assert "15 linear → 15 name" in out
+    out, _ = run("explain", "rules.yaml", *NET, "--json")
+    assert json.loads(out)["rules"][0]["funnel"]["kept"] == 2
+
+
+def test_check_and_schema(run: _Run) -> None:
+    out, _ = run("check", "rules.yaml")
+    assert out == "rules.yaml: 1 rule, no errors\n"
+    for preset in ("decoder", "encoder", "every-linear"):
+        out, _ = run("check", preset)
+        assert out.startswith(f"{preset}.yaml: ")
+    out, _ = run("schema")
+    assert json.loads(out)["required"] == ["budget", "rules"]
+
+
+def test_help_names_every_verb(run: _Run) -> None:
+    out, _ = run("--help")
+    for verb in ("compile", "plan", "explain", "diff", "load", "check", "schema"):
+        assert verb in out
+        assert "--help" in run(verb, "--help")[0]
+
+
+def test_warnings_are_one_line_each(run: _Run, place: Path, tmp_path: Path) -> None:
+    rules = (place / "rules.yaml").read_text()
+    more = "  - {id: b, match: {node: {op: linear, name: x}}, rewrite: {form: pivoted}}\n"
+    (tmp_path / "two.yaml").write_text(rules + more)
+    _, err = run("compile", tmp_path / "two.yaml", *NET, "-o", tmp_path / "o")
+    assert "warning: two.yaml:4 warning[no-match]: rule 'b' matches nothing" in err
+    assert "FxcompressWarning" not in err
+
+
+def test_it_starts_as_a_program(place: Path) -> None:
+    program = Path(sys.executable).parent / "fxcompress"
+    command = [str(program)] if program.exists() else [sys.executable, "-m", "fxcompress.cli"]
+    done = subprocess.run(
+        [*command, "check", "wrong.yaml"], capture_output=True, text=True, cwd=place, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: wrong.yaml:1")
+
+
+# ---- errors ---------------------------------------------------------------------------
+
+
+def test_rules_that_cannot_be_used(run: _Run) -> None:
+    assert "wrong.yaml:1" in run.fails("check", "wrong.yaml")
+    assert "No such file" in run.fails("check", "nowhere.yaml")
+    assert "did you mean 'decoder'" in run.fails("plan", "decodr", *NET)
+    assert "nothing to compress" in run.fails("plan", "encoder", *NET)
+
+
+def test_budgets_that_cannot_be_met(run: _Run) -> None:
+    assert "keep must be" in run.fails("plan", "rules.yaml", *NET, "--keep", "7")
+    assert "need at least" in run.fails("plan", "rules.yaml", *NET, "--keep", "0.001")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("none", "empty or exhausted"),
+        ("nothing", "needs calibration data"),
+        ("row", "not one Tensor"),
+        ("number", "not one int"),
+        ("tokens", "the model failed on the example batch"),
+        ("broken", "functions.py:broken: KeyError: 'oh no'"),
+    ],
+)
+def test_data_that_cannot_be_used(run: _Run, data: str, words: str, tmp_path: Path) -> None:
+    arguments = ("rules.yaml", "--model", "functions.py:net", "--data", f"functions.py:{data}")
+    assert words in run.fails("plan", *arguments)
+    assert words in run.fails("compile", *arguments, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_data_is_left_out(run: _Run) -> None:
+    assert "needs calibration data" in run.fails("plan", "rules.yaml", *NET[:2])
+    assert "give --data" in run.fails("explain", "rules.yaml", *NET[:2], code=2)
+    empty = ("--data", "functions.py:none")
+    assert "gives no batch" in run.fails("explain", "rules.yaml", *NET[:2], *empty, code=2)
+    number = ("--data", "functions.py:number")
+    assert "not iterable" in run.fails("explain", "rules.yaml", *NET[:2], *number)
+
+
+def test_text_that_cannot_be_used(run: _Run) -> None:
+    plan = ("plan", "rules.yaml")
+    assert "200 tokens, fewer than one sequence of 512" in run.fails(*plan, *TEXT[:4], code=2)
+    assert "tokenizer of a Hugging Face" in run.fails(*plan, *NET[:2], "--data", "text.txt", code=2)
+    assert "text from latin.txt" in run.fails(*plan, *TEXT[:2], "--data", "latin.txt")
+    for option in ("--length", "--sequences"):
+        assert option in run.fails(*plan, *TEXT[:4], option, "0", code=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "code"),
+    [
+        ("empty", "a model from empty", 1),
+        ("nowhere", "neither an existing directory", 2),
+        ("functions.py", "neither an existing directory", 2),
+        ("functions.py:nosuch", "nosuch", 2),
+        ("nosuch.py:net", "nosuch.py", 2),
+        ("nosuch:net", "No module named 'nosuch'", 2),
+        ("bad.py:f", "SyntaxError", 2),
+        ("raises.py:f", "ZeroDivisionError", 2),
+        ("functions.py:CONSTANT", "is a int, no function", 2),
+        ("functions.py:number", "returned int, not an nn.Module", 2),
+        ("functions.py:broken", "KeyError: 'oh no'", 1),
+    ],
+)
+def test_models_that_cannot_be_used(run: _Run, model: str, words: str, code: int) -> None:
+    arguments = ("--model", model, "--data", "functions.py:batches")
+    assert words in run.fails("plan", "rules.yaml", *arguments, code=code)
+    assert words in run.fails("explain", "rules.yaml", *arguments, code=code)
+
+
+def test_hugging_face_directories_that_cannot_be_used(
+    run: _Run, place: Path, tmp_path: Path
+) -> None:
+    config = json.loads((place / "llama" / "config.json").read_text())
+    for change, words in [
+        ({"architectures": None}, "names no architecture"),
+        ({"architectures": ["NoSuchModel"]}, "names no architecture"),
+        ({"model_type": "nosuch"}, "nosuch"),
+        ({}, "model.safetensors"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        data = ("--data", "functions.py:tokens")
+        text = run.fails("plan", "rules.yaml", "--model", tmp_path, *data)
+        assert words in text
+        assert "a model from" in text
+
+
+def test_saved_files_that_cannot_be_used(run: _Run, tmp_path: Path) -> None:
+    assert "plan.json is missing" in run.fails("diff", tmp_path)
+    assert "plan.json is missing" in run.fails("load", tmp_path)
+    run("compile", "rules.yaml", *NET, "--out", tmp_path / "o")
+    assert "load(directory, model)" in run.fails("load", tmp_path / "o")
+    assert "not what the plan was made for" in run.fails(
+        "load", tmp_path / "o", "--model", "functions.py:other"
+    )
+    assert "No such file" in run.fails("diff", tmp_path / "o", "--html", tmp_path / "no" / "p.html")
+    (tmp_path / "o" / "plan.json").write_text("{")
+    assert "cannot be read" in run.fails("diff", tmp_path / "o", "--json")
+
+
+def test_nothing_is_computed_if_it_cannot_be_written(run: _Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = ("--model", "functions.py:broken", *NET[2:])
+    for out in (tmp_path / "file", tmp_path / "file" / "deep" / "o"):
+        text = run.fails("compile", "rules.yaml", *model, "--out", out, code=2)
+        assert "is a file" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [("compile",), ("nosuch",), ("plan", "rules.yaml"), ("diff",)]
+)
+def test_wrong_usage(run: _Run, arguments: tuple[str, ...]) -> None:
+    run.fails(*arguments, code=2)
