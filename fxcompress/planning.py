@@ -163,7 +163,7 @@ def _dense_reason(site: Site, excluded: frozenset[str]) -> str:
 
 
 def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
-    """Operators with a weight that stay as they are, each with the nearest reason."""
+    """Matrices and larger weights that stay as they are, each with the nearest reason."""
     matched = {site.weight for site in analysis.sites}
     reasons = {miss.operator: miss.reason for miss in analysis.matched.misses}
     for kept in analysis.matched.protected:
@@ -195,7 +195,34 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
                 reason=reasons.get(operator.name, f"no rule is about operator {operator.op}"),
             )
         )
-    return tuple(out)
+    return (*out, *_unseen(analysis))
+
+
+def _unseen(analysis: Analysis) -> list[Unmatched]:
+    """Weights that no operator of the graph applies: rules cannot be about them."""
+    ran = {operator.path: operator.op for operator in analysis.recording.operators}
+    out = []
+    for name, facts in analysis.recording.weights.items():
+        owner = name.rpartition(".")[0]
+        if facts.calls or len(facts.shape) < 2:
+            continue
+        if owner in ran:
+            reason = f"{ran[owner]} applies it inside, out of the reach of rules"
+        elif ".parametrizations." in name:
+            reason = "it is parametrized (torch.nn.utils.parametrize): remove that first"
+        else:
+            reason = "the example does not use it; if other inputs do, pass examples=[...] of both"
+        out.append(
+            Unmatched(
+                name=owner or name,
+                op=ran.get(owner, "parameter"),
+                weight=name,
+                shape=facts.shape,
+                parameters=math.prod(facts.shape),
+                reason=reason,
+            )
+        )
+    return out
 
 
 def sum_sizes(sizes: Iterable[Size]) -> Size:

@@ -220,7 +220,7 @@ class _Session:
                 parameter.requires_grad_(False)
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
-                handles.append(module.register_forward_hook(self._hook(site)))
+                handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -260,9 +260,9 @@ class _Session:
 
     # ---- hooks -------------------------------------------------------------------
 
-    def _hook(self, site: Target) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-            data: Tensor = args[0]
+    def _hook(self, site: Target) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+            data: Tensor = args[0] if args else next(iter(kwargs.values()))
             self._see_input(site, data)
             if not torch.is_grad_enabled():
                 return None
