@@ -133,10 +133,10 @@ def _agree(facts: list[Weight]) -> Weight:
 
 def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Recording:
     recorder = _Recorder(model)
-    example = to_device(example, device_of(model))  # before, so that no node comes of it
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        example = to_device(example, device_of(model))  # before, so that no node comes of it
         with FlopCounterMode(display=False) as flops:
             recorder.run(lambda: run_model(model, example, forward))
     except Exception as error:

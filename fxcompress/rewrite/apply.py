@@ -41,7 +41,7 @@ def mismatches(model: nn.Module, plan: Plan) -> str:
     for site in plan.rewritten:
         try:
             shape = linear_shape(reference.get_submodule(site.name))
-        except AttributeError:
+        except (AttributeError, ValueError):  # nothing of that name, or not a matrix
             problems.append(f"it has no linear layer {site.name}")
             continue
         found = _describe(shape.in_features, shape.out_features, shape.bias)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxcompress.forms import FORMS
+from fxcompress.rewrite.lazy import lazy
 
 _OWN = {*nn.Module().__dict__, "training"}
 
@@ -39,6 +40,7 @@ class Factorized(nn.Module):
         self.rank = rank
         self.transposed = transposed
         self.replaces = type(original).__name__
+        self.weight_shape = tuple(original.get_parameter("weight").shape)
         self.body = body
         self.train(original.training)
 
@@ -50,7 +52,11 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors stand for: computed when read, differentiable."""
+        """The dense weight that the factors stand for: differentiable, computed on demand."""
+        return lazy(self.weight_shape, next(self.body.parameters()), self.dense)
+
+    def dense(self) -> Tensor:
+        """The dense weight, computed at once."""
         weight = FORMS[self.form].weight(self.body)
         return weight.T if self.transposed else weight
 
