@@ -206,10 +206,28 @@ def test_budgets_are_met_on_architectures(name: str, unit: str) -> None:
         assert counted(small, batch, each) == getattr(planned.model_after, each), each
 
 
-def test_work_that_a_rewrite_adds_is_counted_and_told() -> None:
-    """T5 looks at the type of ``wo.weight`` in its forward, and so has it computed."""
+def test_asking_a_weight_for_its_type_adds_no_work() -> None:
+    """T5 does so in its forward."""
     case = ZOO["t5"]
     model, batch = case.build(), case.batch()
+    small = fxcompress.compile(model, rules(0.6, unit="macs"), [batch])
+    planned = plan_of(small)
+    assert not planned.warnings
+    assert planned.budget.cost <= 0.6 * planned.budget.dense
+    assert planned.model_after.macs == counted(small, batch, "macs")
+
+
+def test_work_that_a_rewrite_adds_is_counted_and_told() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.second.weight.is_contiguous()  # only the values can tell
+            return self.second(self.first(x).relu())
+
+    model, batch = Asks(), torch.randn(4, 32)
     with pytest.warns(FxcompressWarning, match="multiply-accumulates more than its layers need"):
         small = fxcompress.compile(model, rules(0.6), [batch])
     assert plan_of(small).model_after.macs == counted(small, batch, "macs")
