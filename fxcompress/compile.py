@@ -26,7 +26,13 @@ from fxcompress.metric import Loss
 from fxcompress.plan import Plan, attach_plan
 from fxcompress.planning import make_plan, summarize
 from fxcompress.report.progress import Progress, stages
-from fxcompress.rewrite import apply_plan, own_parameters, skeleton, verify
+from fxcompress.rewrite import (
+    ProjectedAttention,
+    apply_plan,
+    own_parameters,
+    skeleton,
+    verify,
+)
 from fxcompress.rules import Explanation, LoadedRules, RuleSet, load_rules
 from fxcompress.sites import Site
 
@@ -200,6 +206,11 @@ def rewrite(
         update={
             "model_after": counted,
             "after": summarize(after.operators),
+            "expanded": tuple(
+                name
+                for name, module in rewritten.named_modules()
+                if isinstance(module, ProjectedAttention)
+            ),
             "warnings": (*analysis.notes, *notes),
         }
     )

@@ -178,7 +178,7 @@ class Plan(_Frozen):
         sites: every matched site, in graph order.
         unmatched: every other operator with a weight, and why.
         model_before, model_after: sizes of the whole model.
-        expanded: attention modules that were split into projections, to be redone on load.
+        expanded: attention modules that were split into their projections.
         before, after: the recorded graphs; ``after`` is empty until the model is rewritten.
         seconds: time spent per stage.
         warnings: what the user should know.

@@ -810,3 +810,11 @@ def test_a_second_rewrite_remembers_the_first() -> None:
     assert plan_of(twice).model_after.parameters == counted(twice, None, "parameters")
     assert plan_of(model_copy := copy.deepcopy(twice)) == plan_of(twice)
     assert equal(model_copy, twice)
+
+
+def test_attention_that_was_split_is_named() -> None:
+    case = ZOO["transformer_encoder"]
+    model = case.build()
+    small = fxcompress.compile(model, rules(0.5), [case.batch()])
+    assert plan_of(small).expanded == ("layers.0.self_attn", "layers.1.self_attn")
+    assert "layers.{0..1}.self_attn" in str(fxcompress.diff(model, small))
