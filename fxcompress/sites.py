@@ -11,6 +11,7 @@ from torch import nn
 
 from fxcompress.budget import Candidate, Option, permitted_ranks
 from fxcompress.forms import FORMS, LinearShape
+from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Spectrum
 from fxcompress.plan import Size
@@ -128,7 +129,5 @@ def gather_sites(recording: Recording, matches: Sequence[Match]) -> tuple[Site, 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a linear module as (m x n), whichever way it is stored."""
-    from fxcompress.graph.canonical import is_hf_conv1d
-
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.T if is_hf_conv1d(module) else weight
