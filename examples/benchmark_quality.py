@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,9 +31,10 @@ from smollm2 import (
 )
 from torch import nn
 
-from fxcompress.analysis import Analysis, analyse, decompose_sites, match_model
+from fxcompress.analysis import Analysis, analyse, match_model
 from fxcompress.compile import rewrite
-from fxcompress.metric import METRICS, Calibration, Metric, Spectrum, calibrate
+from fxcompress.decomposition import Decomposition, decompose_sites
+from fxcompress.metric import METRICS, Calibration, Metric, calibrate
 from fxcompress.plan import Plan
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
@@ -43,6 +45,9 @@ EVERYTHING = Metric(
     "all", frozenset({"input", "output", "weight"}), "", lambda moments: (None, None)
 )
 BASELINE = ("activation", "uniform", "low_rank")
+FORMS = ("low_rank", "pivoted")
+JOINT = tuple(f"{form} | joint" for form in FORMS)
+"""Queries, keys and values, and gate and up, may share a half; only for K-FAC, global."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,37 @@ class Row:
 
 
 def rules(metric: str, allocation: str, form: str, keep: float) -> LoadedRules:
-    """The preset "decoder" with one thing changed at a time."""
+    """The preset "decoder" with one thing changed at a time; ``a | b`` lets the solver choose."""
+    forms = form.split(" | ")
+    single = [each for each in forms if each != "joint"]
+    together = (
+        ""
+        if "joint" not in forms
+        else f"""
+  - id: qkv
+    match: {{group: {{op: linear, name: "model.layers.*.{{q,k,v}}_proj"}}}}
+    rewrite: {{any_of: {json.dumps(forms)}}}
+  - id: gate-up
+    match: {{group: {{op: linear, name: "model.layers.*.{{gate,up}}_proj"}}}}
+    rewrite: {{any_of: {json.dumps(forms)}}}"""
+    )
     text = f"""
 budget: {{keep: {keep}, of: matched, unit: parameters}}
 metric: {{kind: {metric}, damping: {{input: 1.0e-3, output: 1.0e-1}}, output: categorical}}
 solver: {{allocation: {allocation}}}
-rules:
+rules:{together}
   - id: decoder-linears
     match: {{node: {{op: linear, name: "model.layers.*"}}}}
-    rewrite: {{form: {form}}}
+    rewrite: {{any_of: {json.dumps(single)}}}
 """
     return parse_rules(text, "benchmark.yaml")
+
+
+def combinations(metric: str, keeps: Sequence[float]) -> Iterator[tuple[str, str, float]]:
+    """Allocation, form and keep of the rows of a metric."""
+    yield from itertools.product(("uniform", "global"), FORMS, keeps)
+    if metric == "kfac":
+        yield from itertools.product(("global",), JOINT, keeps)
 
 
 def measure(
@@ -81,34 +106,43 @@ def measure(
     calibration: Calibration,
     reference: Reference,
     keeps: Sequence[float],
+    metrics: Sequence[str],
 ) -> list[Row]:
     """All rows, the spectra of a metric shared by its rows."""
     rows = []
-    for metric in METRICS:
-        spectra: dict[str, Spectrum] | None = None
-        for allocation, form, keep in itertools.product(
-            ("uniform", "global"), ("low_rank", "pivoted"), keeps
-        ):
+    for metric in metrics:
+        decomposed: Decomposition | None = None
+        for allocation, form, keep in combinations(metric, keeps):
             start = time.perf_counter()
-            loaded = rules(metric, allocation, form, keep)
-            matched = match_model(base.model, loaded, base.recording)
-            sites = gather_sites(base.recording, matched.matches)
-            if spectra is None:
-                spec = loaded.rules.metric
-                spectra, _ = decompose_sites(
+            # Decomposed once for all forms: what a row does not offer is left out afterwards.
+            everything = rules(metric, allocation, " | ".join((*FORMS, "joint")), keep)
+            if decomposed is None:
+                whole = match_model(base.model, everything, base.recording)
+                spec = everything.rules.metric
+                decomposed = decompose_sites(
                     base.model,
-                    sites,
+                    *gather_sites(base.recording, whole),
                     dict(calibration.moments),
                     METRICS[metric],
                     (spec.damping.input, spec.damping.output),
                 )
-            analysis = replace(base, rules=loaded, matched=matched, sites=sites, spectra=spectra)
+            loaded = rules(metric, allocation, form, keep)
+            matched = match_model(base.model, loaded, base.recording)
+            sites, bundles = gather_sites(base.recording, matched)
+            analysis = replace(
+                base,
+                rules=loaded,
+                matched=matched,
+                sites=sites,
+                bundles=bundles,
+                decomposed=decomposed,
+            )
             with stages(False) as silent:
                 small, plan = rewrite(model, analysis, None, silent)
             fidelity = reference.compare(small)
             rows.append(Row(metric, allocation, form, keep, plan, fidelity))
             print(
-                f"{metric:10} {allocation:8} {form:9} keep {keep}  KL {fidelity.kl:8.4f}  "
+                f"{metric:10} {allocation:8} {form:16} keep {keep}  KL {fidelity.kl:8.4f}  "
                 f"perplexity {fidelity.perplexity:10.2f}  {time.perf_counter() - start:5.1f} s",
                 flush=True,
             )
@@ -119,22 +153,24 @@ def measure(
 def table(rows: list[Row], reference: Reference, tokens: int) -> str:
     """The figures as Markdown."""
     keeps = sorted({row.keep for row in rows}, reverse=True)
-    base = {row.keep: row.fidelity.kl for row in rows if row.key == BASELINE}
+    first = BASELINE if any(row.key == BASELINE for row in rows) else rows[0].key
+    base = {row.keep: row.fidelity.kl for row in rows if row.key == first}
     lines = [
         "SmolLM2-135M, 210 decoder linears, one-shot; "
         f"calibrated on {tokens:,} tokens of {CALIBRATION.stem}, measured on "
         f"{sum(part.numel() for part in reference.parts):,} tokens of {HELD_OUT.stem} "
         f"(dense perplexity {reference.dense.perplexity:.2f}).",
-        "KL to the dense model in nats per token; its ratio to SVD-LLM (`activation`, `uniform`, "
-        "`low_rank`) at the same parameters in the same run.",
+        "KL to the dense model in nats per token; its ratio to that of the row "
+        f"{', '.join(f'`{part}`' for part in first)} at the same parameters in the same run"
+        + (" (SVD-LLM)." if first == BASELINE else "."),
         "",
         "| metric | ranks | form | "
-        + " | ".join(f"keep {k:g}: KL | perplexity | predicted | / SVD-LLM" for k in keeps)
+        + " | ".join(f"keep {k:g}: KL | perplexity | predicted | ratio" for k in keeps)
         + " |",
         "|---|---|---|" + "---:|---:|---:|---:|" * len(keeps),
     ]
     for key in dict.fromkeys(row.key for row in rows):
-        cells = [f"`{part}`" for part in key]
+        cells = ["`" + part.replace(" | ", "`, `") + "`" for part in key]
         for keep in keeps:
             row = next(row for row in rows if row.key == key and row.keep == keep)
             nats = row.plan.loss_unit.startswith("nats")
@@ -162,6 +198,7 @@ def main() -> None:
     arguments.add_argument("--calibrate", type=int, default=64, help="sequences of 512 tokens")
     arguments.add_argument("--evaluate", type=int, default=16, help="sequences of 512 tokens")
     arguments.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
+    arguments.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS))
     arguments.add_argument("--out", type=Path, default=RESULTS / "quality.md")
     options = arguments.parse_args()
     torch.manual_seed(0)
@@ -175,7 +212,7 @@ def main() -> None:
         calibration = calibrate(
             base.model, base.sites, data, EVERYTHING, output="categorical", seed=0, tick=tick
         )
-    rows = measure(model, base, calibration, reference, options.keep)
+    rows = measure(model, base, calibration, reference, options.keep, options.metrics)
     text = table(rows, reference, options.calibrate * LENGTH)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from fxcompress.errors import (
     RewriteError,
     RuleError,
 )
+from fxcompress.forms import register_form
 from fxcompress.io import load, save
 from fxcompress.plan import Plan, plan_of
 
@@ -37,5 +38,6 @@ __all__ = [
     "load",
     "plan",
     "plan_of",
+    "register_form",
     "save",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
 from pathlib import Path
@@ -12,28 +12,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxcompress.decomposition import Decomposition, decompose_sites
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.metric import (
-    METRICS,
-    Calibration,
-    Factor,
-    Loss,
-    Metric,
-    Moments,
-    Spectrum,
-    calibrate,
-)
-from fxcompress.metric.spectrum import decompose_whitened
-from fxcompress.metric.whiten import Whitener, whitener
+from fxcompress.metric import METRICS, Calibration, Loss, calibrate
 from fxcompress.plan import Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
-from fxcompress.sites import Site, dense_weight, gather_sites
+from fxcompress.sites import Site, SiteBundle, dense_weight, gather_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +35,9 @@ class Analysis:
     recording: Recording
     matched: MatchResult
     sites: tuple[Site, ...]
+    bundles: tuple[SiteBundle, ...]
     calibration: Calibration
-    spectra: Mapping[str, Spectrum]
+    decomposed: Decomposition
     examples: Sequence[Any]
     size: Size
     notes: list[str]
@@ -79,7 +70,8 @@ def analyse(
     show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
-    sites = gather_sites(recording, matched.matches)
+    templates = {template.name: template for template in loaded.templates.values()}
+    sites, bundles = gather_sites(recording, matched, templates)
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
@@ -104,52 +96,27 @@ def analyse(
     calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
     damping = (spec.damping.input, spec.damping.output)
     tick = show.stage("decompose", len(sites))
-    spectra, idle = decompose_sites(work, sites, moments, metric, damping, tick)
+    decomposed = decompose_sites(work, sites, bundles, moments, metric, damping, tick)
     notes += [
         f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
         "gradients); its predicted loss is 0 at every rank"
-        for name in idle
+        for name in decomposed.idle
     ]
+    bundles = tuple(bundle for bundle in bundles if bundle.name in decomposed.bundles)
     size = _model_size(work, recording)
     return Analysis(
-        work, loaded, recording, matched, sites, calibrated, spectra, examples, size, notes
+        work,
+        loaded,
+        recording,
+        matched,
+        sites,
+        bundles,
+        calibrated,
+        decomposed,
+        examples,
+        size,
+        notes,
     )
-
-
-def decompose_sites(
-    model: nn.Module,
-    sites: Sequence[Site],
-    moments: dict[str, Moments],
-    metric: Metric,
-    damping: tuple[float, float],
-    tick: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Spectrum], list[str]]:
-    """The spectrum of every site in a metric.
-
-    Args:
-        model: has the weights.
-        sites: in graph order, so that sites on one input follow one another.
-        moments: per site name; emptied on the way, to free the memory.
-        metric: makes factors of moments.
-        damping: of the input and of the output factor.
-        tick: called after every site.
-
-    Returns:
-        Spectra by site name, and the names of sites whose factors are all zero.
-    """
-    spectra, idle = {}, []
-    shared: tuple[Factor, Whitener] | None = None
-    for site in sites:
-        a, g = metric.factors(moments.pop(site.name))
-        if shared is None or shared[0] is not a:  # sites on one input share one tensor
-            shared = (a, whitener(a, damping[0]))
-        inputs, outputs = shared[1], whitener(g, damping[1])
-        weight = dense_weight(model.get_submodule(site.name))
-        spectra[site.name] = decompose_whitened(weight, inputs, outputs)
-        if inputs.null or outputs.null:
-            idle.append(site.name)
-        tick()
-    return spectra, idle
 
 
 def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:
@@ -169,7 +136,15 @@ def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> 
             return "it is part of a layer that was factorized before"
         return reason(operator)
 
-    return match_rules(loaded, recording.operators, legality)
+    def joint_legality(operators: Sequence[Operator]) -> str | None:
+        weights = [recording.weights[o.weight] for o in operators if o.weight is not None]
+        if len({weight.source for weight in weights}) > 1:
+            return "they do not always read the same value"
+        if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+            return "their weights have different types or are on different devices"
+        return None
+
+    return match_rules(loaded, recording.operators, legality, joint_legality)
 
 
 def _batches(

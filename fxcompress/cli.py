@@ -16,17 +16,29 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from torch import nn
 
 import fxcompress
+from fxcompress.analysis import match_model, working_copy
 from fxcompress.compile import FxcompressWarning
 from fxcompress.errors import FxcompressError, LoadError
+from fxcompress.graph.recorder import record
 from fxcompress.io import read_plan
 from fxcompress.report import diff_plan
-from fxcompress.rules import json_schema, load_rules, preset_names
+from fxcompress.rules import (
+    LoadedRules,
+    MatchResult,
+    json_schema,
+    load_rules,
+    preset_names,
+    preset_path,
+    run_cases,
+)
+from fxcompress.rules.schema import Case
 
 app = typer.Typer(
     name="fxcompress",
@@ -47,6 +59,24 @@ Sequences = Annotated[int, typer.Option(min=1, help="how many sequences to cut f
 Length = Annotated[int, typer.Option(min=1, help="tokens in each of them")]
 Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for other programs")]
+
+
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="module or file.py to import first: it registers forms"),
+]
+
+
+@app.callback()
+def before(modules: Modules = None) -> None:
+    """Low-rank compression of PyTorch models by declarative graph rewriting."""
+    for place in modules or ():
+        try:
+            _import(place)
+        except Exception as error:  # whatever the user's file does
+            raise typer.BadParameter(
+                f"--import {place}: {type(error).__name__}: {error}"
+            ) from error
 
 
 @app.command()
@@ -142,14 +172,59 @@ def load(
 def check(rules: Rules) -> None:
     """Check a rule file without a model; prints every error with its place."""
     loaded = load_rules(rules)
-    count = len(loaded.rules.rules)
-    typer.echo(f"{loaded.filename}: {count} rule{'s' if count != 1 else ''}, no errors")
+    counts = (_count(len(loaded.rules.rules), "rule"), _count(len(loaded.rules.tests), "test"))
+    typer.echo(f"{loaded.filename}: {', '.join(counts)}, no errors")
+
+
+@app.command("test")
+def run_tests(rules: Rules, as_json: Json = False) -> None:
+    """Run the tests that a rule file carries; exit status 1 if one fails."""
+    loaded = load_rules(rules)
+    directory = (preset_path(rules) or Path(rules)).parent
+    results = run_cases(loaded, lambda case: _match_case(loaded, case, directory))
+    failed = sum(not result.passed for result in results)
+    if as_json:
+        plain = {"rules": loaded.filename, "tests": [result.to_json() for result in results]}
+        typer.echo(json.dumps(plain, indent=1, ensure_ascii=False))
+    elif not results:
+        typer.echo(f"{loaded.filename} has no tests; they go under the key 'tests'")
+    else:
+        for result in results:
+            typer.echo(str(result))
+        outcome = f"{failed} failed" if failed else "all passed"
+        typer.echo(f"{loaded.filename}: {_count(len(results), 'test')}, {outcome}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of rule files, for editors."""
     typer.echo(json.dumps(json_schema(), indent=1))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _match_case(loaded: LoadedRules, case: Case, directory: Path) -> MatchResult:
+    """What the rules match in the model of a test; its files stand next to the rules."""
+
+    def beside(source: str) -> str:
+        place = source.rpartition(":")[0] or source
+        local = place.endswith(".py") or (directory / place).exists()
+        return str(directory / source) if local else source
+
+    try:
+        model = load_model(beside(str(case.model)))
+        data = None if case.data is None else load_data(beside(case.data), "", 1, 16)
+        example = getattr(model, "dummy_inputs", None) if data is None else _first(data)
+    except typer.BadParameter as error:
+        raise LoadError(error.message) from error
+    if example is None:
+        raise LoadError("the model is run once: give 'data'")
+    work = working_copy(model)
+    return match_model(work, loaded, record(work, [example]))
 
 
 def main() -> None:
@@ -242,18 +317,23 @@ def _resolve(source: str, option: str) -> Any:
             f"{option} {source!r} is neither an existing directory or file nor module:function"
         )
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, "")
-            module = importlib.import_module(place)
-        return getattr(module, name)
+        return getattr(_import(place), name)
     except Exception as error:  # whatever the user's file does
         raise typer.BadParameter(f"{option} {source!r}: {type(error).__name__}: {error}") from error
+
+
+def _import(place: str) -> ModuleType:
+    """A module by its name, or from a file."""
+    if not place.endswith(".py"):
+        sys.path.insert(0, "")
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.setdefault(Path(place).stem, module)  # classes in it can be pickled
+    return module
 
 
 def _transformers() -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.analysis import Analysis, analyse, match_model, working_copy
 from fxcompress.errors import BudgetError, RecordError, RewriteError, RuleError
-from fxcompress.forms import FORMS, FormError
+from fxcompress.forms import Form, FormError, JointBody, JointForm
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import Loss
@@ -27,6 +27,7 @@ from fxcompress.plan import Plan, attach_plan
 from fxcompress.planning import make_plan, summarize
 from fxcompress.report.progress import Progress, stages
 from fxcompress.rewrite import (
+    Bodies,
     ProjectedAttention,
     apply_plan,
     own_parameters,
@@ -34,7 +35,7 @@ from fxcompress.rewrite import (
     verify,
 )
 from fxcompress.rules import Explanation, LoadedRules, RuleSet, load_rules
-from fxcompress.sites import Site
+from fxcompress.sites import Site, SiteBundle, dense_weight
 
 M = TypeVar("M", bound=nn.Module)
 Rules = str | PathLike[str] | RuleSet | LoadedRules
@@ -222,29 +223,60 @@ class _Failure:
     reason: str
 
 
-def _build(
-    analysis: Analysis, planned: Plan, show: Progress
-) -> tuple[dict[str, fx.GraphModule], dict[str, _Failure]]:
-    """A verified body for every rewritten site, and the failures."""
-    tick = show.stage("rewrite", len(planned.rewritten))
-    by_name = {site.name: site for site in analysis.sites}
-    bodies: dict[str, fx.GraphModule] = {}
+def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, dict[str, _Failure]]:
+    """A verified body for every rewritten site or bundle, and the failures by its name."""
+    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in planned.bundles}
+    entries = {entry.name: entry for entry in planned.rewritten}
+    alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
+    tick = show.stage("rewrite", len(entries))
+    single: dict[str, fx.GraphModule] = {}
+    joint: dict[str, JointBody] = {}
     failures: dict[str, _Failure] = {}
-    for entry in planned.rewritten:
-        assert entry.form is not None
-        assert entry.rank is not None
-        site, spectrum = by_name[entry.name], analysis.spectra[entry.name]
-        left, right = spectrum.left[:, : entry.rank], spectrum.right[: entry.rank]
-        bias = getattr(analysis.model.get_submodule(site.name), "bias", None)
-        body = FORMS[entry.form].empty(site.shape, entry.rank)
+
+    for site in alone:
+        chosen, rank = entries[site.name].choice
+        form = site.forms[chosen]
+        single[site.name] = body = form.empty(site.shape, rank)
         try:
-            FORMS[entry.form].fill(body, left, right, bias)
-            verify(body, left, right, bias, _sample(analysis, site))
+            _fill(analysis, site, form, body, rank)
         except FormError as error:
-            failures[site.name] = _Failure(entry.form, str(error))
-        bodies[site.name] = body
+            failures[site.name] = _Failure(chosen, str(error))
         tick()
-    return bodies, failures
+    for name, bundle in bundles.items():
+        chosen, rank = entries[bundle.sites[0].name].choice
+        joint_form = bundle.forms[chosen]
+        joint[name] = joint_body = joint_form.empty(bundle.shapes, rank)
+        try:
+            _fill_joint(analysis, bundle, joint_form, joint_body, rank)
+        except FormError as error:
+            failures[name] = _Failure(chosen, str(error))
+        for _ in bundle.sites:
+            tick()
+    return Bodies(single, joint), failures
+
+
+def _fill(analysis: Analysis, site: Site, form: Form, body: fx.GraphModule, rank: int) -> None:
+    module = analysis.model.get_submodule(site.name)
+    target = analysis.decomposed.sites[site.name].target(dense_weight(module).detach())
+    left, right = form.factors(target, rank)
+    bias = getattr(module, "bias", None)
+    form.fill(body, left, right, bias)
+    verify(body, left, right, bias, _sample(analysis, site))
+
+
+def _fill_joint(
+    analysis: Analysis, bundle: SiteBundle, form: JointForm, body: JointBody, rank: int
+) -> None:
+    spectrum = analysis.decomposed.bundles[bundle.name].spectrum
+    rows = [site.out_features for site in bundle.sites]
+    lefts = torch.split(spectrum.left[:, :rank], rows)
+    right = spectrum.right[:rank]
+    modules = [analysis.model.get_submodule(site.name) for site in bundle.sites]
+    biases = [getattr(module, "bias", None) for module in modules]
+    form.fill(body, lefts, right, biases)
+    for index, site in enumerate(bundle.sites):
+        sample = _sample(analysis, site)
+        verify(body.member(index), lefts[index], right, biases[index], sample)
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:
@@ -271,12 +303,22 @@ def _rerecord(
             "insist on the class or on the parameters of a layer: take that one out of the rules "
             f"(unless: [{{name: ...}}])\n{error.__cause__!r}"
         ) from error
-    running = {operator.path for operator in after.operators if operator.weight is not None}
     failures = {}
     for entry in planned.rewritten:
-        prefix = f"{entry.name}."
-        if not any(path.startswith(prefix) for path in running):
-            failures[entry.name] = _Failure(
+        if not _runs(after, entry.name):
+            failures[entry.bundle or entry.name] = _Failure(
                 str(entry.form), "the model runs past it, so the rewritten layer would save nothing"
             )
     return after, failures
+
+
+def _runs(after: Recording, site: str) -> bool:
+    """Whether a rewritten operator is called: its facade, or its nodes in an fx graph.
+
+    That its parameters are read is not enough: a model that runs past a layer may compute its
+    weight.
+    """
+    return site in after.called or (
+        f"{site}.body" not in after.called
+        and any(path.startswith(f"{site}.") for path in after.called)
+    )

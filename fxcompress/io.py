@@ -19,12 +19,12 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxcompress.errors import LoadError
-from fxcompress.forms import FORMS, LinearShape
-from fxcompress.plan import FORMAT, Plan, SitePlan, attach_plan, history, plan_of
-from fxcompress.rewrite import apply_plan, mismatches, skeleton
+from fxcompress.forms import form_words
+from fxcompress.plan import FORMAT, Plan, attach_plan, history, plan_of
+from fxcompress.rewrite import apply_plan, empty_bodies, mismatches, skeleton
 
 WEIGHTS = "model.fxcompress.safetensors"
 PLAN = "plan.json"
@@ -120,7 +120,8 @@ def _rewrite_empty(model: nn.Module, plan: Plan) -> None:
                 f"this {type(model).__name__} is not what the plan was made for "
                 f"({plan.model_class}): {problems}"
             )
-        apply_plan(model, step, {site.name: _empty_body(model, site) for site in step.rewritten})
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        apply_plan(model, step, empty_bodies(step, device))
 
 
 def _misfits(state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
@@ -170,10 +171,12 @@ def read_plan(directory: str | PathLike[str]) -> Plan:
         plan = Plan.model_validate_json(text)
     except ValidationError as error:
         raise LoadError(f"{path} is not a valid plan: {error}") from error
-    used = {str(site.form) for step in (*plan.earlier, plan) for site in step.rewritten}
-    if unknown := sorted(used - FORMS.keys()):
+    steps = (*plan.earlier, plan)
+    used = {str(site.form) for step in steps for site in step.rewritten}
+    if unknown := sorted(used - {*form_words(), *(name for s in steps for name in s.templates)}):
         raise LoadError(
-            f"{path} uses forms that this version of fxcompress does not know: {', '.join(unknown)}"
+            f"{path} uses forms that are not known here: {', '.join(unknown)}; install or import "
+            "the package that registers them (fxcompress.register_form)"
         )
     return plan
 
@@ -211,13 +214,3 @@ def _build_pretrained(path: Path, plan: Plan) -> nn.Module:
         generation = transformers.GenerationConfig.from_pretrained(path)
         model.generation_config = generation  # type: ignore[assignment]
     return model
-
-
-def _empty_body(model: nn.Module, site: SitePlan) -> fx.GraphModule:
-    assert site.form is not None
-    assert site.rank is not None
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    shape = LinearShape(
-        site.in_features, site.out_features, site.bias, getattr(torch, site.dtype), device
-    )
-    return FORMS[site.form].empty(shape, site.rank)

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import fx, nn
 
 from fxcompress.errors import RewriteError
+from fxcompress.forms.template import Template
 
-FORMAT = 1
+FORMAT = 2
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -53,6 +54,22 @@ class Size(_Frozen):
 ZERO = Size(parameters=0, macs=0, bytes=0)
 
 
+class Part(_Frozen):
+    """One operator of the subgraph that stands where an operator stood.
+
+    Attributes:
+        path: of a layer below the site, ``"body.up"``, or ``"shared.down"`` for what several
+            sites have in common; empty for a function.
+        op: ``"linear"``, or the name of a torch function.
+        in_features, out_features: of a linear layer, None for anything else.
+    """
+
+    path: str
+    op: str
+    in_features: int | None = None
+    out_features: int | None = None
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -69,9 +86,12 @@ class SitePlan(_Frozen):
         forms: forms that the rule allowed.
         form: the form chosen, None if the site stays dense.
         rank: its rank, None if the site stays dense.
+        full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
+        bundle: name of the bundle that the form is for, empty for a site by itself.
+        parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
         energy: share of the squared singular values that is kept, in [0, 1].
-        before, after: sizes of this operator.
+        before, after: sizes of this operator; what a bundle shares counts for its first site.
         reason: why it stays dense; empty if it was rewritten.
         spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
             to the last.
@@ -90,6 +110,9 @@ class SitePlan(_Frozen):
     forms: tuple[str, ...]
     form: str | None
     rank: int | None
+    full_rank: int
+    bundle: str = ""
+    parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
     before: Size
@@ -106,8 +129,11 @@ class SitePlan(_Frozen):
         return self
 
     @property
-    def full_rank(self) -> int:
-        return min(self.in_features, self.out_features)
+    def choice(self) -> tuple[str, int]:
+        """Form and rank of a site that is rewritten."""
+        assert self.form is not None
+        assert self.rank is not None
+        return self.form, self.rank
 
 
 class Unmatched(_Frozen):
@@ -176,6 +202,7 @@ class Plan(_Frozen):
         calibration: what the metric was estimated on (batches, predictions, family, seed).
         budget: the budget and how it was met.
         sites: every matched site, in graph order.
+        templates: of the forms that rules spelled out, by the names of these forms.
         unmatched: every other operator with a weight, and why.
         model_before, model_after: sizes of the whole model.
         expanded: attention modules that were split into their projections.
@@ -194,6 +221,7 @@ class Plan(_Frozen):
     calibration: dict[str, int | str]
     budget: BudgetOutcome
     sites: tuple[SitePlan, ...]
+    templates: dict[str, Template] = {}
     unmatched: tuple[Unmatched, ...]
     model_before: Size
     model_after: Size
@@ -205,14 +233,26 @@ class Plan(_Frozen):
     earlier: tuple[Plan, ...] = ()
 
     @model_validator(mode="after")
-    def _each_site_once(self) -> Self:
+    def _coherent(self) -> Self:
         if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a site appears twice")
+        for name, sites in self.bundles.items():
+            if len({(site.form, site.rank, site.in_features) for site in sites}) > 1:
+                raise ValueError(f"the sites of bundle {name} differ in form, rank or input")
         return self
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.form is not None)
+
+    @property
+    def bundles(self) -> dict[str, tuple[SitePlan, ...]]:
+        """The sites that are rewritten together, by the name of their bundle."""
+        found: dict[str, tuple[SitePlan, ...]] = {}
+        for site in self.sites:
+            if site.bundle:
+                found[site.bundle] = (*found.get(site.bundle, ()), site)
+        return found
 
     def __str__(self) -> str:
         from fxcompress.report.table import plan_table

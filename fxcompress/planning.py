@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fxcompress.analysis import Analysis
-from fxcompress.budget import Allocation, Candidate, allocate, allocate_uniform, least_cost
+from fxcompress.budget import (
+    Allocation,
+    Bundle,
+    Candidate,
+    Choice,
+    allocate,
+    allocate_uniform,
+    least_cost,
+)
 from fxcompress.errors import BudgetError
+from fxcompress.forms import Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
+from fxcompress.parts import layers
 from fxcompress.plan import (
     ZERO,
     BudgetOutcome,
     NodeSummary,
+    Part,
     Plan,
     SitePlan,
     Size,
@@ -24,7 +36,7 @@ from fxcompress.plan import (
 )
 from fxcompress.report.progress import Progress
 from fxcompress.rules import Budget
-from fxcompress.sites import Site
+from fxcompress.sites import Site, SiteBundle, on_meta
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
@@ -42,19 +54,41 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     rules = analysis.rules.rules
     budget = rules.budget
     unit = budget.unit
+    nothing: frozenset[str] = frozenset()
     candidates = [
-        site.candidate(analysis.spectra[site.name], unit, excluded.get(site.name, frozenset()))
+        site.candidate(
+            analysis.decomposed.sites[site.name].losses, unit, excluded.get(site.name, nothing)
+        )
         for site in analysis.sites
+    ]
+    bundles = [
+        bundle.options(
+            analysis.decomposed.bundles[bundle.name].losses,
+            unit,
+            excluded.get(bundle.name, nothing),
+        )
+        for bundle in analysis.bundles
     ]
     dense = sum(candidate.dense_cost for candidate in candidates)
     whole = float(getattr(analysis.size, unit))
     limit = budget.keep * (dense if budget.of == "matched" else whole)
     if budget.of == "model":
         limit -= whole - dense
-    _require_possible(candidates, limit, budget, whole)
+    _require_possible(candidates, bundles, limit, budget, whole)
     solve = allocate if rules.solver.allocation == "global" else allocate_uniform
-    allocation = solve(candidates, limit)
-    sites = tuple(_site_plan(site, analysis, allocation, excluded) for site in analysis.sites)
+    allocation = solve(candidates, limit, bundles)
+    joint = {
+        name: choice
+        for bundle in analysis.bundles
+        if bundle.name in allocation.joint
+        for name, choice in _joint_choices(bundle, analysis, allocation.joint[bundle.name])
+    }
+    sites = tuple(
+        _site_plan(
+            site, analysis, joint.get(site.name) or _single(site, analysis, allocation), excluded
+        )
+        for site in analysis.sites
+    )
     saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
     glob = rules.solver.allocation == "global"
     planned = Plan(
@@ -81,6 +115,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
             bound=allocation.bound if glob else None,
         ),
         sites=sites,
+        templates=_used_templates(analysis, sites),
         unmatched=_unmatched(analysis),
         model_before=analysis.size,
         model_after=analysis.size - saved,
@@ -92,10 +127,14 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
 
 
 def _require_possible(
-    candidates: Sequence[Candidate], limit: float, budget: Budget, whole: float
+    candidates: Sequence[Candidate],
+    bundles: Sequence[Bundle],
+    limit: float,
+    budget: Budget,
+    whole: float,
 ) -> None:
     """An error that names the least budget that can be met, if this one cannot."""
-    least = least_cost(candidates)
+    least = least_cost(candidates, bundles)
     if least <= limit:
         return
     dense = sum(candidate.dense_cost for candidate in candidates)
@@ -113,20 +152,67 @@ def _require_possible(
     )
 
 
-def _site_plan(
-    site: Site,
-    analysis: Analysis,
-    allocation: Allocation,
-    excluded: Mapping[str, frozenset[str]],
-) -> SitePlan:
+@dataclass(frozen=True)
+class _Chosen:
+    """What becomes of one site, by itself or as a member of a bundle."""
+
+    choice: Choice
+    predicted: float
+    after: Size
+    full_rank: int
+    parts: tuple[Part, ...] = ()
+    bundle: str = ""
+
+
+def _single(site: Site, analysis: Analysis, allocation: Allocation) -> _Chosen:
     choice = allocation.choices[site.name]
-    spectrum = analysis.spectra[site.name]
-    squares = spectrum.sigma.square()
+    if choice.form is None or choice.rank is None:
+        return _Chosen(choice, 0.0, site.dense_size(), site.shape.full_rank)
+    form = site.forms[choice.form]
+    parts = layers(form.empty(on_meta(site.shape), choice.rank))
+    size = site.size(choice.form, choice.rank)
+    return _Chosen(choice, choice.loss, size, form.full_rank(site.shape), parts)
+
+
+def _joint_choices(
+    bundle: SiteBundle, analysis: Analysis, choice: Choice
+) -> Iterator[tuple[str, _Chosen]]:
+    assert choice.form is not None
+    assert choice.rank is not None
+    form = bundle.forms[choice.form]
+    body = form.empty([on_meta(shape) for shape in bundle.shapes], choice.rank)
+    predicted = analysis.decomposed.bundles[bundle.name].predicted(choice.loss, choice.rank)
+    sizes = bundle.sizes(choice.form, choice.rank)
+    for index, (site, head) in enumerate(zip(bundle.sites, body.heads, strict=True)):
+        shared = layers(body.shared, "shared.") if index == 0 else ()
+        yield (
+            site.name,
+            _Chosen(
+                choice,
+                predicted[index],
+                sizes[index],
+                form.full_rank(bundle.shapes),
+                (*shared, *layers(head)),
+                bundle.name,
+            ),
+        )
+
+
+def _site_plan(
+    site: Site, analysis: Analysis, chosen: _Chosen, excluded: Mapping[str, frozenset[str]]
+) -> SitePlan:
+    choice = chosen.choice
+    found = analysis.decomposed.bundles if chosen.bundle else analysis.decomposed.sites
+    sigma = found[chosen.bundle or site.name].spectrum.sigma
+    squares = sigma.square()
     total = float(squares.sum())
-    before = site.dense_size()
-    dense = choice.form is None or choice.rank is None
-    rank = None if dense else choice.rank
+    dense = choice.form is None
     shown = np.linspace(0, len(squares) - 1, min(64, len(squares))).round().astype(int)
+    together = [bundle for bundle in analysis.bundles if site in bundle.sites]
+    forms = (*(form for bundle in together for form in bundle.forms), *site.forms)
+    out = {
+        form for name in (site.name, *(b.name for b in together)) for form in excluded.get(name, ())
+    }
     return SitePlan(
         name=site.name,
         weight=site.weight,
@@ -138,28 +224,42 @@ def _site_plan(
         calls=site.calls,
         rule=site.match.rule_id,
         location=site.match.location,
-        forms=site.match.forms,
+        forms=forms,
         form=choice.form,
-        rank=rank,
-        predicted=choice.loss,
-        energy=1.0 if dense or total == 0 else float(squares[:rank].sum()) / total,
-        before=before,
-        after=before if dense else site.size(choice.form, choice.rank),  # type: ignore[arg-type]
-        reason=_dense_reason(site, excluded.get(site.name, frozenset())) if dense else "",
-        spectrum=tuple(spectrum.sigma[shown].tolist()),
+        rank=choice.rank,
+        full_rank=chosen.full_rank,
+        bundle=chosen.bundle,
+        parts=chosen.parts,
+        predicted=chosen.predicted,
+        energy=1.0 if dense or total == 0 else float(squares[: choice.rank].sum()) / total,
+        before=site.dense_size(),
+        after=chosen.after,
+        reason=_dense_reason(site, forms, out) if dense else "",
+        spectrum=tuple(sigma[shown].tolist()),
     )
 
 
-def _dense_reason(site: Site, excluded: frozenset[str]) -> str:
-    if excluded.issuperset(site.match.forms):
+def _dense_reason(site: Site, forms: Sequence[str], excluded: Collection[str]) -> str:
+    misfits = [reason for form in site.forms.values() if (reason := form.misfit(site.shape))]
+    if misfits and len(misfits) == len(forms):
+        return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
+    if excluded and set(forms) <= set(excluded):
         return f"no form worked: {', '.join(sorted(excluded))} given up"
     m, n = site.out_features, site.in_features
-    if "pivoted" in site.match.forms:
+    if "pivoted" in forms:
         return f"left dense by the budget: every rank below {min(m, n)} loses more than it saves"
-    return (
-        f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
-        "loses more than that is worth"
-    )
+    if tuple(forms) == ("low_rank",):
+        return (
+            f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
+            "loses more than that is worth"
+        )
+    return f"left dense by the budget: {' and '.join(forms)} lose more than they save"
+
+
+def _used_templates(analysis: Analysis, sites: Sequence[SitePlan]) -> dict[str, Template]:
+    used = {site.form for site in sites}
+    templates = analysis.rules.templates.values()
+    return {template.name: template for template in templates if template.name in used}
 
 
 def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:

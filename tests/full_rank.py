@@ -5,7 +5,8 @@ The stages are called one by one, without calibration and without a budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import FORMS
+from fxcompress.forms import JointBody, find_form, find_joint_form
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
 from fxcompress.plan import ZERO, BudgetOutcome, Plan, SitePlan
-from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
+from fxcompress.rewrite import (
+    Bodies,
+    Factorized,
+    JointMember,
+    apply_plan,
+    own_parameters,
+    prepared,
+    skeleton,
+)
 from fxcompress.rules import MatchResult, load_rules, match_rules
 from fxcompress.sites import Site, dense_weight, gather_sites
 
@@ -37,18 +46,36 @@ def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tup
     recording = record(model, [example])
     legality = obstacle(model, recording, (Factorized,))
     matched = match_rules(load_rules("every-linear"), recording.operators, legality)
-    return matched, gather_sites(recording, matched.matches)
+    return matched, gather_sites(recording, matched)[0]
 
 
 def rewrite(
     model: nn.Module, example: Any, form: str = "low_rank", rank: int | None = None
 ) -> Rewritten:
-    """Factorize all linear layers, at full rank unless a rank is given."""
+    """Factorize all linear layers, at full rank unless a rank is given.
+
+    With ``joint``, layers on one input are rewritten together, and the others as ``low_rank``.
+    """
     work = prepared(model)
     _, sites = match_every_linear(work, example)
-    bodies = {site.name: body_of(work.get_submodule(site.name), site, form, rank) for site in sites}
+    together: dict[str, list[Site]] = defaultdict(list)
+    if form == "joint":
+        for site in sites:
+            together[site.source].append(site)
+    bundles = {those[0].name: those for those in together.values() if len(those) > 1}
+    joined = {site.name for those in bundles.values() for site in those}
+    alone = [site for site in sites if site.name not in joined]
+    single = "low_rank" if form == "joint" else form
+    bodies = Bodies(
+        {site.name: body_of(work.get_submodule(site.name), site, single, rank) for site in alone},
+        {name: joint_body_of(work, those, rank) for name, those in bundles.items()},
+    )
     rewritten = skeleton(model)
-    apply_plan(rewritten, plan_for(sites, form, rank), bodies)
+    entries = [entry(site, single, rank or site.shape.full_rank) for site in alone]
+    for name, those in bundles.items():
+        full = find_joint_form("joint").full_rank([site.shape for site in those])
+        entries += [entry(site, "joint", rank or full, full, name) for site in those]
+    apply_plan(rewritten, plan_for(entries), bodies)
     return Rewritten(model, own_parameters(rewritten, model), sites)
 
 
@@ -61,9 +88,26 @@ def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -
         damping=(0.0, 0.0),
     )
     rank = rank or site.shape.full_rank
-    body = FORMS[form].empty(site.shape, rank)
+    body = find_form(form).empty(site.shape, rank)
     bias: Any = getattr(module, "bias", None)
-    FORMS[form].fill(body, spectrum.left[:, :rank], spectrum.right[:rank], bias)
+    find_form(form).fill(body, spectrum.left[:, :rank], spectrum.right[:rank], bias)
+    return body
+
+
+def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> JointBody:
+    """A filled joint body for linear modules on one input, decomposed in a random metric."""
+    modules = [model.get_submodule(site.name) for site in sites]
+    spectrum = decompose(
+        torch.cat([dense_weight(module) for module in modules]),
+        random_spd(sites[0].in_features),
+        random_spd(sum(site.out_features for site in sites)),
+        damping=(0.0, 0.0),
+    )
+    form = find_joint_form("joint")
+    rank = rank or form.full_rank([site.shape for site in sites])
+    body = form.empty([site.shape for site in sites], rank)
+    lefts = spectrum.left[:, :rank].split([site.out_features for site in sites])
+    form.fill(body, lefts, spectrum.right[:rank], [getattr(m, "bias", None) for m in modules])
     return body
 
 
@@ -73,7 +117,20 @@ def random_spd(size: int) -> Tensor:
     return (basis * torch.logspace(-2, 0, size, dtype=torch.float64)) @ basis.T
 
 
-def plan_for(sites: tuple[Site, ...], form: str, rank: int | None = None) -> Plan:
+def entry(
+    site: Site, form: str, rank: int, full_rank: int | None = None, bundle: str = ""
+) -> SitePlan:
+    """What becomes of one site, without any figures."""
+    return SitePlan(
+        name=site.name, weight=site.weight, op=site.op, in_features=site.in_features,
+        out_features=site.out_features, bias=site.shape.bias, dtype="float32",
+        calls=site.calls, rule="every-linear", location="every-linear.yaml:13",
+        forms=(form,), form=form, rank=rank, full_rank=full_rank or site.shape.full_rank,
+        bundle=bundle, predicted=0, energy=1, before=ZERO, after=ZERO,
+    )  # fmt: skip
+
+
+def plan_for(entries: Sequence[SitePlan]) -> Plan:
     """A plan that says no more than what is needed to carry it out."""
     return Plan(
         model_class="",
@@ -85,16 +142,7 @@ def plan_for(sites: tuple[Site, ...], form: str, rank: int | None = None) -> Pla
             keep=1, of="matched", unit="parameters", allocation="global", limit=0, cost=0,
             dense=0, multiplier=None, predicted=0, bound=None,
         ),
-        sites=tuple(
-            SitePlan(
-                name=site.name, weight=site.weight, op=site.op, in_features=site.in_features,
-                out_features=site.out_features, bias=site.shape.bias, dtype="float32",
-                calls=site.calls, rule="every-linear", location="every-linear.yaml:13",
-                forms=(form,), form=form, rank=rank or site.shape.full_rank, predicted=0,
-                energy=1, before=ZERO, after=ZERO,
-            )
-            for site in sites
-        ),
+        sites=tuple(entries),
         unmatched=(),
         model_before=ZERO,
         model_after=ZERO,
@@ -115,14 +163,20 @@ def counted_calls(model: nn.Module) -> Iterator[dict[str, int]]:
     """
     names = {id(module.body): name for name, module in factorized(model).items()}
     counts = dict.fromkeys(names.values(), 0)
-    forward = Factorized.forward
+    classes = (Factorized, JointMember)
+    forwards = [cls.forward for cls in classes]
 
-    def counting(self: Factorized, *args: Any, **kwargs: Any) -> Tensor:
-        counts[names[id(self.body)]] += 1
-        return forward(self, *args, **kwargs)
+    def counting(forward: Any) -> Any:
+        def count(self: Factorized, *args: Any, **kwargs: Any) -> Tensor:
+            counts[names[id(self.body)]] += 1
+            return forward(self, *args, **kwargs)
 
-    Factorized.forward = counting  # type: ignore[method-assign]
+        return count
+
+    for cls, forward in zip(classes, forwards, strict=True):
+        cls.forward = counting(forward)  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        Factorized.forward = forward  # type: ignore[method-assign]
+        for cls, forward in zip(classes, forwards, strict=True):
+            cls.forward = forward  # type: ignore[method-assign]

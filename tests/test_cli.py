@@ -177,7 +177,7 @@ def test_explain(run: _Run) -> None:
 
 def test_check_and_schema(run: _Run) -> None:
     out, _ = run("check", "rules.yaml")
-    assert out == "rules.yaml: 1 rule, no errors\n"
+    assert out == "rules.yaml: 1 rule, 0 tests, no errors\n"
     for preset in ("decoder", "encoder", "every-linear"):
         out, _ = run("check", preset)
         assert out.startswith(f"{preset}.yaml: ")
@@ -328,3 +328,74 @@ def test_nothing_is_computed_if_it_cannot_be_written(run: _Run, tmp_path: Path) 
 )
 def test_wrong_usage(run: _Run, arguments: tuple[str, ...]) -> None:
     run.fails(*arguments, code=2)
+
+
+# ---- tests of rules -------------------------------------------------------------------
+
+RULES_WITH_TESTS = """\
+budget: {keep: 0.5}
+rules:
+  - {id: all, match: {node: {op: linear}}, rewrite: {form: pivoted}}
+tests:
+  - name: a graph
+    graph: {fc: {op: linear, input: $x}}
+    matches: {all: [fc]}
+  - name: a model
+    model: functions.py:net
+    data: functions.py:batches
+    matches: {all: ["0", "2"]}
+"""
+
+
+def test_rule_tests_pass(run: _Run, place: Path) -> None:
+    (place / "tested.yaml").write_text(RULES_WITH_TESTS)
+    assert run("test", "tested.yaml")[0].splitlines() == [
+        "ok    a graph",
+        "ok    a model",
+        "tested.yaml: 2 tests, all passed",
+    ]
+    assert run("check", "tested.yaml")[0] == "tested.yaml: 1 rule, 2 tests, no errors\n"
+
+
+def test_files_of_rule_tests_stand_next_to_the_rules(run: _Run, place: Path) -> None:
+    (place / "tested.yaml").write_text(RULES_WITH_TESTS)
+    run.place = place / "empty"
+    assert "all passed" in run("test", place / "tested.yaml")[0]
+
+
+def test_rule_tests_fail(run: _Run, place: Path) -> None:
+    text = RULES_WITH_TESTS.replace("[fc]", "[]").replace("functions.py:net", "functions.py:nope")
+    (place / "failing.yaml").write_text(text)
+    out, _ = run("test", "failing.yaml", code=1)
+    assert "FAIL  a graph  (failing.yaml:5:5)" in out
+    assert "failing.yaml:7:20: rule 'all' should match nothing; it matches fc" in out
+    assert "rule all (failing.yaml:3)\n      1 linear" in out
+    assert "failing.yaml:9:12: did not run:" in out
+    assert "no attribute 'nope'" in out
+    assert out.endswith("failing.yaml: 2 tests, 2 failed\n")
+
+
+def test_rule_tests_as_json(run: _Run, place: Path) -> None:
+    (place / "failing.yaml").write_text(RULES_WITH_TESTS.replace("[fc]", "[]"))
+    found = json.loads(run("test", "failing.yaml", "--json", code=1)[0])
+    assert [(case["name"], case["passed"]) for case in found["tests"]] == [
+        ("a graph", False),
+        ("a model", True),
+    ]
+    assert found["tests"][0]["failures"][0]["location"] == "failing.yaml:7:20"
+
+
+def test_a_model_without_data_is_told(run: _Run, place: Path) -> None:
+    text = RULES_WITH_TESTS.replace("    data: functions.py:batches\n", "")
+    (place / "failing.yaml").write_text(text)
+    assert "the model is run once: give 'data'" in run("test", "failing.yaml", code=1)[0]
+
+
+def test_a_file_without_tests(run: _Run) -> None:
+    assert run("test", "rules.yaml")[0].startswith("rules.yaml has no tests")
+
+
+def test_compiling_runs_no_tests(run: _Run, place: Path, tmp_path: Path) -> None:
+    text = RULES_WITH_TESTS.replace("functions.py:net", "raises.py:net")
+    (place / "unrun.yaml").write_text(text)
+    run("compile", "unrun.yaml", *NET, "--out", tmp_path / "out")

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxcompress
 from fxcompress import FxcompressWarning, Plan, RewriteError, plan_of
-from fxcompress.forms import FORMS, FormError
+from fxcompress.forms import FormError, find_form
 from fxcompress.rewrite import Factorized
 from tests.small import Net, data, net, rules, unchanged
 from tests.zoo import ZOO
@@ -475,12 +475,12 @@ def test_a_tied_weight_stays_tied() -> None:
 
 def failing(form: str, shapes: set[tuple[int, int]]) -> Callable[..., None]:
     """``fill`` that refuses weights of these shapes (m, n)."""
-    fill = type(FORMS[form]).fill
+    fill = type(find_form(form)).fill
 
     def broken(body: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
         if (left.shape[0], right.shape[1]) in shapes:
             raise FormError("it was told to fail")
-        fill(FORMS[form], body, left, right, bias)
+        fill(find_form(form), body, left, right, bias)
 
     return broken
 
@@ -493,7 +493,7 @@ def test_a_form_that_fails_is_replaced_by_another(
     monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
     assert plan_of(compressed(unit=unit)).sites[0].form == "pivoted"
-    monkeypatch.setattr(FORMS["pivoted"], "fill", failing("pivoted", {UP}), raising=False)
+    monkeypatch.setattr(find_form("pivoted"), "fill", failing("pivoted", {UP}), raising=False)
     with pytest.warns(FxcompressWarning, match="up: pivoted was given up: it was told to fail"):
         small = compressed(unit=unit)
     planned = plan_of(small)
@@ -506,7 +506,7 @@ def test_a_form_that_fails_is_replaced_by_another(
 
 
 def test_a_site_whose_only_form_fails_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FORMS["pivoted"], "fill", failing("pivoted", {UP}), raising=False)
+    monkeypatch.setattr(find_form("pivoted"), "fill", failing("pivoted", {UP}), raising=False)
     with pytest.warns(FxcompressWarning, match="up: pivoted was given up"):
         small = compressed(0.7, rewrite=PIVOTED)
     planned = plan_of(small)
@@ -518,7 +518,7 @@ def test_a_site_whose_only_form_fails_stays_dense(monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_many_failures_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FORMS["pivoted"], "fill", failing("pivoted", {UP, DOWN}), raising=False)
+    monkeypatch.setattr(find_form("pivoted"), "fill", failing("pivoted", {UP, DOWN}), raising=False)
     model = net()
     with unchanged(model), pytest.raises(fxcompress.BudgetError) as caught:
         fxcompress.compile(model, rules(0.5, rewrite=PIVOTED), data())
@@ -527,12 +527,12 @@ def test_too_many_failures_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_body_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = type(FORMS["pivoted"]).fill
+    fill = type(find_form("pivoted")).fill
 
     def wrong(body: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        fill(FORMS["pivoted"], body, left * 1.001, right, bias)
+        fill(find_form("pivoted"), body, left * 1.001, right, bias)
 
-    monkeypatch.setattr(FORMS["pivoted"], "fill", wrong, raising=False)
+    monkeypatch.setattr(find_form("pivoted"), "fill", wrong, raising=False)
     with pytest.warns(FxcompressWarning, match="pivoted was given up: .* is off by"):
         small = compressed(0.7, rewrite={"any_of": ["low_rank", "pivoted"]})
     assert plan_of(small).budget.cost <= 0.7 * plan_of(small).budget.dense

@@ -471,8 +471,8 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda plan: plan.update(format=2), ["format 2", "reads 1"]),
-        (lambda plan: plan.update(format="1"), ["format 1"]),
+        (lambda plan: plan.update(format=3), ["format 3", "reads 2"]),
+        (lambda plan: plan.update(format="2"), ["format 2"]),
         (lambda plan: plan.pop("format"), ["format None"]),
         (lambda plan: plan.update(extra=1), ["not a valid plan", "extra"]),
         (lambda plan: plan.pop("sites"), ["not a valid plan", "sites"]),

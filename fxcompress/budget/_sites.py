@@ -1,64 +1,44 @@
-"""Candidates reduced to what a solver has to look at.
+"""Candidates and groups as sites: what the allocators choose for.
 
-Both allocators work on :class:`Site`: a group merged into one, with the choices that no other
-choice beats in cost and loss at once, from the cheapest to the one without loss.
+A group is merged into one :class:`Site`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fxcompress.budget.problem import Allocation, Candidate, Choice, Option
+from fxcompress.budget._frontier import Frontier, undominated
+from fxcompress.budget.problem import Candidate, Choice, Option
 from fxcompress.errors import BudgetError
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
-    """A candidate, or a group of them, with its undominated choices 0, ..., k.
-
-    Choice k, the *top*, is the cheapest one without loss: nearly always "leave dense".  It is
-    kept apart from the arrays so that these can be views of what the caller gave.
+class Site(Frontier):
+    """A candidate, or a group of them, with its undominated choices; sums over the members.
 
     Attributes:
         members: the candidates, more than one for a group.
         forms: form names, indexed by ``form``.
         form: shape ``(k,)``: index of each choice's form.
         rank: shape ``(k,)``.
-        cost: shape ``(k,)``, strictly increasing, below ``top_cost``; summed over the members.
-        loss: shape ``(k,)``, strictly decreasing, above 0; summed over the members.
         top: form and rank of the top, None for dense.
-        top_cost: cost of the top, summed over the members.
     """
 
     members: tuple[Candidate, ...]
     forms: tuple[str, ...]
     form: NDArray[np.int64]
     rank: NDArray[np.int64]
-    cost: Floats
-    loss: Floats
     top: tuple[str, int] | None
-    top_cost: float
 
     @property
-    def last(self) -> int:
-        """Index of the top."""
-        return self.cost.size
-
-    def cost_at(self, index: int) -> float:
-        """Cost of a choice, summed over the members."""
-        return self.top_cost if index == self.cost.size else float(self.cost[index])
-
-    def loss_at(self, index: int) -> float:
-        """Loss of a choice in nats, summed over the members."""
-        return 0.0 if index == self.loss.size else float(self.loss[index])
+    def dense_cost(self) -> float:
+        """Cost of leaving all members dense."""
+        return math.fsum(member.dense_cost for member in self.members)
 
     def choices(self, index: int) -> Iterator[tuple[str, Choice]]:
         """Name and choice of each member."""
@@ -79,30 +59,22 @@ class Site:
             )
 
     def costs(self, index: int) -> tuple[float, ...]:
-        """Cost of a choice for each member: their exact sum may differ from the rounded one."""
+        """Cost of a choice for each member."""
         if len(self.members) == 1:
             return (self.cost_at(index),)
         return tuple(choice.cost for _, choice in self.choices(index))
 
 
-def sites_of(candidates: Sequence[Candidate], budget: float) -> list[Site]:
-    """Check a problem, merge its groups and drop the dominated choices.
-
-    Args:
-        candidates: the sites, with distinct names.
-        budget: in the unit of the costs.
+def sites_of(candidates: Sequence[Candidate]) -> list[Site]:
+    """Merge the groups and drop the dominated choices.
 
     Returns:
-        One site per candidate or group, in the order of their first members.  The cheapest
-        choices (index 0) fit the budget together.
+        One site per candidate or group, in the order of their first members.
 
     Raises:
-        BudgetError: if they do not, if the budget is negative or not finite, or if the members
-            of a group have no (form, rank) in common.
+        BudgetError: if the members of a group have no (form, rank) in common.
         ValueError: if two candidates have one name.
     """
-    if not 0.0 <= budget < math.inf:
-        raise BudgetError(f"the budget must be finite and not negative, not {budget}")
     groups: dict[tuple[str, str], list[Candidate]] = {}
     names: set[str] = set()
     for candidate in candidates:
@@ -112,57 +84,7 @@ def sites_of(candidates: Sequence[Candidate], budget: float) -> list[Site]:
         alone = candidate.group is None
         key = ("site", candidate.name) if alone else ("group", str(candidate.group))
         groups.setdefault(key, []).append(candidate)
-    sites = [_site(tuple(members)) for members in groups.values()]
-    least = total_cost(sites, [0] * len(sites))
-    if least > budget:
-        raise BudgetError(
-            f"the smallest total cost these rules allow is {_number(least)}, the budget is "
-            f"{_number(budget)}; raise the budget, or allow lower ranks (min_rank, multiple_of) "
-            "or match more operators"
-        )
-    return sites
-
-
-def least_cost(candidates: Sequence[Candidate]) -> float:
-    """The smallest budget that can be met.
-
-    Raises:
-        BudgetError, ValueError: as :func:`sites_of`.
-    """
-    sites = sites_of(candidates, sys.float_info.max)
-    return total_cost(sites, [0] * len(sites))
-
-
-def total_cost(sites: Sequence[Site], picks: Sequence[int]) -> float:
-    """Sum of the costs over all candidates, correctly rounded: the number the budget limits."""
-    return math.fsum(
-        cost for site, pick in zip(sites, picks, strict=True) for cost in site.costs(pick)
-    )
-
-
-def allocation_of(
-    candidates: Sequence[Candidate],
-    sites: Sequence[Site],
-    picks: Sequence[int],
-    budget: float,
-    *,
-    multiplier: float,
-    bound: float,
-) -> Allocation:
-    """The answer for one choice per site, with the candidates in their own order."""
-    found: dict[str, Choice] = {}
-    for site, pick in zip(sites, picks, strict=True):
-        found.update(site.choices(pick))
-    loss = math.fsum(choice.loss for choice in found.values())
-    return Allocation(
-        choices={candidate.name: found[candidate.name] for candidate in candidates},
-        multiplier=multiplier,
-        loss=loss,
-        cost=math.fsum(choice.cost for choice in found.values()),
-        budget=float(budget),
-        # Mathematically the bound lies in between; only rounding can put it outside.
-        bound=min(max(bound, 0.0), loss),
-    )
+    return [_site(tuple(members)) for members in groups.values()]
 
 
 def _site(members: tuple[Candidate, ...]) -> Site:
@@ -184,7 +106,7 @@ def _site(members: tuple[Candidate, ...]) -> Site:
         rank = np.concatenate([np.empty(0, np.int64), *(option.ranks for option in options)])
         cost = np.concatenate([np.empty(0), *(option.cost for option in options)])
         loss = np.concatenate([np.empty(0), *(option.loss for option in options)])
-    kept = _frontier(cost, loss, top_cost)
+    kept = undominated(cost, loss, top_cost)
     return Site(
         members=members,
         forms=tuple(option.form for option in options),
@@ -195,22 +117,6 @@ def _site(members: tuple[Candidate, ...]) -> Site:
         top=top,
         top_cost=top_cost,
     )
-
-
-def _frontier(cost: Floats, loss: Floats, top_cost: float) -> slice | NDArray[np.int64]:
-    """Where the choices are that none beats: cheaper than the top, each costlier one better.
-
-    Of equal ones the first is kept.  A slice, hence views, for costs and losses that are strict
-    as they come, which is the rule.
-    """
-    if np.all(cost[1:] > cost[:-1]) and np.all(loss[1:] < loss[:-1]):
-        return slice(int(np.searchsorted(cost, top_cost)))
-    order = np.lexsort((loss, cost))
-    order = order[: int(np.searchsorted(cost[order], top_cost))]
-    best = np.minimum.accumulate(loss[order])
-    better = np.ones(order.size, dtype=np.bool_)
-    better[1:] = best[1:] < best[:-1]
-    return order[better]
 
 
 def _common_options(members: tuple[Candidate, ...]) -> tuple[Option, ...]:
@@ -240,8 +146,3 @@ def _common_options(members: tuple[Candidate, ...]) -> tuple[Option, ...]:
             "ranks (min_rank, max_rank, multiple_of), or take them out of the group"
         )
     return tuple(merged)
-
-
-def _number(value: float) -> str:
-    """A cost in full: integers without exponent, other numbers so that they read back."""
-    return str(int(value)) if value.is_integer() and value < 1e18 else repr(value)

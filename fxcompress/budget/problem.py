@@ -1,17 +1,18 @@
 """The budget problem and its answer, as frozen values.
 
 A :class:`Candidate` is a site as the budget sees it: what leaving it dense costs, and what each
-permitted (form, rank) would cost and lose.  The answer is an :class:`Allocation`: one
-:class:`Choice` per candidate.  Losses are in nats (the predicted KL divergence to the dense
-model, design section 4); costs are in whatever unit the budget has (parameters, MACs, bytes,
-seconds).
+permitted (form, rank) would cost and lose.  A :class:`Bundle` is several of them that one joint
+form may rewrite together.  The answer is an :class:`Allocation`: one :class:`Choice` per
+candidate, and one per bundle that is rewritten jointly.  Losses are in nats (the predicted KL
+divergence to the dense model, design section 4); costs are in whatever unit the budget has
+(parameters, MACs, bytes, seconds).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,19 +103,39 @@ class Candidate:
                 f"candidate {self.name!r}: dense_cost must be finite and not negative, "
                 f"not {self.dense_cost}"
             )
-        seen: set[str] = set()
-        for option in self.options:
-            problem = _problem(option)
-            if option.form in seen:
-                problem = "the form appears twice"
-            if problem is not None:
-                raise ValueError(f"candidate {self.name!r}, option {option.form!r}: {problem}")
-            seen.add(option.form)
+        _check_options(f"candidate {self.name!r}", self.options)
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Candidates that one joint form may rewrite together, such as linears on one input.
+
+    Either every member makes a choice of its own, as if there were no bundle, or the whole
+    bundle takes one of the joint choices.
+
+    Attributes:
+        name: name of the bundle, unique among the bundles of the problem.
+        members: names of its candidates, at least one; each is in one bundle and in no group.
+        options: the joint forms, each form once; loss and cost are those of the whole bundle.
+            If empty, the members choose for themselves.
+
+    Raises:
+        ValueError: naming the bundle, if it or one of its options is malformed.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError(f"bundle {self.name!r} has no members")
+        _check_options(f"bundle {self.name!r}", self.options)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one site.
+    """What becomes of one site, or of one bundle.
 
     Attributes:
         form: name of the form chosen; None if the site stays dense.
@@ -134,13 +155,17 @@ class Allocation:
     """One choice per candidate, within the budget.
 
     Attributes:
-        choices: from the name of each candidate, in the order given, to its choice.
+        choices: from the name of each candidate, in the order given, to its choice.  A member of
+            a bundle in ``joint`` has the joint form and rank, with loss and cost 0: those of the
+            bundle are counted once, in ``joint``.
         multiplier: the Lagrange multiplier λ at the optimum of the dual, in nats per unit of
             cost; NaN where no dual problem was solved.
-        loss: sum of the losses of the choices, in nats.
-        cost: sum of the costs of the choices (correctly rounded), never above ``budget``.
+        loss: sum of the losses of the choices and the joint choices, in nats.
+        cost: sum of the costs of both (correctly rounded), never above ``budget``.
         budget: the budget given.
         bound: a lower bound on the loss of *any* allocation within the budget, in nats.
+        joint: from the name of each bundle that is rewritten jointly, in the order given, to the
+            choice of the whole bundle.
     """
 
     choices: Mapping[str, Choice]
@@ -149,11 +174,24 @@ class Allocation:
     cost: float
     budget: float
     bound: float
+    joint: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
         """How far the loss can be from the least possible, in nats: ``loss - bound`` >= 0."""
         return self.loss - self.bound
+
+
+def _check_options(owner: str, options: Sequence[Option]) -> None:
+    """Raise ValueError, naming the owner and the option, for one malformed or given twice."""
+    seen: set[str] = set()
+    for option in options:
+        problem = _problem(option)
+        if option.form in seen:
+            problem = "the form appears twice"
+        if problem is not None:
+            raise ValueError(f"{owner}, option {option.form!r}: {problem}")
+        seen.add(option.form)
 
 
 def _problem(option: Option) -> str | None:

@@ -1,13 +1,16 @@
 """The global budget: ``min Σ_l D_l(x_l)  subject to  Σ_l c_l(x_l) <= B`` over all sites at once.
 
-The choice x_l of site l is a form and a rank, or "dense".  This is the multiple-choice knapsack
-problem, and it is solved in three steps:
+The choice x_l of site l is a form and a rank, or "dense"; a bundle is one site with a joint
+choice, or as many as it has members.  This is the multiple-choice knapsack problem, and it is
+solved in four steps:
 
 1. *Dual.*  For a multiplier λ >= 0 the sites fall apart: each takes ``argmin D_l + λ·c_l``.  For
    the low-rank form, whose cost is linear, that is hard singular value thresholding with one λ
    for all sites.  Bisection on log λ finds where the total cost crosses the budget.  For every
    λ, ``g(λ) = Σ_l min (D_l + λ·c_l) - λ·B`` is a lower bound on the loss of any allocation
-   within the budget; its maximum is the bound that is reported.
+   within the budget; its maximum is the bound that is reported.  A bundle contributes the lesser
+   of its joint minimum and the sum of its members' minima, so that the bound holds for joint
+   and separate allocations alike.  Which of the two it is fixes the mode of the bundle.
 2. *Fill.*  The crossing leaves part of the budget unspent.  Single sites are moved up, to any of
    their better choices, always the one with the largest loss reduction per cost, until no
    single move fits.
@@ -15,6 +18,8 @@ problem, and it is solved in three steps:
    a choice that is worse by more than the gap than the site's best at λ.  Few choices are left;
    their combinations are searched by dynamic programming over undominated partial allocations.
    It is exact unless the partial allocations outgrow a fixed amount of work.
+4. *Modes.*  The gap left leaves few bundles in doubt about their mode.  Each of them is merged
+   into one site with the choices of both modes, and step 3 is repeated, as exact as before.
 
 With n sites of k choices: the dual takes 50 to 70 bisection steps; the first few read all n·k
 choices, each later one only what lies between the choices at its two ends, so that time is
@@ -31,24 +36,26 @@ from __future__ import annotations
 import heapq
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fxcompress.budget._sites import Site, allocation_of, sites_of, total_cost
-from fxcompress.budget.problem import Allocation, Candidate
+from fxcompress.budget._bundles import AnySite, Problem, allocation_of, check_budget, problem_of
+from fxcompress.budget._frontier import Frontier, total_cost, total_loss
+from fxcompress.budget._modes import search_modes
+from fxcompress.budget._search import search
+from fxcompress.budget.problem import Allocation, Bundle, Candidate
 
-# Partial allocations that the search may look at, shared out among its sites: about a second.
-_SEARCH_LIMIT = 1 << 22
 
-
-def allocate(candidates: Sequence[Candidate], budget: float) -> Allocation:
+def allocate(
+    candidates: Sequence[Candidate], budget: float, bundles: Sequence[Bundle] = ()
+) -> Allocation:
     """Choose form and rank of every site so that the total loss is least within the budget.
 
     The cost of the allocation, summed with :func:`math.fsum`, is never above the budget, and no
-    single site (or group) can be given another choice that lowers the loss and keeps within it.
+    single site (or group, or bundle rewritten jointly) can be given another choice that lowers
+    the loss and keeps within it.
     Equal inputs give equal answers; of equally good choices of a site the cheaper one is taken,
     then "dense", then the first in the order of its options.  In particular a choice without
     loss that costs less than dense is taken whatever the budget.
@@ -56,6 +63,7 @@ def allocate(candidates: Sequence[Candidate], budget: float) -> Allocation:
     Args:
         candidates: the sites, with distinct names.
         budget: limit on the total cost, in the unit of the costs.
+        bundles: candidates that a joint form may rewrite together, with distinct names.
 
     Returns:
         The allocation, its multiplier λ in nats per unit of cost (0 if the budget does not
@@ -65,57 +73,76 @@ def allocate(candidates: Sequence[Candidate], budget: float) -> Allocation:
         BudgetError: if the cheapest choices together exceed the budget (the text holds their
             cost), if the budget is negative or not finite, or if the members of a group have
             no form and rank in common.
-        ValueError: if two candidates have one name.
+        ValueError: if two candidates or two bundles have one name, or a member of a bundle is
+            unknown, in a second bundle, or in a group.
     """
-    sites = sites_of(candidates, budget)
-    multiplier, picks = _dual(sites, budget)
-    bound = _dual_value(sites, multiplier, budget)
-    picks = _fill(sites, picks, budget)
-    better = _search(sites, picks, budget, multiplier, _total_loss(sites, picks) - bound)
+    problem = problem_of(candidates, bundles)
+    check_budget(problem, budget)
+    multiplier, joint, at_multiplier = _dual(problem, budget)
+    bound = _dual_value(problem, multiplier, budget)
+    sites = problem.sites(joint)
+    picks = _fill(sites, [at_multiplier[site] for site in sites], budget)
+    present = total_loss(sites, picks)
+    better = search(sites, picks, budget, multiplier, present=present, bound=bound)
     if better is not None:
         picks = _fill(sites, better, budget)
+    other = search_modes(problem, dict(zip(sites, picks, strict=True)), budget, multiplier, bound)
+    if other is not None:
+        sites = list(other)
+        picks = _fill(sites, list(other.values()), budget)
     return allocation_of(candidates, sites, picks, budget, multiplier=multiplier, bound=bound)
-
-
-def _total_loss(sites: Sequence[Site], picks: Sequence[int]) -> float:
-    """Sum of the losses over all sites, in nats."""
-    return math.fsum(site.loss_at(pick) for site, pick in zip(sites, picks, strict=True))
 
 
 # --- dual -------------------------------------------------------------------------------------
 
 
-def _dual(sites: Sequence[Site], budget: float) -> tuple[float, list[int]]:
+def _dual(problem: Problem, budget: float) -> tuple[float, list[bool], dict[AnySite, int]]:
     """Find the multiplier at which the total cost crosses the budget.
 
     Returns:
-        λ in nats per unit of cost, and the choices just above it, which are within the budget.
+        λ in nats per unit of cost, and just above it the modes of the bundles and the choices of
+        the sites of both modes.  Those in use are within the budget.
     """
-    cheap = [0] * len(sites)
-    costly = [site.last for site in sites]
-    if total_cost(sites, costly) <= budget:
-        return 0.0, costly
+    sites = problem.all_sites()
+    cheap: dict[AnySite, int] = dict.fromkeys(sites, 0)
+    costly: dict[AnySite, int] = {site: site.last for site in sites}
+    tops = problem.best_modes(costly, 0.0)
+    if _cost(problem, tops, costly) <= budget:
+        return 0.0, tops, costly
+    modes = problem.cheapest_modes()
     slopes = [_end_slopes(site) for site in sites if site.last]
+    steepest = [first for first, _ in slopes]
+    # The edge from the cheapest choice of a bundle to the cheapest of its other mode.
+    for bundle in problem.bundles:
+        cost, loss = bundle.beyond_apart(cheap)
+        if cost < 0.0 < loss or loss < 0.0 < cost:
+            steepest.append(-loss / cost)
     # At `above` every site takes its cheapest choice, at `below` its top.
-    above = min(2.0 * max(steepest for steepest, _ in slopes), sys.float_info.max)
+    above = min(2.0 * max(steepest), sys.float_info.max)
     below = max(0.5 * min(flattest for _, flattest in slopes), math.ulp(0.0))
     # As λ falls, a site moves from its cheapest choice to its top and never back.  So what it
     # takes at the two ends encloses what it takes between them, and where both agree the site
     # is settled.  It ends when no number lies between the two.
-    open_sites = [at for at, site in enumerate(sites) if site.last]
+    open_sites = [site for site in sites if site.last]
     while below < (middle := math.sqrt(below) * math.sqrt(above)) < above:
         picks = cheap.copy()
-        for at in open_sites:
-            picks[at] = _pick(sites[at], middle, cheap[at], costly[at])
-        if total_cost(sites, picks) <= budget:
-            above, cheap = middle, picks
+        for site in open_sites:
+            picks[site] = site.best(middle, cheap[site], costly[site])
+        tried = problem.best_modes(picks, middle)
+        if _cost(problem, tried, picks) <= budget:
+            above, modes, cheap = middle, tried, picks
         else:
             below, costly = middle, picks
-        open_sites = [at for at in open_sites if cheap[at] < costly[at]]
-    return above, cheap
+        open_sites = [site for site in open_sites if cheap[site] < costly[site]]
+    return above, modes, cheap
 
 
-def _end_slopes(site: Site) -> tuple[float, float]:
+def _cost(problem: Problem, joint: Sequence[bool], picks: Mapping[AnySite, int]) -> float:
+    sites = problem.sites(joint)
+    return total_cost(sites, [picks[site] for site in sites])
+
+
+def _end_slopes(site: Frontier) -> tuple[float, float]:
     """Greatest and least multiplier at which a site is about to move, in nats per unit of cost.
 
     They are the slopes of the first and the last edge of the lower convex hull of its choices.
@@ -126,30 +153,20 @@ def _end_slopes(site: Site) -> tuple[float, float]:
     return steepest, float(to_top.min())
 
 
-def _pick(site: Site, multiplier: float, first: int, last: int) -> int:
-    """The choice from ``first`` to ``last`` with the least ``loss + λ·cost``, then least cost."""
-    if first == site.last:
-        return first
-    value = site.cost[first : last + 1] * multiplier
-    value += site.loss[first : last + 1]
-    at = int(value.argmin())
-    if last == site.last and multiplier * site.top_cost < value[at]:
-        return last
-    return first + at
-
-
-def _dual_value(sites: Sequence[Site], multiplier: float, budget: float) -> float:
+def _dual_value(problem: Problem, multiplier: float, budget: float) -> float:
     """g(λ), a lower bound on the loss in nats; every choice of every site is looked at afresh."""
-    picks = [_pick(site, multiplier, 0, site.last) for site in sites]
+    best = {site: site.best(multiplier) for site in problem.all_sites()}
+    sites = problem.sites(problem.best_modes(best, multiplier))
+    picks = [best[site] for site in sites]
     # Costs and budget are subtracted before they are scaled: at a large λ little is left of both.
     excess = math.fsum([total_cost(sites, picks), -budget])
-    return _total_loss(sites, picks) + multiplier * excess
+    return total_loss(sites, picks) + multiplier * excess
 
 
 # --- fill -------------------------------------------------------------------------------------
 
 
-def _fill(sites: Sequence[Site], picks: Sequence[int], budget: float) -> list[int]:
+def _fill(sites: Sequence[Frontier], picks: Sequence[int], budget: float) -> list[int]:
     """Move single sites to better choices while any fits, best loss reduction per cost first."""
     picks = list(picks)
     # Exact, so that "fits" means that math.fsum over all costs is within the budget: like
@@ -196,76 +213,6 @@ def _fill(sites: Sequence[Site], picks: Sequence[int], budget: float) -> list[in
     return picks
 
 
-def _exact(site: Site, choice: int) -> Fraction:
+def _exact(site: Frontier, choice: int) -> Fraction:
     """Cost of a choice, without rounding."""
     return sum(map(Fraction, site.costs(choice)), Fraction(0))
-
-
-# --- search -----------------------------------------------------------------------------------
-
-
-def _search(
-    sites: Sequence[Site], picks: Sequence[int], budget: float, multiplier: float, gap: float
-) -> list[int] | None:
-    """Look for a better allocation among the few choices that one can contain.
-
-    Args:
-        picks: the choices at hand, within the budget.
-        multiplier: λ of the dual, in nats per unit of cost.
-        gap: loss of ``picks`` minus the dual value at λ, in nats.
-
-    Returns:
-        Choices with a lower loss, within the budget; None if none were found.
-    """
-    # Regret: how much worse than the site's best a choice is at λ.  The loss of an allocation
-    # within the budget is at least the dual value plus its regrets.  The margin is for rounding.
-    allowed = max(gap, 0.0) * (1.0 + 1e-9)
-    contested: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
-    for at, site in enumerate(sites):
-        value = site.loss + multiplier * site.cost
-        regret = np.append(value, multiplier * site.top_cost)
-        regret -= regret.min()
-        choices = np.flatnonzero(regret <= allowed)
-        if choices.size > 1 or choices[0] != picks[at]:
-            contested.append((at, choices, regret[choices]))
-    # Small ones first, while the list of partial allocations grows.
-    contested.sort(key=lambda entry: entry[1].size)
-
-    # Partial allocations over the contested sites so far, relative to `picks`.
-    costs, losses, regrets = np.zeros(1), np.zeros(1), np.zeros(1)
-    steps: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = []
-    for at, choices, regret in contested:
-        site, pick = sites[at], picks[at]
-        room = max(1, _SEARCH_LIMIT // (len(contested) * choices.size))
-        if costs.size > room:
-            kept = np.sort(np.argsort(regrets, kind="stable")[:room])
-            costs, losses, regrets = costs[kept], losses[kept], regrets[kept]
-        else:
-            kept = np.arange(costs.size)
-        listed = choices.tolist()
-        cost = np.array([site.cost_at(choice) for choice in listed]) - site.cost_at(pick)
-        loss = np.array([site.loss_at(choice) for choice in listed]) - site.loss_at(pick)
-        costs = np.add.outer(costs, cost).ravel()
-        losses = np.add.outer(losses, loss).ravel()
-        regrets = np.add.outer(regrets, regret).ravel()
-        # By cost, each costlier one better than all before; none that regrets too much.
-        order = np.flatnonzero(regrets <= allowed)
-        order = order[np.lexsort((losses[order], costs[order]))]
-        least = np.minimum.accumulate(losses[order])
-        order = order[np.append(True, least[1:] < least[:-1])]
-        costs, losses, regrets = costs[order], losses[order], regrets[order]
-        steps.append((at, kept[order // choices.size], choices[order % choices.size]))
-
-    present = _total_loss(sites, picks)
-    # The costliest that fits is the best: losses fall along the list.
-    left = math.fsum([budget, -total_cost(sites, picks)]) + 4.0 * math.ulp(budget)
-    for end in range(int(np.searchsorted(costs, left, side="right")) - 1, -1, -1):
-        found, state = list(picks), end
-        for at, parents, chosen in reversed(steps):
-            found[at] = int(chosen[state])
-            state = int(parents[state])
-        if _total_loss(sites, found) >= present:
-            return None
-        if total_cost(sites, found) <= budget:
-            return found
-    return None

@@ -1,24 +1,83 @@
 """Forms of a factorization, found through one registry."""
 
-from fxcompress.forms.form import Form, FormError, LinearShape
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fxcompress.forms.form import Form, FormError, JointBody, JointForm, LinearShape
+from fxcompress.forms.graph import template_form
+from fxcompress.forms.joint import JOINT
 from fxcompress.forms.low_rank import LOW_RANK
 from fxcompress.forms.pivoted import PIVOTED
+from fxcompress.forms.target import Spectrum, Target
+from fxcompress.forms.template import Template
+from fxcompress.forms.words import FormWord, add_word, form_words
+
+_FORMS: dict[str, Form | JointForm] = {}
 
 
-def register(form: Form) -> Form:
-    """Add a form to the registry.
+def register_form(form: Form | JointForm) -> None:
+    """Make a form known by its name, to rule files too.
+
+    Args:
+        form: an instance of a subclass of :class:`Form` or :class:`JointForm`.
 
     Raises:
         ValueError: the name is taken.
+        TypeError: it is no form.
     """
-    if form.name in FORMS:
-        raise ValueError(f"a form named {form.name!r} is already registered")
-    FORMS[form.name] = form
+    if not isinstance(form, Form | JointForm):
+        raise TypeError(f"an instance of Form or JointForm is registered, not {form!r}")
+    add_word(FormWord(form.name, frozenset(form.operators), isinstance(form, JointForm)))
+    _FORMS[form.name] = form
+
+
+def find_form(name: str, templates: Mapping[str, Template] = MappingProxyType({})) -> Form:
+    """The form of one operator that has a name.
+
+    Args:
+        name: registered, or that of a template.
+        templates: by the names of the forms that they stand for.
+
+    Raises:
+        KeyError: there is none.
+    """
+    form = _find(name, templates)
+    if not isinstance(form, Form):
+        raise KeyError(name)
     return form
 
 
-FORMS: dict[str, Form] = {}
-register(LOW_RANK)
-register(PIVOTED)
+def find_joint_form(
+    name: str, templates: Mapping[str, Template] = MappingProxyType({})
+) -> JointForm:
+    """The form of several operators that has a name; arguments and errors as :func:`find_form`."""
+    form = _find(name, templates)
+    if not isinstance(form, JointForm):
+        raise KeyError(name)
+    return form
 
-__all__ = ["FORMS", "Form", "FormError", "LinearShape", "register"]
+
+def _find(name: str, templates: Mapping[str, Template]) -> Form | JointForm:
+    if name in templates:
+        return template_form(templates[name])
+    form_words()  # imports what plug-ins register
+    return _FORMS[name]
+
+
+for _form in (LOW_RANK, PIVOTED, JOINT):
+    register_form(_form)
+
+__all__ = [
+    "Form",
+    "FormError",
+    "JointBody",
+    "JointForm",
+    "LinearShape",
+    "Spectrum",
+    "Target",
+    "Template",
+    "find_form",
+    "find_joint_form",
+    "form_words",
+    "register_form",
+]

@@ -7,6 +7,7 @@ the dense weight that the body stands for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from fxcompress.forms.target import Target
+
 Ranks = NDArray[np.int64]
 Counts = NDArray[np.int64]
+Losses = NDArray[np.float64]
 
 
 CPU = torch.device("cpu")
@@ -40,43 +44,167 @@ class LinearShape:
         return min(self.in_features, self.out_features)
 
 
+Shapes = Sequence[LinearShape]
+
+
 class Form(ABC):
-    """One way to spend r ranks on an operator.  Instances are stateless."""
+    """One way to spend r ranks on one operator.  Instances are stateless and can be pickled.
+
+    A new form says its :attr:`name`, what it costs (:meth:`parameters`), and builds and fills a
+    body; what it shares with truncation to rank r (the loss, the product that it computes) is
+    here already.  ``fxcompress.register_form(MyForm())`` makes it known to rule files.
+    """
 
     name: str
-    operators: frozenset[str]
+    operators: frozenset[str] = frozenset({"linear"})
+
+    def full_rank(self, shape: LinearShape) -> int:
+        """The rank at which nothing is lost: min(m, n), unless the form counts otherwise."""
+        return shape.full_rank
+
+    def misfit(self, shape: LinearShape) -> str | None:
+        """Why the form cannot take an operator of this shape, or None."""
+        return None
 
     @abstractmethod
     def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
         """Weight entries at each rank (the bias, which stays, not counted)."""
 
-    @abstractmethod
     def macs(self, shape: LinearShape, ranks: Ranks) -> Counts:
-        """Multiply-accumulates per position at each rank."""
+        """Multiply-accumulates per position at each rank; by default one per weight entry."""
+        return self.parameters(shape, ranks)
 
-    @abstractmethod
     def bytes(self, shape: LinearShape, ranks: Ranks) -> Counts:
         """Bytes of everything stored at each rank (the bias not counted)."""
+        return self.parameters(shape, ranks) * shape.dtype.itemsize
+
+    def losses(self, target: Target, ranks: Ranks) -> Losses:
+        """Predicted loss at each rank, non-increasing; by default that of truncation."""
+        return target.spectrum.loss().cpu().numpy()[ranks]
+
+    def factors(self, target: Target, rank: int) -> tuple[Tensor, Tensor]:
+        """Left and right matrix whose product the body is to compute (m x k, k x n).
+
+        By default the first r components of the decomposition.
+        """
+        return target.spectrum.left[:, :rank], target.spectrum.right[:rank]
 
     @abstractmethod
     def empty(self, shape: LinearShape, rank: int) -> fx.GraphModule:
-        """The body with uninitialized parameters: what a saved state dict is loaded into."""
+        """The body with uninitialized parameters: what a saved state dict is loaded into.
+
+        It maps (..., n) to (..., m).  ``torch.fx.symbolic_trace`` makes one of any module.
+        """
 
     @abstractmethod
     def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        """Make the body compute ``left @ right @ x + bias`` (m x r, r x n, m).
+        """Make the body compute ``left @ right @ x + bias``, the factors of :meth:`factors`.
 
         Raises:
             FormError: the form cannot represent this product faithfully.
         """
 
-    @abstractmethod
-    def weight(self, body: fx.GraphModule) -> Tensor:
+    def weight(self, body: fx.GraphModule, shape: LinearShape) -> Tensor:
         """The dense weight (m x n) that the body stands for, differentiable."""
+        return dense_weight_of(body, shape.in_features)
+
+    def bias(self, body: fx.GraphModule, shape: LinearShape) -> Tensor | None:
+        """The dense bias (m) that the body stands for, differentiable; None without one."""
+        return dense_bias_of(body, shape.in_features) if shape.bias else None
+
+
+class JointForm(ABC):
+    """One way to spend r ranks on several operators that read the same value.
+
+    They are seen as one operator whose weight is stacked from theirs (Σm x n).  What they have
+    in common is computed once (:class:`JointBody`).
+    """
+
+    name: str
+    operators: frozenset[str] = frozenset({"linear"})
+
+    def full_rank(self, shapes: Shapes) -> int:
+        """The rank at which nothing is lost: min(Σm, n)."""
+        return min(sum(shape.out_features for shape in shapes), shapes[0].in_features)
+
+    def misfit(self, shapes: Shapes) -> str | None:
+        """Why the form cannot take operators of these shapes, or None."""
+        return None
 
     @abstractmethod
-    def bias(self, body: fx.GraphModule) -> Tensor | None:
-        """The dense bias (m) that the body stands for, differentiable."""
+    def parameters(self, shapes: Shapes, ranks: Ranks) -> Counts:
+        """Weight entries of all operators together, the shared ones once (biases not counted)."""
+
+    def macs(self, shapes: Shapes, ranks: Ranks) -> Counts:
+        """Multiply-accumulates per position, all operators together."""
+        return self.parameters(shapes, ranks)
+
+    def bytes(self, shapes: Shapes, ranks: Ranks) -> Counts:
+        """Bytes of everything stored (biases not counted)."""
+        return self.parameters(shapes, ranks) * shapes[0].dtype.itemsize
+
+    @abstractmethod
+    def empty(self, shapes: Shapes, rank: int) -> JointBody:
+        """The body with uninitialized parameters."""
+
+    @abstractmethod
+    def fill(
+        self,
+        body: JointBody,
+        lefts: Sequence[Tensor],
+        right: Tensor,
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        """Make head i compute ``lefts[i] @ right @ x + biases[i]`` (m_i x r, r x n).
+
+        Raises:
+            FormError: the form cannot represent these products faithfully.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class JointBody:
+    """The body of a joint form, in two parts.
+
+    Attributes:
+        shared: maps the input (..., n) to a tuple of values; runs once for all heads.
+        heads: one per operator; each maps the input and those values to (..., m_i).
+    """
+
+    shared: fx.GraphModule
+    heads: tuple[fx.GraphModule, ...]
+
+    def member(self, index: int) -> Member:
+        """One operator by itself."""
+        return Member(self.shared, self.heads[index])
+
+
+class Member(nn.Module):
+    """One operator of a joint body as a module by itself: ``head(x, *shared(x))``."""
+
+    def __init__(self, shared: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        out: Tensor = self.head(x, *self.shared(x))
+        return out
+
+
+def dense_weight_of(body: nn.Module, n: int) -> Tensor:
+    """The matrix (m x n) of a module that maps rows affinely, found by running it."""
+    some = next(body.parameters())
+    rows: Tensor = body(torch.eye(n, dtype=some.dtype, device=some.device))
+    return (rows - dense_bias_of(body, n)).T
+
+
+def dense_bias_of(body: nn.Module, n: int) -> Tensor:
+    """What such a module (rows of n to rows of m) adds (m)."""
+    some = next(body.parameters())
+    out: Tensor = body(some.new_zeros(1, n))
+    return out[0]
 
 
 def bare_linear(n: int, m: int, bias: bool, shape: LinearShape) -> nn.Linear:
@@ -91,6 +219,22 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter, in the parameter's type."""
     with torch.no_grad():
         parameter.copy_(value)
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product (m x r, r x n) with equal norms in every component.
+
+    It trains best and suits narrow types.
+    """
+    balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    balance = balance.where(balance.isfinite() & (balance > 0), balance.new_ones(()))
+    return left * balance, right / balance[:, None]
+
+
+def balanced_parts(lefts: Sequence[Tensor], right: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same for products that share the right factor; the norms are those of all of them."""
+    left, right = balanced(torch.cat(list(lefts)), right)
+    return torch.split(left, [len(part) for part in lefts]), right
 
 
 def linear(body: fx.GraphModule, name: str) -> nn.Linear:

@@ -14,21 +14,23 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from fxcompress.forms.form import Counts, Form, LinearShape, Ranks, assign, bare_linear, linear
+from fxcompress.forms.form import (
+    Counts,
+    Form,
+    LinearShape,
+    Ranks,
+    assign,
+    balanced,
+    bare_linear,
+    linear,
+)
 
 
 class _LowRank(Form):
     name = "low_rank"
-    operators = frozenset({"linear"})
 
     def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
         return ranks * (shape.out_features + shape.in_features)
-
-    def macs(self, shape: LinearShape, ranks: Ranks) -> Counts:
-        return self.parameters(shape, ranks)
-
-    def bytes(self, shape: LinearShape, ranks: Ranks) -> Counts:
-        return self.parameters(shape, ranks) * shape.dtype.itemsize
 
     def empty(self, shape: LinearShape, rank: int) -> fx.GraphModule:
         root = nn.Module()
@@ -40,19 +42,16 @@ class _LowRank(Form):
         return fx.GraphModule(root, graph, class_name="LowRank")
 
     def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        # Balanced component by component: equal norms train best and suit narrow types.
-        up_norm, down_norm = left.norm(dim=0), right.norm(dim=1)
-        balance = (down_norm / up_norm).sqrt()
-        balance = balance.where(balance.isfinite() & (balance > 0), balance.new_ones(()))
-        assign(linear(body, "up").weight, left * balance)
-        assign(linear(body, "down").weight, right / balance[:, None])
+        left, right = balanced(left, right)
+        assign(linear(body, "up").weight, left)
+        assign(linear(body, "down").weight, right)
         if bias is not None:
             assign(linear(body, "up").bias, bias)
 
-    def weight(self, body: fx.GraphModule) -> Tensor:
+    def weight(self, body: fx.GraphModule, shape: LinearShape) -> Tensor:
         return linear(body, "up").weight @ linear(body, "down").weight
 
-    def bias(self, body: fx.GraphModule) -> Tensor | None:
+    def bias(self, body: fx.GraphModule, shape: LinearShape) -> Tensor | None:
         return linear(body, "up").bias
 
 

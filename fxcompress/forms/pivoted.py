@@ -46,13 +46,9 @@ EXCHANGES = 1000
 
 class _Pivoted(Form):
     name = "pivoted"
-    operators = frozenset({"linear"})
 
     def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
         return ranks * (shape.out_features + shape.in_features - ranks)
-
-    def macs(self, shape: LinearShape, ranks: Ranks) -> Counts:
-        return self.parameters(shape, ranks)
 
     def bytes(self, shape: LinearShape, ranks: Ranks) -> Counts:
         order = shape.out_features * torch.int32.itemsize
@@ -93,12 +89,12 @@ class _Pivoted(Form):
             # combine() sees pivot rows with their bias: take its image out again.
             assign(combine.bias, bias[others] - combination @ bias[pivots])
 
-    def weight(self, body: fx.GraphModule) -> Tensor:
+    def weight(self, body: fx.GraphModule, shape: LinearShape) -> Tensor:
         kept = linear(body, "pivot").weight
         rows = torch.cat([kept, linear(body, "combine").weight @ kept])
         return rows.index_select(0, body.get_buffer("order"))
 
-    def bias(self, body: fx.GraphModule) -> Tensor | None:
+    def bias(self, body: fx.GraphModule, shape: LinearShape) -> Tensor | None:
         pivot, combine = linear(body, "pivot"), linear(body, "combine")
         if pivot.bias is None:
             return None

@@ -8,38 +8,27 @@ its weight transposed), as ``F.linear`` or as a matrix product with a parameter.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from fxcompress.graph.attributes import plain_attributes
+from fxcompress.graph.names import (
+    MODULES,
+    function_name,
+    function_operator,
+    is_reflected,
+    is_tanh_gelu,
+    module_operator,
+)
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_MODULE_NAMES = {
-    "Conv1d": "conv1d",
-    "Conv2d": "conv2d",
-    "Conv3d": "conv3d",
-    "ConvTranspose1d": "conv_transpose1d",
-    "ConvTranspose2d": "conv_transpose2d",
-    "ConvTranspose3d": "conv_transpose3d",
-    "BatchNorm1d": "batch_norm",
-    "BatchNorm2d": "batch_norm",
-    "BatchNorm3d": "batch_norm",
-    "LayerNorm": "layer_norm",
-    "GroupNorm": "group_norm",
-    "ReLU": "relu",
-    "GELU": "gelu",
-    "SiLU": "silu",
-    "Embedding": "embedding",
-    "LSTM": "lstm",
-    "GRU": "gru",
-}
 
 
 Parameter = Callable[[Tensor], int | None]
@@ -85,11 +74,11 @@ def canonicalize(
     ``parameter`` has for it.
     """
     if module is not None:
-        return _module(module)
+        return _module(module, tuple(args), kwargs or {})
     return _function(function, tuple(args), kwargs or {}, parameter)
 
 
-def _module(module: nn.Module) -> dict[str, Any]:
+def _module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     weight = getattr(module, "weight", None)
     dtype = {"dtype": _dtype(weight)} if isinstance(weight, Tensor) else {}
     if isinstance(module, nn.Linear):
@@ -112,7 +101,7 @@ def _module(module: nn.Module) -> dict[str, Any]:
         op = next(
             name
             for cls in type(module).__mro__
-            if (name := _MODULE_NAMES.get(cls.__name__, "")).startswith("conv")
+            if (name := MODULES.get(cls.__name__, "")).startswith("conv")
         )
         return {"op": op, "attributes": attributes}
     if isinstance(module, nn.Embedding):
@@ -123,7 +112,11 @@ def _module(module: nn.Module) -> dict[str, Any]:
         }
         return {"op": "embedding", "attributes": attributes}
     name = type(module).__name__
-    return {"op": _MODULE_NAMES.get(name, _snake(name)), "attributes": {}}
+    op = module_operator(name)
+    plain = plain_attributes(op, module, args, kwargs)
+    if op == "gelu":
+        plain.setdefault("approximate", "tanh" if is_tanh_gelu(name) else "none")
+    return {"op": op, "attributes": plain}
 
 
 def _linear(n: int, m: int, bias: bool, dtype: dict[str, str]) -> dict[str, Any]:
@@ -135,8 +128,10 @@ def _function(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameter: Parameter
 ) -> dict[str, Any]:
     """A torch function; products with a parameter count as ``linear``."""
-    name = _name(function)
-    found: dict[str, Any] = {"op": _plain(name), "attributes": {}}
+    name = function_name(function)
+    op = function_operator(name, args, kwargs)
+    operands = args[::-1] if is_reflected(name) else args
+    found: dict[str, Any] = {"op": op, "attributes": plain_attributes(op, None, operands, kwargs)}
     if name not in _PRODUCTS:
         return found
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -178,31 +173,6 @@ def _linear_signature(input: Any, weight: Any, bias: Any = None) -> None: ...
 
 
 _LINEAR_SIGNATURE = inspect.signature(_linear_signature)
-
-
-def _name(function: Any) -> str:
-    """Name of a torch function; of the attribute for ``Tensor.T.__get__``."""
-    packet = getattr(function, "overloadpacket", None)
-    name = getattr(packet or function, "__name__", str(function)).split(".")[0]
-    if name in ("__get__", "__set__"):
-        descriptor = getattr(function, "__self__", None)
-        return getattr(getattr(descriptor, "fget", descriptor), "__name__", "attribute")
-    return name
-
-
-def _plain(name: str) -> str:
-    """``__iadd__``, ``__radd__``, ``add_`` and ``add`` are all ``add``."""
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-        for prefix in ("i", "r"):
-            if name.startswith(prefix) and hasattr(torch, name[1:]) and name[1:]:
-                return name[1:]
-        return name
-    return name.strip("_") or name
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -84,6 +84,7 @@ class Recording:
             attention, as counted by ``torch.utils.flop_counter``).
         samples: for each weight, up to :data:`SAMPLE_ROWS` rows of the input that it met
             (rows x features), to verify a rewrite on.
+        called: paths of all modules that were called in any of the passes.
     """
 
     graph: fx.Graph
@@ -91,6 +92,7 @@ class Recording:
     weights: Mapping[str, Weight]
     macs: int
     samples: Mapping[str, Tensor]
+    called: frozenset[str]
 
 
 SAMPLE_ROWS = 32
@@ -116,7 +118,8 @@ def record(
     runs = [_record_one(model, example, forward) for example in examples]
     first = runs[0]
     weights = {name: _agree([run.weights[name] for run in runs]) for name in first.weights}
-    return Recording(first.graph, first.operators, weights, first.macs, first.samples)
+    called = frozenset[str]().union(*(run.called for run in runs))
+    return Recording(first.graph, first.operators, weights, first.macs, first.samples, called)
 
 
 def _agree(facts: list[Weight]) -> Weight:
@@ -179,6 +182,7 @@ class _Recorder(TorchFunctionMode):
         self.sources: dict[int, list[str]] = defaultdict(list)
         self.rows: dict[int, int] = defaultdict(int)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
+        self.called: set[str] = set()
 
     # ---- running -----------------------------------------------------------------
 
@@ -193,6 +197,8 @@ class _Recorder(TorchFunctionMode):
     def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stands in for ``nn.Module.__call__`` while recording."""
         name = self.module_names.get(id(module))
+        if name is not None:
+            self.called.add(name)
         leaf = name is not None and not self.leaf_depth and is_leaf(module)
         if leaf:
             with torch._C.DisableTorchFunction():
@@ -208,7 +214,8 @@ class _Recorder(TorchFunctionMode):
             assert name is not None
             with torch._C.DisableTorchFunction():
                 node = self.graph.call_module(name, *nodes)
-                node.meta.update(canonicalize(module=module), path=name, scope=self.scope())
+                meta = canonicalize(module=module, args=args, kwargs=kwargs)
+                node.meta.update(meta, path=name, scope=self.scope())
                 weight = module._parameters.get("weight")
                 key = None if weight is None else self.ownership.key(weight)
                 if key is not None and before:
@@ -300,7 +307,8 @@ class _Recorder(TorchFunctionMode):
         else:
             for index, tensor in enumerate(tensors):
                 item = self.graph.call_function(_item, (node, index))
-                item.meta.update(op="getitem", attributes={}, scope=self.scope(), path="")
+                attributes = {"index": index}
+                item.meta.update(op="getitem", attributes=attributes, scope=self.scope(), path="")
                 self.tag(tensor, item)
         return out
 
@@ -352,7 +360,8 @@ class _Recorder(TorchFunctionMode):
             if len({part.shape[1] for part in rows}) == 1:
                 samples[name] = torch.cat(rows)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
-        return Recording(self.graph, operators, weights, macs, samples)
+        called = frozenset(self.called)
+        return Recording(self.graph, operators, weights, macs, samples, called)
 
 
 def _physical(tensor: Tensor) -> Tensor:
@@ -372,12 +381,24 @@ def _operator(node: fx.Node, weight: str | None) -> Operator:
         path=node.meta["path"],
         scope=node.meta["scope"],
         attributes=node.meta["attributes"],
-        inputs=tuple(source.name for source in node.all_input_nodes),
+        inputs=_operands(node),
         users=tuple(user.name for user in node.users),
         shape=node.meta.get("shape"),
         weight=weight,
         module=node.op == "call_module",
     )
+
+
+def _operands(node: fx.Node) -> tuple[str, ...]:
+    """Names of the nodes that a node reads, in the order of its arguments, repeated ones too."""
+    found: list[str] = []
+
+    def note(source: fx.Node) -> fx.Node:
+        found.append(source.name)
+        return source
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return tuple(found)
 
 
 def _item(values: Any, index: int) -> Any:

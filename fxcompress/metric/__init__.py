@@ -13,7 +13,7 @@ from fxcompress.metric.kfac import KFAC
 from fxcompress.metric.metric import Factor, Metric
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.output import Loss, OutputKind
-from fxcompress.metric.spectrum import Spectrum, decompose
+from fxcompress.metric.spectrum import decompose
 
 METRICS: dict[str, Metric] = {m.name: m for m in (EUCLIDEAN, DIAGONAL, ACTIVATION, KFAC)}
 
@@ -25,7 +25,6 @@ __all__ = [
     "Metric",
     "Moments",
     "OutputKind",
-    "Spectrum",
     "calibrate",
     "decompose",
 ]

@@ -7,35 +7,12 @@ so the best rank-r weight comes from the truncated decomposition of ``S = L_Gᵀ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from fxcompress.forms.target import Spectrum
 from fxcompress.metric.metric import Factor
-from fxcompress.metric.whiten import Whitener, whitener
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """The decomposition of one weight W (m x n), with k = min(m, n) components.
-
-    Attributes:
-        sigma: singular values of the whitened weight (k), float64, non-increasing.
-        left: (m x k); its first r columns times the first r rows of ``right`` are the best
-            approximation of rank r in the metric.
-        right: (k x n).  ``left @ right`` is W to rounding, whatever the metric.
-    """
-
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
-
-    def loss(self) -> Tensor:
-        """Predicted loss at every rank 0..k: ``½ Σ_{i>r} σ_i²`` (k + 1), float64."""
-        squares = 0.5 * self.sigma.square()
-        tail = squares.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
+from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
 
 
 def decompose(
@@ -70,7 +47,11 @@ def decompose(
 
 
 def decompose_whitened(
-    weight: Tensor, inputs: Whitener, outputs: Whitener, *, dtype: torch.dtype | None = None
+    weight: Tensor,
+    inputs: Whitener,
+    outputs: Whitener | BlockWhitener,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Spectrum:
     """As :func:`decompose`, with whiteners at hand (sites with one input share theirs)."""
     if not bool(weight.isfinite().all()):
@@ -93,3 +74,11 @@ def decompose_whitened(
     if inputs.null or outputs.null:
         sigma = torch.zeros_like(sigma)
     return Spectrum(sigma, left.to(dtype), right.to(dtype))
+
+
+def quadratic_loss(change: Tensor, inputs: Whitener, outputs: Whitener | BlockWhitener) -> float:
+    """Predicted loss of a change Δ (m x n) of a weight: ``½ ‖L_Gᵀ Δ L_A‖²``."""
+    if inputs.null or outputs.null:
+        return 0.0
+    whitened = inputs.into(outputs.into(change.to(torch.float64)).T)
+    return 0.5 * float(whitened.square().sum())

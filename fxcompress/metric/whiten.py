@@ -65,6 +65,38 @@ class Whitener:
         return x if self.scale is None else x / self.scale[:, None]
 
 
+@dataclass(frozen=True, eq=False)
+class BlockWhitener:
+    """The whitener of a block-diagonal factor, for rows stacked from several operators.
+
+    Attributes:
+        blocks: one per operator.
+        sizes: rows of each.
+    """
+
+    blocks: tuple[Whitener, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def null(self) -> bool:
+        """Whether every block is zero."""
+        return all(block.null for block in self.blocks)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each block."""
+        parts: tuple[Tensor, ...] = torch.split(x, list(self.sizes))
+        return parts
+
+    def into(self, x: Tensor) -> Tensor:
+        """``Lᵀ x`` for x (Σd x k)."""
+        return torch.cat([b.into(part) for b, part in zip(self.blocks, self.split(x), strict=True)])
+
+    def out_of(self, x: Tensor) -> Tensor:
+        """``L⁻ᵀ x`` for x (Σd x k)."""
+        parts = zip(self.blocks, self.split(x), strict=True)
+        return torch.cat([block.out_of(part) for block, part in parts])
+
+
 def whitener(factor: Tensor | None, damping: float) -> Whitener:
     """The whitener of a factor (d x d, d, or None), damped relative to its mean eigenvalue.
 

@@ -5,11 +5,12 @@ It is computed from the plan, the record of the rewrite, never by comparing grap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from fxcompress.plan import Plan, SitePlan
-from fxcompress.report.bodies import BODIES, part_text
 from fxcompress.report.fold import Group, Row, fold_blocks, fold_paths
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
 from fxcompress.report.summary import (
@@ -28,6 +29,10 @@ LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"
     "A bar is the rank of one block, in graph order, from 0 to the largest of its line."
 )
+
+
+SHARED = "shared."
+"""Paths of layers that several operators have in common begin with this."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,7 @@ class Diff:
                 }
                 for total in totals(plan)
             ],
-            "sites": [
-                {**site.model_dump(mode="json"), "full_rank": site.full_rank} for site in plan.sites
-            ],
+            "sites": [site.model_dump(mode="json") for site in plan.sites],
             "unmatched": [one.model_dump(mode="json") for one in plan.unmatched],
             "expanded": list(plan.expanded),
             "graph": {
@@ -165,13 +168,19 @@ def _group_lines(group: Group, label: str) -> list[str]:
     lines = group_title(group)
     rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
-        lines += _row_lines(row, label)
+        partners = [other.name for other in group.rows if _together(other, row)]
+        lines += _row_lines(row, label, partners)
         if rule != following:
             lines.append(rule)
     return lines
 
 
-def _row_lines(row: Row, label: str) -> list[str]:
+def _together(one: Row, other: Row) -> bool:
+    """Whether two rows are rewritten together, in every block."""
+    return bool(one.sites[0].bundle) and one.sites[0].bundle == other.sites[0].bundle
+
+
+def _row_lines(row: Row, label: str, partners: Sequence[str]) -> list[str]:
     site = row.sites[0]
     name = row.name or "(itself)"
     before = counts(site.before.parameters for site in row.sites)
@@ -182,19 +191,53 @@ def _row_lines(row: Row, label: str) -> list[str]:
     what = site_text(site) + (", bias" if site.bias else "")
     after = counts(site.after.parameters for site in row.sites)
     predicted = f"{label} {span((site.predicted for site in row.sites), loss)}"
-    body = BODIES.get(str(site.form))
     lines = [_line("-", name, what, before, ", ".join(notes))]
-    if body is None:
+    layers = [at for at, part in enumerate(site.parts) if part.path]
+    if not layers:
         lines.append(_line("+", name, str(site.form), after, f"{predicted}  {ranks_text(row)}"))
         return lines
-    ranks = ranks_of(row.sites)
-    columns = [(ranks_text(row), "")] + [("", "")] * (len(body.parts) - 2) + [(after, predicted)]
-    for part, cells in zip(body.parts, columns, strict=True):
-        layer = part_text(part, site.in_features, site.out_features, ranks)
-        lines.append(_line("+", f"{name}.{part.name}", layer, *cells))
-    if body.tail:
-        lines.append(f"+ {name:19} {body.tail}")
+    # The rank stands beside the first layer, unless another operator holds what has it.
+    first, last = layers[0], layers[-1]
+    cells: dict[int, tuple[str, ...]] = {last: (after, predicted)}
+    if not site.bundle or site.parts[first].path.startswith(SHARED):
+        ranks = ranks_text(row)
+        cells[first] = (after, f"{predicted}  {ranks}") if first == last else (ranks,)
+    shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
+    for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
+        if not is_layer:
+            ops = [part.op for _, part in run]
+            order = " (rows back in order)" if ops[-1] == "index_select" else ""
+            lines.append(f"+ {name:19} {', '.join(ops)}{order}")
+            continue
+        for at, part in run:
+            layer = f"{name}.{part.path}"
+            lines.append(_line("+", layer, part_text(row, at), *cells.get(at, ("",))))
+            if shared and at == shared[-1]:
+                lines.append(f"  shared by {', '.join(partners)}")
     return lines
+
+
+def part_text(row: Row, index: int) -> str:
+    """A layer of alike sites: ``linear r→1536-r``, or ``linear 128→1408`` if all are of one rank.
+
+    What it is in terms of the rank follows from the sites themselves.
+    """
+    parts = [site.parts[index] for site in row.sites]
+    if parts[0].in_features is None:
+        return parts[0].op
+    ranks, widths = ranks_of(row.sites), [site.out_features for site in row.sites]
+    ends = ([part.in_features for part in parts], [part.out_features for part in parts])
+    return f"{parts[0].op} {'→'.join(_features(end, ranks, widths) for end in ends)}"
+
+
+def _features(sizes: Sequence[int | None], ranks: Sequence[int], widths: Sequence[int]) -> str:
+    if len(set(sizes)) == 1:
+        return str(sizes[0])
+    if list(sizes) == list(ranks):
+        return "r"
+    if list(sizes) == [m - r for m, r in zip(widths, ranks, strict=True)]:
+        return f"{widths[0]}-r"
+    return span((size or 0 for size in sizes), "{:.0f}".format)
 
 
 def _line(sign: str, name: str, what: str, amount: str, note: str = "") -> str:

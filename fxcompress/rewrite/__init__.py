@@ -1,22 +1,29 @@
 """Rewriting: bodies in place of operators, in a module tree or in an fx graph."""
 
-from fxcompress.rewrite.apply import apply_plan, mismatches
+from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches, shape_of
 from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.facade import Factorized
+from fxcompress.rewrite.joint import JointMember
+from fxcompress.rewrite.shape import linear_shape
 from fxcompress.rewrite.skeleton import own_parameters, prepared, skeleton
-from fxcompress.rewrite.substitute import Provenance, linear_shape, substitute
+from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
 from fxcompress.rewrite.verify import verify
 
 __all__ = [
+    "Bodies",
     "Factorized",
+    "JointMember",
     "ProjectedAttention",
     "Provenance",
     "apply_plan",
+    "empty_bodies",
     "linear_shape",
     "mismatches",
     "own_parameters",
     "prepared",
+    "shape_of",
     "skeleton",
     "substitute",
+    "substitute_joint",
     "verify",
 ]

@@ -3,35 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
-from fxcompress.plan import Plan
+from fxcompress.forms import JointBody, LinearShape, find_form, find_joint_form
+from fxcompress.plan import Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
+from fxcompress.rewrite.shape import linear_shape
 from fxcompress.rewrite.skeleton import prepared
-from fxcompress.rewrite.substitute import Provenance, linear_shape, substitute
+from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
 
 
-def apply_plan(model: nn.Module, plan: Plan, bodies: Mapping[str, fx.GraphModule]) -> None:
+@dataclass(frozen=True, eq=False)
+class Bodies:
+    """What takes the place of the sites of a plan.
+
+    Attributes:
+        single: by site name.
+        joint: by the name of the bundle.
+    """
+
+    single: Mapping[str, fx.GraphModule]
+    joint: Mapping[str, JointBody]
+
+
+def empty_bodies(plan: Plan, device: torch.device) -> Bodies:
+    """Bodies without values, for a state dict to be loaded into."""
+    single = {}
+    for site in plan.rewritten:
+        if not site.bundle:
+            form, rank = site.choice
+            single[site.name] = find_form(form, plan.templates).empty(shape_of(site, device), rank)
+    joint = {}
+    for name, sites in plan.bundles.items():
+        form, rank = sites[0].choice
+        shapes = [shape_of(site, device) for site in sites]
+        joint[name] = find_joint_form(form, plan.templates).empty(shapes, rank)
+    return Bodies(single, joint)
+
+
+def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
     """Substitute every rewritten site of ``plan`` by its body; changes ``model``.
 
     Args:
         model: with the structure that the plan was made for.
         plan: says which sites are rewritten, and how.
-        bodies: per site name, filled or empty.
+        bodies: filled or empty.
     """
-    sites = [site.name for site in plan.rewritten]
-    expand_attention(model, above=sites)
+    names = [site.name for site in plan.rewritten]
+    expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
-        lift(model, only=sites)
+        lift(model, only=names)
     for site in plan.rewritten:
-        assert site.form is not None
-        assert site.rank is not None
-        origin = Provenance(site.rule, site.location, site.name, site.form, site.rank)
-        substitute(model, bodies[site.name], origin)
-    disable_fast_paths(model, sites)
+        if not site.bundle:
+            form = find_form(site.choice[0], plan.templates)
+            substitute(model, bodies.single[site.name], form, _origin(site))
+    for name, sites in plan.bundles.items():
+        joint = find_joint_form(sites[0].choice[0], plan.templates)
+        substitute_joint(model, bodies.joint[name], joint, [_origin(site) for site in sites])
+    disable_fast_paths(model, names)
+
+
+def shape_of(site: SitePlan, device: torch.device) -> LinearShape:
+    """The shape of a site as its plan has it."""
+    dtype = getattr(torch, site.dtype)
+    return LinearShape(site.in_features, site.out_features, site.bias, dtype, device)
+
+
+def _origin(site: SitePlan) -> Provenance:
+    form, rank = site.choice
+    return Provenance(site.rule, site.location, site.name, form, rank)
 
 
 def mismatches(model: nn.Module, plan: Plan) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import FORMS
+from fxcompress.forms import Form, JointForm
+from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.rewrite.lazy import lazy
+from fxcompress.rewrite.shape import linear_shape
 
 _OWN = {*nn.Module().__dict__, "training"}
 
@@ -23,24 +25,27 @@ class Factorized(nn.Module):
     Attributes:
         body: the fx graph that runs; its parameters are ordinary, trainable ones.
         form: name of the form.
-        rank: rank of the factorization.
+        kind: the form itself.
+        rank: its rank.
+        shape: of the operator that it replaces.
         transposed: ``weight`` is reported as (in x out), as Hugging Face's ``Conv1D`` has it.
     """
 
     body: fx.GraphModule
 
     def __init__(
-        self, original: nn.Module, body: fx.GraphModule, form: str, rank: int, transposed: bool
+        self, original: nn.Module, body: fx.GraphModule, form: Form | JointForm, rank: int
     ) -> None:
         super().__init__()
         for key, value in original.__dict__.items():
             if key not in _OWN:
                 self.__dict__[key] = value
-        self.form = form
+        self.form = form.name
+        self.kind = form
         self.rank = rank
-        self.transposed = transposed
+        self.shape = linear_shape(original)
+        self.transposed = is_hf_conv1d(original)
         self.replaces = type(original).__name__
-        self.weight_shape = tuple(original.get_parameter("weight").shape)
         self.body = body
         self.train(original.training)
 
@@ -53,17 +58,30 @@ class Factorized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for: differentiable, computed on demand."""
-        return lazy(self.weight_shape, next(self.body.parameters()), self.dense)
+        m, n = self.shape.out_features, self.shape.in_features
+        size = (n, m) if self.transposed else (m, n)
+        return lazy(size, next(self._whole().parameters()), self.dense)
 
     def dense(self) -> Tensor:
         """The dense weight, computed at once."""
-        weight = FORMS[self.form].weight(self.body)
-        return weight.T if self.transposed else weight
+        return self._weight().T if self.transposed else self._weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The dense bias, likewise; None if there is none."""
-        return FORMS[self.form].bias(self.body)
+        return self._bias()
+
+    def _whole(self) -> nn.Module:
+        """All that computes this operator."""
+        return self.body
+
+    def _weight(self) -> Tensor:
+        assert isinstance(self.kind, Form)
+        return self.kind.weight(self.body, self.shape)
+
+    def _bias(self) -> Tensor | None:
+        assert isinstance(self.kind, Form)
+        return self.kind.bias(self.body, self.shape)
 
     def extra_repr(self) -> str:
         return f"{self.replaces} as {self.form} of rank {self.rank}"

@@ -6,15 +6,15 @@ graph*; in any other module the leaf is replaced by a facade that runs the same 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxcompress.forms import LinearShape
-from fxcompress.graph.canonical import is_hf_conv1d
+from fxcompress.forms import Form, JointBody, JointForm
 from fxcompress.rewrite.facade import Factorized
+from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.replace import replace_module
 
 
@@ -29,59 +29,124 @@ class Provenance:
     rank: int
 
 
-def linear_shape(module: nn.Module) -> LinearShape:
-    """Shape, type and device of a linear module (``nn.Linear`` or Hugging Face's ``Conv1D``)."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    rows, columns = weight.shape
-    n, m = (rows, columns) if is_hf_conv1d(module) else (columns, rows)
-    bias = getattr(module, "bias", None) is not None
-    return LinearShape(n, m, bias, weight.dtype, weight.device)
-
-
-def substitute(model: nn.Module, body: fx.GraphModule, origin: Provenance) -> None:
+def substitute(model: nn.Module, body: fx.GraphModule, form: Form, origin: Provenance) -> None:
     """Replace the operator at ``origin.site`` by ``body``; changes ``model``.
 
     Nodes of an fx graph keep the metadata of the node they replace (the last one also its
     value's), and all carry their :class:`Provenance`.
     """
     original = model.get_submodule(origin.site)
+    _take_over(body, [original])
+    calls = _calls(model, origin.site)
+    if not calls:
+        replace_module(model, original, Factorized(original, body, form, origin.rank))
+        return
+    assert isinstance(model, fx.GraphModule)
+    replace_module(model, original, body)
+    for node in calls:
+        with model.graph.inserting_before(node):
+            (value,) = _copy(model.graph, body, [_value(node)], origin.site, _meta(node, origin))
+        _replace(model.graph, node, value, origin)
+    model.graph.lint()
+    model.recompile()
+
+
+def substitute_joint(
+    model: nn.Module, body: JointBody, form: JointForm, origins: Sequence[Provenance]
+) -> None:
+    """Replace operators on one input by a body with a shared part; changes ``model``.
+
+    The shared part hangs below the first operator, as ``shared``; each head as ``body``.
+    """
+    originals = [model.get_submodule(origin.site) for origin in origins]
+    _take_over(body.shared, originals)
+    for original, head in zip(originals, body.heads, strict=True):
+        _take_over(head, [original])
+    calls = [_calls(model, origin.site) for origin in origins]
+    if not all(calls):
+        joint = Shared(body.shared, len(origins))
+        for index, (original, head) in enumerate(zip(originals, body.heads, strict=True)):
+            facade = JointMember(original, head, form, origins[0].rank, joint, index)
+            replace_module(model, original, facade)
+        return
+    assert isinstance(model, fx.GraphModule)
+    for original, head in zip(originals, body.heads, strict=True):
+        place = nn.Module()
+        place.body = head
+        if head is body.heads[0]:
+            place.shared = body.shared
+        replace_module(model, original, place)
+    order = {node: position for position, node in enumerate(model.graph.nodes)}
+    owner = origins[0]
+    for together in zip(*calls, strict=True):  # the first calls, the second calls, ...
+        first = min(together, key=order.__getitem__)
+        x = _value(first)
+        with model.graph.inserting_before(first):
+            meta = _meta(first, owner)
+            shared = _copy(model.graph, body.shared, [x], f"{owner.site}.shared", meta)
+        for node, head, origin in zip(together, body.heads, origins, strict=True):
+            with model.graph.inserting_before(node):
+                meta = _meta(node, origin)
+                inputs = [x, *shared]
+                (value,) = _copy(model.graph, head, inputs, f"{origin.site}.body", meta)
+            _replace(model.graph, node, value, origin)
+    model.graph.lint()
+    model.recompile()
+
+
+def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
+    """A body learns, and is in training, if what it replaces was."""
+    learns = any(p.requires_grad for original in originals for p in original.parameters())
     for parameter in body.parameters():
-        parameter.requires_grad_(any(p.requires_grad for p in original.parameters()))
-    body.train(original.training)
-    if isinstance(model, fx.GraphModule):
-        calls = [n for n in model.graph.nodes if n.op == "call_module" and n.target == origin.site]
-        if calls:
-            replace_module(model, original, body)
-            for node in calls:
-                _inline(model.graph, node, body, origin)
-            model.graph.lint()
-            model.recompile()
-            return
-    facade = Factorized(original, body, origin.form, origin.rank, is_hf_conv1d(original))
-    replace_module(model, original, facade)
+        parameter.requires_grad_(learns)
+    body.train(originals[0].training)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, origin: Provenance) -> None:
-    """Replace one ``call_module`` node by the nodes of a body that hangs at the same path."""
+def _calls(model: nn.Module, site: str) -> list[fx.Node]:
+    if not isinstance(model, fx.GraphModule):
+        return []
+    return [n for n in model.graph.nodes if n.op == "call_module" and n.target == site]
+
+
+def _value(node: fx.Node) -> fx.Node:
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    copies: dict[fx.Node, object] = {}
-    provenance: dict[str, Any] = {"fxcompress": {**asdict(origin), "node": node.name}}
-    stack: dict[str, Any] = {
-        key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta
-    }
-    with graph.inserting_before(node):
-        for inner in body.graph.nodes:
-            if inner.op == "placeholder":
-                copies[inner] = value
-            elif inner.op == "output":
-                result = copies[inner.args[0]]
-                assert isinstance(result, fx.Node)
-                result.meta = {**node.meta, **provenance}
-                node.replace_all_uses_with(result)
-            else:
-                copy = graph.node_copy(inner, copies.__getitem__)  # type: ignore[arg-type]
-                if inner.op in ("call_module", "get_attr"):
-                    copy.target = f"{origin.site}.{inner.target}"
-                copy.meta = {**stack, **provenance}
-                copies[inner] = copy
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _meta(node: fx.Node, origin: Provenance) -> dict[str, Any]:
+    keys = ("nn_module_stack", "stack_trace")
+    kept: dict[str, Any] = {key: node.meta[key] for key in keys if key in node.meta}
+    return {**kept, "fxcompress": {**asdict(origin), "node": node.name}}
+
+
+def _copy(
+    graph: fx.Graph,
+    body: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    path: str,
+    meta: Mapping[str, Any],
+) -> tuple[fx.Node, ...]:
+    """Copy the nodes of a body that hangs at ``path`` into a graph; the values it returns."""
+    copies: dict[fx.Node, Any] = {}
+    values = iter(inputs)
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(values)
+        elif inner.op == "output":
+            result = inner.args[0]
+            results = result if isinstance(result, tuple) else (result,)
+            return tuple(copies[one] for one in results)
+        else:
+            copy = graph.node_copy(inner, copies.__getitem__)
+            if inner.op in ("call_module", "get_attr"):
+                copy.target = f"{path}.{inner.target}"
+            copy.meta = dict(meta)
+            copies[inner] = copy
+    raise AssertionError("a graph without an output")
+
+
+def _replace(graph: fx.Graph, node: fx.Node, value: fx.Node, origin: Provenance) -> None:
+    value.meta = {**node.meta, **_meta(node, origin)}
+    node.replace_all_uses_with(value)
     graph.erase_node(node)

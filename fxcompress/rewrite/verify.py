@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxcompress.forms import FormError
 
@@ -25,9 +25,7 @@ INACCURATE = 1e-4
 
 
 @torch.no_grad()
-def verify(
-    body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None, rows: Tensor
-) -> None:
+def verify(body: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None, rows: Tensor) -> None:
     """Compare ``body(x)`` with ``left @ right @ x + bias`` computed in float64.
 
     Two yardsticks.  *Is it right?*  Every output may be off by what rounding the parameters to
@@ -68,7 +66,7 @@ def verify(
         )
 
 
-def _spread(body: fx.GraphModule, rows: Tensor) -> Tensor:
+def _spread(body: nn.Module, rows: Tensor) -> Tensor:
     """What rounding parameters and result does to each output, root mean square (m)."""
     unit = FINEST.get(rows.dtype, torch.finfo(rows.dtype).eps) / 2
     generator = torch.Generator(rows.device).manual_seed(0)

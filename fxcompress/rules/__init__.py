@@ -1,9 +1,11 @@
 """The rule language: load rules, match them against a recorded graph, explain the outcome."""
 
+from fxcompress.rules.cases import CaseResult, run_cases
+from fxcompress.rules.completion import json_schema
 from fxcompress.rules.explain import Explanation
 from fxcompress.rules.loader import LoadedRules, load_rules, parse_rules
 from fxcompress.rules.matcher import match_rules
-from fxcompress.rules.presets import preset_names
+from fxcompress.rules.presets import preset_names, preset_path
 from fxcompress.rules.result import Funnel, Match, MatchResult, Miss, Problem
 from fxcompress.rules.schema import (
     Budget,
@@ -14,11 +16,11 @@ from fxcompress.rules.schema import (
     Rule,
     RuleSet,
     Solver,
-    json_schema,
 )
 
 __all__ = [
     "Budget",
+    "CaseResult",
     "Damping",
     "Defaults",
     "Explanation",
@@ -38,4 +40,6 @@ __all__ = [
     "match_rules",
     "parse_rules",
     "preset_names",
+    "preset_path",
+    "run_cases",
 ]

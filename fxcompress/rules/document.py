@@ -21,6 +21,9 @@ KeyPath = tuple[str | int, ...]
 
 DEEPEST = 50
 _MOST_MENDS = 20
+_MOST_READ = 100_000
+"""Characters that are read before mending is given up: each mend reads the text once more."""
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z")
 _YES_NO = re.compile(r"(?i)(y|n|yes|no|on|off)\Z")
 
 
@@ -79,7 +82,7 @@ def read_document(text: str) -> Document:
     ({'rules': [{'id': 'mlp'}]}, Span(line=2, column=9, length=3))
     """
     diagnostics: list[Diagnostic] = []
-    for _ in range(_MOST_MENDS):
+    for _ in range(max(1, min(_MOST_MENDS, _MOST_READ // max(1, len(text))))):
         builder = _Builder(text)
         stopped: Diagnostic | None = None
         mended: str | None = None
@@ -278,7 +281,34 @@ def resolve_scalar(raw: str) -> bool | int | float | str | None:
         value: bool | int | float | None = _CONSTRUCTOR.construct_object(yaml.ScalarNode(tag, raw))
     except (ValueError, OverflowError):  # "0x_", and integers of thousands of digits
         return raw
-    return value
+    # Python cannot even print integers of some size; nothing in a rule file is that large.
+    return raw if isinstance(value, int) and value.bit_length() > 64 else value
+
+
+def misread(
+    entry: Entry, value: Any, wanted: Literal["string", "number", "whole"] | None
+) -> Diagnostic | None:
+    """The trap of YAML 1.1 that a value without quotes has fallen into, if any.
+
+    Args:
+        entry: where it stands.
+        value: what YAML made of it.
+        wanted: what it was to be.
+    """
+    if entry.style != "plain":
+        return None
+    if wanted == "string" and isinstance(value, bool):
+        message = f"'{entry.raw}' is a boolean in YAML 1.1, not a string"
+        return Diagnostic("yaml-boolean", message, entry.value, f'quote it: "{entry.raw}"')
+    if wanted in ("number", "whole") and isinstance(value, str) and _EXPONENT.match(value):
+        message = f"'{value}' is a string in YAML 1.1, not a number"
+        mantissa, _, exponent = value.lower().partition("e")
+        mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+        better = f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+        if wanted == "whole":
+            better = f"{float(value):.15g}"
+        return Diagnostic("yaml-number", message, entry.value, f"write {better}")
+    return None
 
 
 def _explain(error: yaml.MarkedYAMLError, text: str) -> tuple[Diagnostic, str | None]:

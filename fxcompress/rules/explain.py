@@ -7,16 +7,18 @@ matched a second time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxcompress.rules.folding import fold_paths
-from fxcompress.rules.result import STEPS, Funnel, MatchResult
+from fxcompress.rules.folding import fold_key, fold_numbers, fold_paths
+from fxcompress.rules.result import STEPS, Funnel, Instance, MatchResult
 
 _OUTCOME = "rewritten"
 _MOST_LINES = 12
 _WIDEST = 64
+_ABOUT_OTHERS = ("pattern", "overlap")
+"""Steps whose reasons name other operators."""
 _DEPTHS = {step: depth for depth, step in enumerate((*STEPS, _OUTCOME))}
 
 
@@ -38,6 +40,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Matches of several operators that are alike.
+
+    Attributes:
+        scope: folded path of the innermost module around all operators of a match.
+        operators: (name in the pattern, path below the scope).
+        count: number of matches.
+    """
+
+    scope: str
+    operators: tuple[tuple[str, str], ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class RuleExplanation:
     """One rule.
 
@@ -47,6 +64,7 @@ class RuleExplanation:
         funnel: sites left after every step.
         near: what got furthest and was lost all the same.
         rejected: everything else, the furthest first.
+        matched: what a rule about several operators has; empty for other rules.
     """
 
     rule_id: str
@@ -54,6 +72,7 @@ class RuleExplanation:
     funnel: Funnel
     near: tuple[Group, ...]
     rejected: tuple[Group, ...]
+    matched: tuple[Matched, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,7 @@ class Explanation:
                 "rule": item.rule_id,
                 "location": item.location,
                 "funnel": dict(item.funnel.steps),
+                **_matched_json(item),
                 "near_misses": [_group_json(group) for group in item.near],
                 "rejected": [_group_json(group) for group in item.rejected],
             }
@@ -127,19 +147,51 @@ def _explain(
             (_OUTCOME, outcomes[m.weight], m.location, m.path or m.operators[0]) for m in dense
         ]
         if won:
-            steps = (*funnel.steps, (_OUTCOME, len(won) - len(dense)))
+            instances = result.instances.get(rule_id)
+            rewritten = len(won) - len(dense)
+            if instances is not None:
+                rewritten = sum(
+                    one.counted for one in instances if set(one.claimed) - set(outcomes)
+                )
+            steps = (*funnel.steps, (_OUTCOME, rewritten))
             funnel = replace(funnel, steps=steps)
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for step, reason, location, path in losses:
-        groups.setdefault((step, reason, location), []).append(path)
-    folded = sorted(
-        (Group(*key, fold_paths(paths)) for key, paths in groups.items()),
-        key=lambda group: -_DEPTHS[group.step],
-    )
+    folded = sorted(_grouped(losses), key=lambda group: -_DEPTHS[group.step])
     # A site whose name does not fit was never near, even if nothing else came further.
     furthest = max((_DEPTHS[group.step] for group in folded), default=0)
     near = tuple(g for g in folded if _DEPTHS[g.step] == furthest and furthest > 0)
-    return RuleExplanation(rule_id, funnel.location, funnel, near, tuple(folded[len(near) :]))
+    rejected = tuple(folded[len(near) :])
+    matched = _matched(result.instances.get(rule_id, ()))
+    return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
+
+
+def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[Group]:
+    """Losses of one step, place and reason; reasons that differ in a number only are one."""
+    groups: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {}
+    for step, reason, location, path in losses:
+        alike = fold_key(reason) if step in _ABOUT_OTHERS else reason
+        reasons, paths = groups.setdefault((step, alike, location), ([], []))
+        reasons.append(reason)
+        paths.append(path)
+    for (step, _, location), (reasons, paths) in groups.items():
+        yield Group(step, fold_numbers(reasons), location, fold_paths(paths))
+
+
+def _matched(instances: Sequence[Instance]) -> tuple[Matched, ...]:
+    scopes: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for instance in instances:
+        parts = [path.split(".") for _, path in instance.operators]
+        depth = 0
+        while all(len(path) > depth + 1 and path[depth] == parts[0][depth] for path in parts):
+            depth += 1
+        below = [".".join(path[depth:]) for path in parts]
+        names = [name for name, _ in instance.operators]
+        operators = tuple(zip(names, below, strict=True))
+        scopes.setdefault(operators, []).append(".".join(parts[0][:depth]))
+    return tuple(
+        Matched(scope, operators, count)
+        for operators, paths in scopes.items()
+        for scope, count in fold_paths(paths)
+    )
 
 
 def _rule_text(item: RuleExplanation) -> str:
@@ -149,6 +201,12 @@ def _rule_text(item: RuleExplanation) -> str:
         min(_WIDEST, max((len(row[column]) for row in rows), default=0)) for column in range(3)
     ]
     lines = [f"rule {item.rule_id} ({item.location})", _funnel_text(item.funnel)]
+    if item.funnel.anchors:
+        anchors = ", ".join(f"'{anchor}'" for anchor in item.funnel.anchors)
+        lines[-1] += f"   (of {anchors})"
+    lines += map(_matched_text, item.matched[:_MOST_LINES])
+    more = sum(matched.count for matched in item.matched[_MOST_LINES:])
+    lines += [f"matched    and {more} more"] * (more > 0)
     for kind, path, reason, location in rows:
         line = f"{kind:<9}  {path:<{widths[1]}}  {reason:<{widths[2]}}  {location}"
         lines.append(line.rstrip())
@@ -164,6 +222,12 @@ def _funnel_text(funnel: Funnel) -> str:
     return str(funnel)
 
 
+def _matched_text(item: Matched) -> str:
+    operators = ", ".join(f"{name} = {path}" for name, path in item.operators)
+    count = f" ({item.count})" if item.count > 1 else ""
+    return f"matched    {item.scope or 'the model'}{count}   {operators}"
+
+
 def _rows(group: Group) -> list[tuple[str, str, str]]:
     rows = [
         (f"{path} ({count})" if count > 1 else path, group.reason, group.location)
@@ -173,6 +237,21 @@ def _rows(group: Group) -> list[tuple[str, str, str]]:
     if rest:
         rows.append((f"and {rest} more", group.reason, group.location))
     return rows
+
+
+def _matched_json(item: RuleExplanation) -> dict[str, Any]:
+    """What only rules about several operators have."""
+    if not item.funnel.anchors:
+        return {}
+    matched = [
+        {
+            "scope": one.scope,
+            "operators": [{"node": name, "path": path} for name, path in one.operators],
+            "matches": one.count,
+        }
+        for one in item.matched
+    ]
+    return {"counted": list(item.funnel.anchors), "matched": matched}
 
 
 def _group_json(group: Group) -> dict[str, Any]:

@@ -3,11 +3,18 @@
 Comparisons (chained ones and ``in`` too), ``+ - * / // %`` on numbers, ``and``, ``or``,
 ``not``, literals, attributes of bound operators (``fc.in_features``), and the functions
 ``min``, ``max``, ``abs``, ``len`` and ``same``.  Lists are tuples, so that
-``c.kernel_size == [3, 3]`` reads as it does in YAML.
+``c.kernel_size == [3, 3]`` reads as it does in YAML.  ``present(bn)`` says whether an optional
+operator is there, ``count(fc)`` how many members a group has.
 
 >>> e = parse_expression("min(fc.in_features, 512) >= 256", {"fc": {"in_features"}})
 >>> evaluate(e, {"fc": {"in_features": 300}})
 True
+
+The ``cost`` of a template is written in the same language, with the rank as ``r``:
+
+>>> e = parse_cost("r * fc.in_features", {"fc": {"in_features"}})
+>>> evaluate_number(e, {"fc": {"in_features": 300}}, rank=16)
+4800
 """
 
 from __future__ import annotations
@@ -25,6 +32,12 @@ from fxcompress.graph.operator import AttributeValue
 
 _MOST_CHARACTERS = 500
 _DEEPEST = 30
+
+RANK = "r"
+"""The rank, as a cost names it."""
+
+Values = Mapping[str, Mapping[str, AttributeValue] | None]
+"""Bound name -> attributes of its operator, or None for an optional one that is absent."""
 
 _Value = Any  # bool, int, float, str, None, or a tuple of these
 
@@ -83,6 +96,19 @@ def parse_expression(text: str, scope: Mapping[str, Collection[str]]) -> Express
     Raises:
         ExpressionError: not an expression, not allowed, or a name that is not there.
     """
+    return _parse(text, scope, frozenset())
+
+
+def parse_cost(text: str, scope: Mapping[str, Collection[str]]) -> Expression:
+    """Read and check an expression that may use the rank, too: :data:`RANK`.
+
+    Raises:
+        ExpressionError: as of :func:`parse_expression`.
+    """
+    return _parse(text, scope, frozenset({RANK}))
+
+
+def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[str]) -> Expression:
     if len(text) > _MOST_CHARACTERS:
         raise ExpressionError(
             "bad-expression",
@@ -91,7 +117,7 @@ def parse_expression(text: str, scope: Mapping[str, Collection[str]]) -> Express
         )
     flat = "".join(" " if c in "\r\n" else c for c in text)  # a block scalar may hold line breaks
     body = flat.lstrip()
-    checker = _Checker(flat, len(flat) - len(body), scope)
+    checker = _Checker(flat, len(flat) - len(body), scope, numbers)
     if not body:
         raise ExpressionError("bad-expression", "an empty expression", length=len(text))
     try:
@@ -109,20 +135,40 @@ def parse_expression(text: str, scope: Mapping[str, Collection[str]]) -> Express
     return Expression(text, tree, tuple(dict.fromkeys(checker.attributes)))
 
 
-def evaluate(expression: Expression, values: Mapping[str, Mapping[str, AttributeValue]]) -> bool:
+def evaluate(
+    expression: Expression, values: Values, counts: Mapping[str, int] | None = None
+) -> bool:
     """The truth of an expression for given operators.
 
-    >>> evaluate(parse_expression("same(1, 1.0)", {}), {})
+    >>> evaluate(parse_expression("not present(bn) or bn.eps > 0", {"bn": ["eps"]}), {"bn": None})
     True
 
+    Args:
+        expression: from :func:`parse_expression`.
+        values: bound name -> attributes of its operator; None for an optional one that is absent.
+        counts: bound name -> number of members, for groups; 1 is what others count.
+
     Raises:
-        ExpressionError: a division by zero, operands that do not fit together, or a value
-            that is neither true nor false.
+        ExpressionError: a division by zero, operands that do not fit together, an attribute
+            of an operator that is absent, or a value that is neither true nor false.
     """
-    interpreter = _Interpreter(expression, values)
+    interpreter = _Interpreter(expression, values, counts or {}, {})
     value = interpreter.value(expression.tree)
     if not isinstance(value, bool):
         interpreter.fail(expression.tree, f"gives {value!r}, which is neither true nor false")
+    return value
+
+
+def evaluate_number(expression: Expression, values: Values, rank: int) -> int | float:
+    """The value of a cost for given operators at a rank.
+
+    Raises:
+        ExpressionError: as of :func:`evaluate`, or a value that is no number.
+    """
+    interpreter = _Interpreter(expression, values, {}, {RANK: rank})
+    value = interpreter.value(expression.tree)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        interpreter.fail(expression.tree, f"gives {value!r}, which is not a number")
     return value
 
 
@@ -140,6 +186,8 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., _Value], int, int]] = MappingProxyT
         "same": (_same, 2, 100),
     }
 )
+_OF_NAMES = ("present", "count")
+"""Functions of a bound operator as such, not of a value."""
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[_Value, _Value], _Value]] = MappingProxyType(
     {
         ast.Add: operator.add,
@@ -181,6 +229,7 @@ class _Checker:
     text: str
     start: int
     scope: Mapping[str, Collection[str]]
+    numbers: frozenset[str]
 
     def __post_init__(self) -> None:
         self.attributes: list[tuple[str, str]] = []
@@ -194,6 +243,8 @@ class _Checker:
                 children = []
             case ast.Attribute(value=ast.Name()):
                 self.check_attribute(node)
+                children = []
+            case ast.Name(id=name) if name in self.numbers:
                 children = []
             case ast.Name():
                 children = []
@@ -209,8 +260,7 @@ class _Checker:
             case ast.Compare() if all(type(op) in _COMPARISONS for op in node.ops):
                 children = [node.left, *node.comparators]
             case ast.Call(func=ast.Name()):
-                self.check_call(node)
-                children = node.args
+                children = self.check_call(node)
             case _:
                 self.fail(node, "forbidden-expression", f"{_describe(node)} is not allowed here")
         for child in children:
@@ -241,21 +291,31 @@ class _Checker:
         example = f"; write {node.id}.{known[0]}, say" if known else ""
         self.fail(node, "forbidden-expression", f"'{node.id}' is an operator, not a value{example}")
 
-    def check_call(self, node: ast.Call) -> None:
+    def check_call(self, node: ast.Call) -> list[ast.expr]:
+        """The arguments that are expressions themselves."""
         assert isinstance(node.func, ast.Name)
         name = node.func.id
-        if name not in _FUNCTIONS:
+        if name not in _FUNCTIONS and name not in _OF_NAMES:
             offset, length = _span(self.text, self.start, node.func)
+            known = (*_FUNCTIONS, *_OF_NAMES)
             raise ExpressionError(
-                "unknown-function", f"unknown function '{name}'", offset, length, name, _FUNCTIONS
+                "unknown-function", f"unknown function '{name}'", offset, length, name, known
             )
         if node.keywords:
             self.fail(node, "forbidden-expression", f"{name} takes no keyword arguments")
+        if name in _OF_NAMES:
+            if len(node.args) != 1 or not isinstance(node.args[0], ast.Name):
+                example = f"; write {name}({next(iter(self.scope))}), say" if self.scope else ""
+                self.fail(node, "bad-expression", f"{name} takes one bound name{example}")
+            if node.args[0].id not in self.scope:
+                self.unbound(node.args[0])
+            return []
         _, fewest, most = _FUNCTIONS[name]
         if not fewest <= len(node.args) <= most:
             wanted = str(fewest) if fewest == most else f"at least {fewest}"
             message = f"{name} takes {wanted} arguments, not {len(node.args)}"
             self.fail(node, "bad-expression", message)
+        return node.args
 
     def unbound(self, node: ast.Name) -> NoReturn:
         offset, length = _span(self.text, self.start, node)
@@ -299,17 +359,18 @@ def _describe(node: ast.expr) -> str:
 @dataclass(frozen=True)
 class _Interpreter:
     expression: Expression
-    values: Mapping[str, Mapping[str, AttributeValue]]
+    values: Values
+    counts: Mapping[str, int]
+    numbers: Mapping[str, int]
 
     def value(self, node: ast.expr) -> _Value:
         match node:
             case ast.Constant():
                 return node.value
             case ast.Attribute(value=ast.Name(id=owner), attr=attribute):
-                try:
-                    return self.values[owner][attribute]
-                except KeyError:
-                    self.fail(node, f"the operator has no attribute '{attribute}'")
+                return self.attribute(node, owner, attribute)
+            case ast.Name(id=name):
+                return self.numbers[name]
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(self.value(item) for item in items)
             case ast.BoolOp(op=op, values=operands):
@@ -331,10 +392,23 @@ class _Interpreter:
                 return self.guarded(node, _ARITHMETIC[type(arithmetic)], left, right)
             case ast.Compare():
                 return self.compare(node)
+            case ast.Call(func=ast.Name(id="present"), args=[ast.Name(id=owner)]):
+                return self.values.get(owner) is not None
+            case ast.Call(func=ast.Name(id="count"), args=[ast.Name(id=owner)]):
+                return self.counts.get(owner, int(self.values.get(owner) is not None))
             case ast.Call(func=ast.Name(id=name), args=arguments):
                 values = [self.value(argument) for argument in arguments]
                 return self.guarded(node, _FUNCTIONS[name][0], *values)
         raise AssertionError(f"an unchecked {type(node).__name__}")
+
+    def attribute(self, node: ast.expr, owner: str, attribute: str) -> AttributeValue:
+        attributes = self.values.get(owner)
+        if attributes is None:
+            self.fail(node, f"'{owner}' is absent here; guard it with present({owner})")
+        value = attributes.get(attribute)
+        if value is None:
+            self.fail(node, f"the operator has no attribute '{attribute}'")
+        return value
 
     def compare(self, node: ast.Compare) -> bool:
         left = self.value(node.left)

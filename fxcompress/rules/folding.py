@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 _Slot = frozenset[str]
@@ -31,6 +32,25 @@ def fold_paths(paths: Iterable[str]) -> tuple[tuple[str, int], ...]:
             (".".join(_slot(slot, order) for slot in key), count) for key, count in groups.items()
         ]
     return tuple(folded)
+
+
+_NUMBER = re.compile(r"(?<![\w-])\d+(?![\w-])")
+
+
+def fold_key(text: str) -> str:
+    """Equal for texts that differ in numbers only."""
+    return _NUMBER.sub("#", text)
+
+
+def fold_numbers(texts: Sequence[str]) -> str:
+    """Texts of one :func:`fold_key` as one.
+
+    >>> fold_numbers(["h.0.q reads h.0.x of 2", "h.1.q reads h.1.x of 2", "h.2.q reads h.2.x of 2"])
+    'h.{0..2}.q reads h.{0..2}.x of 2'
+    """
+    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
+    slots = iter([_slot(frozenset(column), {}) for column in columns])
+    return _NUMBER.sub(lambda found: next(slots), texts[0])
 
 
 def _merge(

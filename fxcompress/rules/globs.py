@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 _MOST_ALTERNATIVES = 256
 _MOST_CHARACTERS = 500
+_MOST_IN_ALL = 10_000
 
 
 class GlobError(ValueError):
@@ -59,8 +60,11 @@ def expand(pattern: str) -> tuple[str, ...]:
         else:
             start, end, alternatives = found
             waiting = [glob[:start] + a + glob[end:] for a in alternatives] + waiting
-        if len(finished) + len(waiting) > _MOST_ALTERNATIVES:
+        count = len(finished) + len(waiting)
+        if count > _MOST_ALTERNATIVES:
             raise GlobError(f"the braces stand for more than {_MOST_ALTERNATIVES} globs")
+        if count * len(glob) > _MOST_IN_ALL:
+            raise GlobError(f"the braces stand for more than {_MOST_IN_ALL:,} characters")
     return tuple(finished)
 
 

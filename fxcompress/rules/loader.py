@@ -23,6 +23,7 @@ from types import MappingProxyType
 import yaml
 
 from fxcompress.errors import RuleError
+from fxcompress.forms.template import Template
 from fxcompress.rules.checks import check_rules
 from fxcompress.rules.diagnostics import Diagnostic, choices, render, suggest
 from fxcompress.rules.document import Document, Entry, KeyPath, read_document
@@ -31,7 +32,8 @@ from fxcompress.rules.presets import preset_names, preset_path
 from fxcompress.rules.schema import RuleSet
 from fxcompress.rules.validation import validate
 
-_MOST_BYTES = 1_000_000
+_MOST_BYTES = 64_000
+"""What PyYAML reads in about half a second; rule files have a few thousand."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class LoadedRules:
         text: the source.
         entries: path of keys (``("rules", 0, "where", 1)``) -> where that value stands.
         expressions: rule id -> its ``where`` conditions.
+        templates: rule id -> its ``graph``, for rules that have one.
     """
 
     rules: RuleSet
@@ -51,6 +54,7 @@ class LoadedRules:
     text: str = field(repr=False)
     entries: Mapping[KeyPath, Entry] = field(repr=False)
     expressions: Mapping[str, tuple[Expression, ...]] = field(repr=False)
+    templates: Mapping[str, Template] = field(repr=False, default_factory=dict)
 
     def location(self, rule_id: str, *keys: str | int) -> str:
         """``"file:line"`` of a rule, or ``"file:line:column"`` of a value inside it.
@@ -61,15 +65,23 @@ class LoadedRules:
             KeyError: no rule has that id.
         """
         path = self._path(rule_id)
-        start = self.entries[path].value
         if not keys:
-            return f"{self.filename}:{start.line}"
-        found = path
+            return f"{self.filename}:{self.entries[path].value.line}"
+        return self.place(*path, *keys)
+
+    def place(self, *keys: str | int) -> str:
+        """``"file:line:column"`` of any value, or of the nearest thing around it.
+
+        >>> parse_rules("budget: {keep: 1}\\nrules: [{id: a, match: {node: {op: linear}}, "
+        ...             "rewrite: none}]", "r.yaml").place("budget", "keep")
+        'r.yaml:1:16'
+        """
+        found: KeyPath = ()
         for key in keys:
             if (*found, key) not in self.entries:
                 break
             found = (*found, key)
-        span = self.entries[found].value if found != path else start
+        span = self.entries[found].value
         return f"{self.filename}:{span.line}:{span.column}"
 
     def failed(self, rule_id: str, index: int, error: ExpressionError, operator: str) -> RuleError:
@@ -133,7 +145,7 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
     if not isinstance(document.data, dict):
         raise _not_a_mapping(document, filename, text)
     rules, shape = validate(document)
-    semantics, expressions = check_rules(document)
+    checked = check_rules(document)
     # A line that YAML itself misread, and characters that the reader has complained about, are
     # not worth a second complaint.
     told = {item.span for item in document.diagnostics}
@@ -144,7 +156,7 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
     }
     new = [
         item
-        for item in dict.fromkeys((*shape, *semantics))
+        for item in dict.fromkeys((*shape, *checked.diagnostics))
         if item.span is None or not (item.span in told or item.span.line in misread)
     ]
     diagnostics = [*document.diagnostics, *new]
@@ -155,7 +167,8 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
         filename,
         text,
         MappingProxyType(dict(document.entries)),
-        MappingProxyType(expressions),
+        MappingProxyType(dict(checked.expressions)),
+        MappingProxyType(dict(checked.templates)),
     )
 
 

@@ -11,10 +11,14 @@ from typing import Literal, NamedTuple
 from fxcompress.errors import RuleError
 from fxcompress.rules.sites import Site
 
-Step = Literal["name", "attribute", "unless", "where", "legal", "overlap", "protected"]
+Step = Literal[
+    "name", "attribute", "pattern", "scope", "unless", "where", "legal", "overlap", "protected"
+]
 STEPS: tuple[Step, ...] = (
     "name",
     "attribute",
+    "pattern",
+    "scope",
     "unless",
     "where",
     "legal",
@@ -59,6 +63,52 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """Sites of one match that one form may rewrite together.
+
+    Each of them has a :class:`Match` of its own, too, whose ``forms`` may be empty.
+
+    Attributes:
+        name: of the bundle, unique: ``"qkv-shared@model.layers.0.self_attn.q_proj"``.
+        rule_id: the rule.
+        location: ``"file:line"`` of the rule.
+        members: names of the weights, in the order of the pattern (of the graph for a
+            ``group``).
+        roles: the name in the pattern of each member (``("q", "k", "v")``; all alike for a
+            ``group``).
+        forms: joint forms to choose from, in the rule's order; never empty.
+        min_rank, max_rank, multiple_of, min_saving: as of :class:`Match`.
+    """
+
+    name: str
+    rule_id: str
+    location: str
+    members: tuple[str, ...]
+    roles: tuple[str, ...]
+    forms: tuple[str, ...]
+    min_rank: int
+    max_rank: int | None
+    multiple_of: int
+    min_saving: float
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One match of a rule about several operators.
+
+    Attributes:
+        operators: (name in the pattern, module path) of each operator, in the order of the
+            pattern; absent ones are left out.
+        claimed: names of the weights that the rule won with it.
+        counted: how many of the anchors that the funnel counts are in it.
+    """
+
+    operators: tuple[tuple[str, str], ...]
+    claimed: tuple[str, ...]
+    counted: int = 1
+
+
+@dataclass(frozen=True)
 class Lost:
     """Where and why a rule lost sites; sites lost for the same reason share one.
 
@@ -75,7 +125,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Losses:
-    """The sites that one rule lost, in graph order, and why each was.
+    """The sites that one rule lost, and why each was; iteration is in graph order.
 
     Two parallel tuples: a pair for every site would keep the garbage collector busy.
     """
@@ -84,7 +134,9 @@ class Losses:
     reasons: tuple[Lost, ...]
 
     def __iter__(self) -> Iterator[tuple[Site, Lost]]:
-        return zip(self.sites, self.reasons, strict=True)
+        orders = [site.order for site in self.sites]
+        turns = sorted(range(len(orders)), key=orders.__getitem__)
+        return ((self.sites[turn], self.reasons[turn]) for turn in turns)
 
     def furthest(self, count: int) -> tuple[tuple[Site, Lost], ...]:
         """The first few of those that were lost latest."""
@@ -132,15 +184,19 @@ class Funnel:
     Attributes:
         rule_id: the rule.
         ops: operators that the rule is about.
-        steps: (step, sites left), in order: op, name, attribute (if the rule asks for any),
-            unless, where, legal, kept.
+        steps: (step, number left), in order: op, name, attribute and scope (if the rule asks
+            for any), unless, where, legal, kept. A rule about several operators counts its
+            anchors, and has a step pattern after attribute.
         location: ``"file:line"`` of the rule.
+        anchors: names of the operators of the pattern that are counted; empty for a rule
+            about one operator, which counts sites.
     """
 
     rule_id: str
     ops: tuple[str, ...]
     steps: tuple[tuple[str, int], ...]
     location: str = ""
+    anchors: tuple[str, ...] = ()
 
     def __getitem__(self, step: str) -> int:
         return dict(self.steps)[step]
@@ -166,16 +222,20 @@ class MatchResult:
     Attributes:
         matches: sites to be rewritten, in graph order.
         protected: sites that a rule with ``rewrite: none`` keeps dense, in graph order.
+        bundles: matches whose sites one form may rewrite together, in graph order.
         funnels: rule id -> its funnel, in file order.
         problems: rules that matched nothing, or not as many sites as they expect.
         lost: rule id -> the sites that it lost, from which the misses are made.
+        instances: rule id -> its matches, for rules about several operators.
     """
 
     matches: tuple[Match, ...]
     protected: tuple[Match, ...]
+    bundles: tuple[Bundle, ...]
     funnels: Mapping[str, Funnel]
     problems: tuple[Problem, ...]
     lost: Mapping[str, Losses] = field(repr=False)
+    instances: Mapping[str, tuple[Instance, ...]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def misses(self) -> tuple[Miss, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import attrgetter
 
 from fxcompress.graph.operator import Operator
 
-_NOT_CALLS = frozenset({"input", "parameter", "output"})
+NOT_CALLS = frozenset({"input", "parameter", "output"})
+"""Nodes of the graph that are no operators to a rule."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Site:
         signature: equal for sites of equal operators with equal attributes.
         tied: calls of other operators or other modules that read the same weight.
         path: module path of the first call.
+        lone: True for one call of a weight that nothing else reads, as most are.
     """
 
     key: str
@@ -30,9 +34,11 @@ class Site:
     signature: int
     tied: tuple[Operator, ...]
     path: str = field(init=False)
+    lone: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.operators[0].path)
+        object.__setattr__(self, "lone", len(self.operators) == 1 and not self.tied)
 
     @property
     def first(self) -> Operator:
@@ -45,11 +51,11 @@ class Site:
         names = dict.fromkeys(f"{other.path or other.name} ({other.op})" for other in self.tied)
         return ", ".join(names)
 
-    def only(self, op: str) -> Site | None:
-        """The site with its calls of one operator only; None if it has none."""
-        if all(operator.op == op for operator in self.operators):
+    def only(self, ops: Collection[str]) -> Site | None:
+        """The site with its calls of some operators only; None if it has none."""
+        if all(operator.op in ops for operator in self.operators):
             return self
-        calls = tuple(operator for operator in self.operators if operator.op == op)
+        calls = tuple(operator for operator in self.operators if operator.op in ops)
         return replace(self, operators=calls) if calls else None
 
 
@@ -59,9 +65,11 @@ class SiteIndex:
 
     Attributes:
         by_op: canonical operator name -> its sites, in graph order.
+        orders: name of an operator -> its position in the graph.
     """
 
     by_op: Mapping[str, tuple[Site, ...]]
+    orders: Mapping[str, int]
 
     @classmethod
     def of(cls, operators: Sequence[Operator]) -> SiteIndex:
@@ -70,7 +78,7 @@ class SiteIndex:
         calls: dict[str, dict[str, list[Operator]]] = {}
         orders: dict[str, int] = {}
         for order, operator in enumerate(operators):
-            if operator.op in _NOT_CALLS:
+            if operator.op in NOT_CALLS:
                 continue
             key = operator.weight if operator.weight is not None else f"<{operator.name}>"
             orders[operator.name] = order
@@ -90,13 +98,50 @@ class SiteIndex:
             )
             for op, sites in calls.items()
         }
-        return cls(by_op)
+        return cls(by_op, orders)
+
+    @cached_property
+    def homes(self) -> Mapping[int, Site]:
+        """Position of an operator -> the site that it is a call of."""
+        return {
+            self.orders[call.name]: site
+            for sites in self.by_op.values()
+            for site in sites
+            for call in site.operators
+        }
+
+    def call(self, position: int) -> Site:
+        """One operator as a site of its own, which it is unless it is one of several calls."""
+        site = self.homes[position]
+        if len(site.operators) == 1:
+            return site
+        operator = next(call for call in site.operators if self.orders[call.name] == position)
+        # The calls of a site need not be alike; minus a position is a signature of its own.
+        return replace(site, order=position, operators=(operator,), signature=-1 - position)
+
+    def calls_of(self, ops: Sequence[str]) -> Sequence[Site]:
+        """The calls of several operators, each as a site of its own, in graph order."""
+        if len(ops) == 1:
+            return self.calls.get(ops[0], ())
+        found = [site for op in dict.fromkeys(ops) for site in self.calls.get(op, ())]
+        return sorted(found, key=attrgetter("order"))
+
+    @cached_property
+    def calls(self) -> Mapping[str, Sequence[Site]]:
+        """Canonical operator name -> its calls, each as a site of its own, in graph order."""
+        return {
+            op: sorted(
+                (self.call(self.orders[call.name]) for site in sites for call in site.operators),
+                key=attrgetter("order"),
+            )
+            for op, sites in self.by_op.items()
+        }
 
     def candidates(self, ops: Sequence[str]) -> tuple[Site, ...]:
         """The sites of several operators in graph order; one site per weight."""
         if len(ops) == 1:
             return self.by_op.get(ops[0], ())
-        found = [site for op in ops for site in self.by_op.get(op, ())]
+        found = [site for op in dict.fromkeys(ops) for site in self.by_op.get(op, ())]
         merged: dict[str, Site] = {}
         for site in sorted(found, key=lambda site: site.order):
             known = merged.get(site.key)

@@ -1,40 +1,51 @@
-"""The steps that one site takes through one rule, each saying why it was lost.
+"""The steps that the sites of one rule take, each saying why a site was lost.
 
-Every step is a function from a :class:`~fxcompress.rules.sites.Site` to a
-:class:`~fxcompress.rules.result.Lost`, or to None for a site that passes.  They run for every
-site of every rule, so whatever depends on the rule only is prepared once, and whatever depends
-on attributes only is kept by the site's signature.
+Every step is a function from a column of sites to a column of verdicts: a
+:class:`~fxcompress.rules.result.Lost`, or None for a site that passes.  They run for every site
+of every rule, so whatever depends on the rule only is prepared once, and whatever depends on
+attributes only is kept by the site's signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from fxcompress.graph.operator import AttributeValue, Operator
+from fxcompress.graph.operator import Operator
 from fxcompress.rules.expressions import Expression, ExpressionError, evaluate
 from fxcompress.rules.globs import compile_globs
+from fxcompress.rules.literals import matches_literal, show
 from fxcompress.rules.loader import LoadedRules
+from fxcompress.rules.patterns import NodeTest, quoted
 from fxcompress.rules.result import STEPS, Lost
-from fxcompress.rules.schema import Exclusion, NodePattern, Rule
+from fxcompress.rules.schema import Alternative, Exclusion, Rule
+from fxcompress.rules.scopes import scope_test
 from fxcompress.rules.sites import Site
-from fxcompress.rules.vocabulary import OPERATORS
 
 Legality = Callable[[Operator], str | None]
-StepCheck = Callable[[Site], Lost | None]
+JointLegality = Callable[[Sequence[Operator]], str | None]
+SiteCheck = Callable[[Site], Lost | None]
+Step = Callable[[Sequence[Site]], Sequence[Lost | None]]
+Keys = tuple[str | int, ...]
 
 
-def rule_steps(rule: Rule, loaded: LoadedRules, legality: StepCheck) -> list[StepCheck]:
-    """The steps of a rule, in the order in which they are taken."""
-    steps = [_positives(rule, loaded)]
-    steps += [_exclusion(i, entry, rule, loaded) for i, entry in enumerate(rule.unless)]
-    expressions = enumerate(loaded.expressions[rule.id])
-    steps += [_condition(i, expression, rule, loaded) for i, expression in expressions]
+def site_steps(rule: Rule, loaded: LoadedRules, legality: SiteCheck) -> list[Step]:
+    """The steps of a rule about single operators, in the order in which they are taken."""
+    steps = _positives(rule, loaded)
+    exclusions = [exclusion(number, rule, loaded) for number in range(len(rule.unless))]
+    steps += [each(check) for check in exclusions]
+    (bound,) = rule.match.alternatives[0].names
+    steps += [_condition(condition, bound) for condition in conditions(rule, loaded)]
     # Leaving an operator as it is, is legal wherever there is a weight.
-    return [*steps, _has_weight if rule.rewrite == "none" else legality]
+    return [*steps, each(has_weight if rule.rewrite == "none" else legality)]
 
 
-def legality_step(loaded: LoadedRules, legality: Legality) -> StepCheck:
+def each(check: SiteCheck) -> Step:
+    """A step that looks at one site at a time."""
+    return lambda sites: [check(site) for site in sites]
+
+
+def legality_check(loaded: LoadedRules, legality: Legality) -> SiteCheck:
     """Ties, repeated calls, and the caller's own reasons; asked once per site for all rules."""
     defaults = loaded.rules.defaults
     known: dict[str, Lost | None] = {}
@@ -42,7 +53,7 @@ def legality_step(loaded: LoadedRules, legality: Legality) -> StepCheck:
     def check(site: Site) -> Lost | None:
         if site.key in known:
             return known[site.key]
-        lost = _has_weight(site)
+        lost = has_weight(site)
         if lost is None and site.tied:
             lost = Lost("legal", f"tied to {site.ties} (defaults.tied: {defaults.tied})")
         calls = len(site.operators)
@@ -58,116 +69,129 @@ def legality_step(loaded: LoadedRules, legality: Legality) -> StepCheck:
     return check
 
 
-def _has_weight(site: Site) -> Lost | None:
+def has_weight(site: Site) -> Lost | None:
+    """A site without a weight parameter is lost."""
     return None if site.first.weight is not None else Lost("legal", "reads no weight parameter")
 
 
-def _positives(rule: Rule, loaded: LoadedRules) -> StepCheck:
+def pattern_keys(rule: Rule) -> list[Keys]:
+    """Where each alternative of a rule stands in it."""
+    if rule.match.any_of is None:
+        return [("match",)]
+    return [("match", "any_of", number) for number in range(len(rule.match.any_of))]
+
+
+# ---- positive matchers ------------------------------------------------------------------
+
+
+def _positives(rule: Rule, loaded: LoadedRules) -> list[Step]:
     """The positive matchers: a site has to pass those of one alternative."""
-    if rule.match.node is not None:
-        return _pattern(rule.match.node, ("match", "node"), rule, loaded)
-    alternatives = [
-        (node.op, _pattern(node, ("match", "any_of", number, "node"), rule, loaded))
-        for number, node in enumerate(rule.match.alternatives)
+    found = [
+        (alternative, _alternative(alternative, rule, loaded, keys))
+        for alternative, keys in zip(rule.match.alternatives, pattern_keys(rule), strict=True)
     ]
+    if rule.match.any_of is None:
+        return found[0][1]
 
     def check(site: Site) -> Lost | None:
         furthest: Lost | None = None
-        for op, alternative in alternatives:
-            calls = site.only(op)
+        for alternative, steps in found:
+            assert alternative.node is not None
+            calls = site.only(alternative.node.op)
             if calls is None:
                 continue
-            lost = alternative(calls)
+            lost = next((lost for step in steps for lost in step([calls]) if lost), None)
             if lost is None:
                 return None
             if furthest is None or STEPS.index(lost.step) > STEPS.index(furthest.step):
                 furthest = lost
         return furthest
 
-    return check
+    whole = [] if rule.match.scope is None else [_scope(rule.match.scope, rule, loaded, ("match",))]
+    return [each(check), *whole]
 
 
-def _pattern(
-    node: NodePattern, keys: tuple[str | int, ...], rule: Rule, loaded: LoadedRules
-) -> StepCheck:
-    """Name and attributes of one operator pattern."""
-    named = compile_globs(node.name).match if node.name is not None else None
-    location = loaded.location(rule.id, *keys, "name")
-    lost_name = Lost("name", _not_named(node.name or ()), location)
-    attributes = tuple(node.attributes.items())
+def _alternative(
+    alternative: Alternative, rule: Rule, loaded: LoadedRules, keys: Keys
+) -> list[Step]:
+    assert alternative.node is not None
+    steps = node_steps(NodeTest.of(alternative.node), rule, loaded, (*keys, "node"))
+    if alternative.scope is not None:
+        steps.append(_scope(alternative.scope, rule, loaded, keys))
+    return steps
+
+
+def node_steps(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> list[Step]:
+    """Name and attributes of one operator pattern, as far as the rule asks for them."""
+    named = _name(test, loaded.location(rule.id, *keys, "name"))
+    attributes = each(_attributes(test, rule, loaded, keys))
+    return [named] * (test.globs is not None) + [attributes] * bool(test.attributes)
+
+
+def _name(test: NodeTest, location: str) -> Step:
+    named = test.named or bool
+    lost = Lost("name", test.not_named, location)
+
+    def other_calls(site: Site) -> Lost | None:
+        # One named call is enough: the others share the weight, hence the fate.
+        if any(named(call.path) for call in site.operators[1:]):
+            return None
+        return _also_tied(lost, site)
+
+    return lambda sites: [
+        None if named(site.path) else lost if site.lone else other_calls(site) for site in sites
+    ]
+
+
+def _attributes(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> SiteCheck:
     known: dict[int, Lost | None] = {}
 
-    def check_attributes(site: Site) -> Lost | None:
-        for attribute, wanted in attributes:
-            for operator in site.operators:
-                if not matches_literal(operator, attribute, wanted):
-                    found = _show(operator.attributes.get(attribute))
-                    reason = f"{attribute} is {found}, not {_show(wanted)}"
-                    return Lost("attribute", reason, loaded.location(rule.id, *keys, attribute))
+    def ask(site: Site) -> Lost | None:
+        for operator in site.operators:
+            misfit = test.misfit(operator)
+            if misfit is not None:
+                attribute, reason = misfit
+                return Lost("attribute", reason, loaded.location(rule.id, *keys, attribute))
         return None
 
     def check(site: Site) -> Lost | None:
-        # One named call is enough: the others share the weight, hence the fate.
-        if named is not None and not (
-            named(site.path)
-            or (len(site.operators) > 1 and any(named(call.path) for call in site.operators))
-        ):
-            return _also_tied(lost_name, site) if site.tied else lost_name
-        if not attributes:
-            return None
         if site.signature not in known:
-            known[site.signature] = check_attributes(site)
+            known[site.signature] = ask(site)
         lost = known[site.signature]
-        return _also_tied(lost, site) if lost is not None and site.tied else lost
+        return lost if lost is None or site.lone else _also_tied(lost, site)
 
     return check
 
 
 def _also_tied(lost: Lost, site: Site) -> Lost:
-    return replace(lost, reason=f"{lost.reason}; also tied to {site.ties}")
+    return replace(lost, reason=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
 
 
-def _not_named(globs: Sequence[str]) -> str:
-    shown = ", ".join(f'"{glob}"' for glob in globs)
-    return f"name matches none of {shown}" if len(globs) > 1 else f"name does not match {shown}"
+def _scope(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Step:
+    encloses, lost = scope_test(globs), scope_loss(globs, rule, loaded, keys)
+    return each(lambda site: None if encloses(site.operators) else lost)
 
 
-def matches_literal(operator: Operator, attribute: str, wanted: AttributeValue) -> bool:
-    """Whether an operator's attribute is the literal, or one of a list of literals.
-
-    A number stands for itself in every dimension, as in PyTorch: ``kernel_size: 3`` is
-    ``[3, 3]`` for a ``conv2d``.
-    """
-    if attribute not in operator.attributes:
-        return False
-    found = operator.attributes[attribute]
-    options: tuple[AttributeValue, ...] = (wanted,)
-    if isinstance(wanted, tuple):
-        known = OPERATORS.get(operator.op, {}).get(attribute)
-        value_is_list = known is not None and known.kind.startswith("ints")
-        if not value_is_list or any(isinstance(item, tuple) for item in wanted):
-            options = wanted
-    return any(_equal(found, option) for option in options)
+def scope_loss(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Lost:
+    """What is said of a match that no module of the right name encloses."""
+    location = loaded.location(rule.id, *keys, "scope")
+    return Lost("scope", f"no enclosing module is named {quoted(globs)}", location)
 
 
-def _equal(found: AttributeValue, wanted: AttributeValue) -> bool:
-    if isinstance(found, tuple) and not isinstance(wanted, tuple):
-        return bool(found) and all(item == wanted for item in found)
-    if isinstance(wanted, tuple) and not isinstance(found, tuple):
-        return bool(wanted) and all(item == found for item in wanted)
-    return found == wanted
+# ---- unless -----------------------------------------------------------------------------
 
 
-def _exclusion(number: int, entry: Exclusion, rule: Rule, loaded: LoadedRules) -> StepCheck:
+def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
     """One entry of ``unless``: a site is out if any of its calls fits all keys."""
+    entry: Exclusion = rule.unless[number]
     shares = entry.shares_weight_with
     named = compile_globs(entry.name).match if entry.name is not None else None
-    scoped = compile_globs(entry.scope).match if entry.scope is not None else None
+    encloses = scope_test(entry.scope) if entry.scope is not None else None
     attributes = tuple(entry.attributes.items())
     globs = (("name", entry.name), ("scope", entry.scope))
-    parts = [f"{key} {_quoted(given)}" for key, given in globs if given is not None]
+    parts = [f"{key} {quoted(given)}" for key, given in globs if given is not None]
     parts += [f"shares_weight_with {shares}"] if shares else []
-    parts += [f"{key} {_show(value)}" for key, value in attributes]
+    parts += [f"{key} {show(value)}" for key, value in attributes]
     location = loaded.location(rule.id, "unless", number)
     hit = Lost("unless", f"unless: {', '.join(parts)}", location)
 
@@ -181,7 +205,7 @@ def _exclusion(number: int, entry: Exclusion, rule: Rule, loaded: LoadedRules) -
         for operator in site.operators:
             if named is not None and not named(operator.path):
                 continue
-            if scoped is not None and not scoped(operator.scope):
+            if encloses is not None and not encloses((operator,)):
                 continue
             if all(matches_literal(operator, key, wanted) for key, wanted in attributes):
                 return lost
@@ -190,46 +214,67 @@ def _exclusion(number: int, entry: Exclusion, rule: Rule, loaded: LoadedRules) -
     return check
 
 
-def _condition(number: int, expression: Expression, rule: Rule, loaded: LoadedRules) -> StepCheck:
-    """One expression of ``where``; it has to hold for every call of the site."""
-    bound = rule.match.alternatives[0].bound_name
-    location = loaded.location(rule.id, "where", number)
-    names = [name for _, name in expression.attributes]
+# ---- where ------------------------------------------------------------------------------
+
+
+class Condition:
+    """One expression of ``where``."""
+
+    def __init__(
+        self, number: int, expression: Expression, rule: Rule, loaded: LoadedRules
+    ) -> None:
+        self.expression = expression
+        self._number = number
+        self._rule = rule
+        self._loaded = loaded
+        self._location = loaded.location(rule.id, "where", number)
+
+    def lost(
+        self,
+        operators: Mapping[str, Operator | None],
+        counts: Mapping[str, int] | None = None,
+    ) -> Lost | None:
+        """Why the condition does not hold for some operators, by their names in the pattern.
+
+        Raises:
+            RuleError: it has no truth value, located.
+        """
+        values = {name: o.attributes if o is not None else None for name, o in operators.items()}
+        try:
+            if evaluate(self.expression, values, counts):
+                return None
+        except ExpressionError as error:
+            at = next(o.path or o.name for o in operators.values() if o is not None)
+            raise self._loaded.failed(self._rule.id, self._number, error, at) from None
+        shown = [
+            f"{owner}.{key} = {show(attributes.get(key))}"
+            for owner, key in self.expression.attributes
+            if (attributes := values.get(owner)) is not None
+        ]
+        reason = f"where: {' '.join(self.expression.text.split())} is False"
+        reason += f" ({', '.join(shown)})" if shown else ""
+        return Lost("where", reason, self._location)
+
+
+def conditions(rule: Rule, loaded: LoadedRules) -> list[Condition]:
+    """Those of a rule, in its order."""
+    expressions = enumerate(loaded.expressions[rule.id])
+    return [Condition(number, expression, rule, loaded) for number, expression in expressions]
+
+
+def _condition(condition: Condition, bound: str) -> Step:
+    """A condition on single operators; it has to hold for every call of a site."""
     # A model has few distinct shapes: most sites are answered from here.
     known: dict[int, Lost | None] = {}
 
-    def holds(operator: Operator) -> bool:
-        try:
-            return evaluate(expression, {bound: operator.attributes})
-        except ExpressionError as error:
-            where = operator.path or operator.name
-            raise loaded.failed(rule.id, number, error, where) from None
+    def ask(site: Site) -> Lost | None:
+        verdicts = (condition.lost({bound: operator}) for operator in site.operators)
+        return next((lost for lost in verdicts if lost is not None), None)
 
-    def evaluate_site(site: Site) -> Lost | None:
-        for operator in site.operators:
-            if not holds(operator):
-                shown = [f"{bound}.{name} = {_show(operator.attributes[name])}" for name in names]
-                reason = f"where: {' '.join(expression.text.split())} is False"
-                reason += f" ({', '.join(shown)})" if shown else ""
-                return Lost("where", reason, location)
-        return None
+    def step(sites: Sequence[Site]) -> list[Lost | None]:
+        for site in sites:
+            if site.signature not in known:
+                known[site.signature] = ask(site)
+        return [known[site.signature] for site in sites]
 
-    def check(site: Site) -> Lost | None:
-        if site.signature not in known:
-            known[site.signature] = evaluate_site(site)
-        return known[site.signature]
-
-    return check
-
-
-def _quoted(globs: Iterable[str]) -> str:
-    return " or ".join(f'"{glob}"' for glob in globs)
-
-
-def _show(value: AttributeValue) -> str:
-    """A value as YAML would write it: ``[3, 3]``, ``true``."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(_show(item) for item in value)}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "absent" if value is None else str(value)
+    return step

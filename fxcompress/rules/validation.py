@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fxcompress.rules import schema
 from fxcompress.rules.diagnostics import Diagnostic, choices, suggest
-from fxcompress.rules.document import Document, Entry, KeyPath
-from fxcompress.rules.vocabulary import FORMS, LATER_KEYS, LATER_VALUES
+from fxcompress.rules.document import Document, Entry, KeyPath, misread
+from fxcompress.rules.vocabulary import LATER_KEYS, LATER_VALUES
 
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z")
-_MODELS: Mapping[str, type[BaseModel]] = {
-    # the key that a mapping stands under -> what it holds
-    "": schema.RuleSet,
-    "budget": schema.Budget,
-    "metric": schema.Metric,
-    "damping": schema.Damping,
-    "solver": schema.Solver,
-    "defaults": schema.Defaults,
-    "rules": schema.Rule,
-    "match": schema.Pattern,
-    "any_of": schema.Alternative,
-    "rewrite": schema.Rewrite,
-    "expect": schema.Expect,
-    "matches": schema.Range,
-}
-_UNKNOWN_VALUES = {"form": "unknown-form", "any_of": "unknown-form", "kind": "unknown-metric"}
+_MOST = 200
+_ONE_OR_MANY = frozenset({"op", "name", "scope"})
+_UNKNOWN_VALUES = {"kind": "unknown-metric"}
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -39,12 +25,20 @@ _BOUNDS = {
 }
 _WANTED = {
     "string_type": "a string",
+    "bool_type": "true or false",
     "int_type": "a whole number",
     "float_type": "a number",
     "tuple_type": "a list",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
     "dict_type": "a mapping",
+}
+
+
+_TRAPS: Mapping[str, Literal["string", "number", "whole"]] = {
+    "string_type": "string",
+    "int_type": "whole",
+    "float_type": "number",
 }
 
 
@@ -58,7 +52,7 @@ def validate(document: Document) -> tuple[schema.RuleSet | None, list[Diagnostic
         details = error.errors(include_url=False)
         # pydantic calls a list too short whose items are all wrong; the items say enough.
         told = [d for d in details if d["type"] != "too_short" or not d["input"]]
-        return None, [_diagnostic(document, detail) for detail in told]
+        return None, [_diagnostic(document, detail) for detail in told[:_MOST]]
 
 
 def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
@@ -70,7 +64,7 @@ def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
     if missing:
         name = str(detail["loc"][-1])
-        owner = {"": "a rule file", "rules": "a rule"}.get(key, key)
+        owner = {"": "a rule file", "rules": "a rule", "tests": "a test"}.get(key, key)
         code = "no-positive-matcher" if name in ("op", "match") else "missing-key"
         return Diagnostic(code, f"{owner} needs '{name}'", entry.best, _missing_hint(name))
     if kind == "extra_forbidden":
@@ -84,9 +78,17 @@ def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
     if kind == "finite_number":
         return Diagnostic("bad-number", f"{key} has to be finite", entry.value)
     if kind == "too_short":
-        return Diagnostic("empty-list", f"{key} is an empty list", entry.best)
+        what = "an empty list" if isinstance(detail["input"], list | tuple) else "empty"
+        return Diagnostic("empty-list", f"{key} is {what}", entry.best)
+    if kind == "too_long":
+        most = detail["ctx"]["max_length"]
+        message = f"{key} has {len(detail['input'])} entries; at most {most}"
+        return Diagnostic("too-many", message, entry.best)
     if kind == "string_pattern_mismatch":
-        return _bad_name(key, detail["input"], entry)
+        if detail["loc"][-1] == "[key]":
+            message = f"{_shown(detail['input'])} is not an identifier"
+            return Diagnostic("bad-name", message, entry.best, "letters, digits and _")
+        return _bad_name(path, detail["input"], entry)
     if kind in _WANTED:
         return _wrong_type(key, kind, detail["input"], entry)
     return Diagnostic(kind.replace("_", "-"), detail["msg"], entry.best)
@@ -116,23 +118,56 @@ def _missing_hint(name: str) -> str:
 
 def _unknown_key(path: KeyPath, entry: Entry) -> Diagnostic:
     key = str(path[-1])
+    model = _model_at(path[:-1])
     parent = next((part for part in reversed(path[:-1]) if isinstance(part, str)), "")
     if key in LATER_KEYS.get(parent, ()):
         message = f"'{key}' is not supported by this version"
         return Diagnostic("not-supported", message, entry.best)
-    fields = _MODELS[parent].model_fields if parent in _MODELS else {}
+    fields = model.model_fields if model is not None else {}
     known = [field.alias or name for name, field in fields.items()]
     message = f"unknown key '{key}'"
     return Diagnostic("unknown-key", message, entry.best, suggest(key, known) or choices(known))
+
+
+def _model_at(path: KeyPath) -> type[BaseModel] | None:
+    """What a mapping without free keys holds, by the keys that lead to it."""
+    match [part for part in path if isinstance(part, str)]:
+        case []:
+            return schema.RuleSet
+        case ["metric", "damping"]:
+            return schema.Damping
+        case ["rules", "match"]:
+            return schema.Pattern
+        case ["rules", "match", "any_of"]:
+            return schema.Alternative
+        case ["rules", "rewrite", "graph", _]:
+            return schema.TemplateNode
+        case ["rules", "expect", "matches"]:
+            return schema.Range
+        case ["rules", "rewrite"]:
+            return schema.Rewrite
+        case ["rules", "expect"]:
+            return schema.Expect
+        case [key]:
+            return _SECTIONS.get(key)
+    return None
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "budget": schema.Budget,
+    "metric": schema.Metric,
+    "solver": schema.Solver,
+    "defaults": schema.Defaults,
+    "rules": schema.Rule,
+    "tests": schema.Case,
+}
 
 
 def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
     value = detail["input"]
     expected = str(detail.get("ctx", {}).get("expected", ""))
     known = re.findall(r"'([^']*)'", expected) or [expected]
-    if key == "any_of":
-        known = list(FORMS)
-    later = LATER_VALUES.get("form" if key == "any_of" else key, ())
+    later = LATER_VALUES.get(key, ())
     if isinstance(value, str) and value in later:
         message = f"{key} '{value}' is not supported by this version"
         return Diagnostic("not-supported", message, entry.value, choices(known))
@@ -140,28 +175,34 @@ def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
         hint = "a mapping such as {form: pivoted}, or none to leave the matches dense"
         return Diagnostic("unknown-value", f"unknown rewrite {_shown(value)}", entry.value, hint)
     code = _UNKNOWN_VALUES.get(key, "unknown-value")
-    what = "form" if key == "any_of" else "metric" if key == "kind" else key
+    what = "metric" if key == "kind" else key
     hint = (suggest(value, known) if isinstance(value, str) else "") or choices(known)
     return Diagnostic(code, f"unknown {what} {_shown(value)}", entry.value, hint)
 
 
-def _bad_name(key: str, value: object, entry: Entry) -> Diagnostic:
-    if key == "as":
-        message = f"{_shown(value)} is not an identifier"
-        return Diagnostic("bad-name", message, entry.value, "letters, digits and _")
-    message = f"{key} {_shown(value)} is not a plain name"
-    return Diagnostic("bad-name", message, entry.value, "letters, digits and _ . -")
+def _bad_name(path: KeyPath, value: str, entry: Entry) -> Diagnostic:
+    keys = [part for part in path if isinstance(part, str)]
+    key = keys[-1]
+    shown = _shown(value)
+    if key in ("input", "inputs") and keys[-3] in ("nodes", "graph"):
+        message = f"{shown} is no reference to a value"
+        hint = f"did you mean ${value}?" if value.isidentifier() else "$ and a name: $x"
+        return Diagnostic("bad-reference", message, entry.value, hint)
+    if value[1:].isidentifier() and value.startswith("$"):
+        message = f"{shown} is a reference, and a name is wanted here"
+        return Diagnostic("bad-name", message, entry.value, f"without the $: {value[1:]}")
+    if key in ("id", "group"):
+        message = f"{key} {shown} is not a plain name"
+        return Diagnostic("bad-name", message, entry.value, "letters, digits and _ . -")
+    message = f"{shown} is not an identifier"
+    return Diagnostic("bad-name", message, entry.value, "letters, digits and _")
 
 
 def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
-    plain = entry.style == "plain"
-    numeric = kind in ("int_type", "float_type")
-    if numeric and plain and isinstance(value, str) and _EXPONENT.match(value):
-        message = f"'{value}' is a string in YAML 1.1, not a number"
-        return Diagnostic("yaml-number", message, entry.value, f"write {_yaml_number(value, kind)}")
-    if isinstance(value, bool) and kind == "string_type" and plain:
-        message = f"'{entry.raw}' is a boolean in YAML 1.1, not a string"
-        return Diagnostic("yaml-boolean", message, entry.value, f'quote it: "{entry.raw}"')
+    wanted = _TRAPS.get(kind)
+    trap = misread(entry, value, wanted) if wanted is not None else None
+    if trap is not None:
+        return trap
     if isinstance(value, list) and key == "budget":
         message = "several budgets are not supported by this version"
         return Diagnostic("not-supported", message, entry.best)
@@ -174,16 +215,8 @@ def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
         hint = "without the quotes"
     span = entry.best if isinstance(value, dict | list) else entry.value
     name = key or "a rule file"
-    return Diagnostic("wrong-type", f"{name} is {_WANTED[kind]}, not {_shown(value)}", span, hint)
-
-
-def _yaml_number(text: str, kind: str) -> str:
-    """``1e-3`` as YAML 1.1 wants it: ``1.0e-3``."""
-    if kind == "int_type":
-        return f"{float(text):.15g}"
-    mantissa, _, exponent = text.lower().partition("e")
-    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
-    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+    what = "a string or a list of them" if key in _ONE_OR_MANY else _WANTED[kind]
+    return Diagnostic("wrong-type", f"{name} is {what}, not {_shown(value)}", span, hint)
 
 
 def _number(text: str) -> float | None:

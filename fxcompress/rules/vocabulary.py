@@ -1,4 +1,4 @@
-"""The words of the rule language: operators with their attributes, forms, and words to come.
+"""The words of the rule language: operators with their attributes, and words to come.
 
 Everything a rule file may name is listed here once; the schema, the checks and the
 suggestions in error messages all read these tables.
@@ -17,18 +17,19 @@ class AttributeType:
     """What an operator attribute holds.
 
     Attributes:
-        kind: ``"int"``, ``"bool"``, ``"str"``, ``"ints"`` (one integer per dimension), or
-            ``"ints|str"`` (the same, or a word such as ``same``).
+        kind: ``"int"``, ``"float"``, ``"bool"``, ``"str"``, ``"ints"`` (one integer per
+            dimension), or ``"ints|str"`` (the same, or a word such as ``same``).
         length: number of integers of an ``"ints"`` attribute (2 for ``conv2d``).
     """
 
-    kind: Literal["int", "bool", "str", "ints", "ints|str"]
+    kind: Literal["int", "float", "bool", "str", "ints", "ints|str"]
     length: int = 1
 
 
 _INT = AttributeType("int")
 _BOOL = AttributeType("bool")
 _STR = AttributeType("str")
+_FLOAT = AttributeType("float")
 
 
 def _convolution(dimensions: int) -> Mapping[str, AttributeType]:
@@ -68,34 +69,59 @@ OPERATORS: Mapping[str, Mapping[str, AttributeType]] = MappingProxyType(
 """Operators that read a weight: name -> attribute -> type. Only these can be rewritten."""
 
 _PLAIN = """
-    abs add addmm arange argmax avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d baddbmm batch_norm bmm cat chunk clamp clone contiguous cos cumsum
-    detach div dropout einsum elu exp expand flatten float gelu getattr getitem glu group_norm
-    hardswish index_select instance_norm interpolate layer_norm leaky_relu log log_softmax
-    masked_fill matmul max max_pool1d max_pool2d max_pool3d mean min mish mul neg ones outer pad
-    permute pow prelu relu relu6 repeat repeat_interleave reshape rms_norm roll rsqrt
-    scaled_dot_product_attention sigmoid silu sin size softmax softplus split sqrt squeeze stack
-    sub sum tanh to transpose triu tril unbind unfold unsqueeze upsample view where zeros
+    abs adaptive_avg_pool1d adaptive_avg_pool2d add addmm arange argmax avg_pool1d avg_pool2d
+    avg_pool3d baddbmm batch_norm bmm cat celu chunk clamp clone contiguous cos cumsum detach
+    div dropout einsum elu exp expand flatten float floor_divide gather gelu getattr getitem glu
+    group_norm gru hardsigmoid hardswish hardtanh identity index_add index_select instance_norm
+    interpolate layer_norm leaky_relu log log_softmax logsigmoid lstm masked_fill matmul max
+    max_pool1d max_pool2d max_pool3d mean min mish mul multi_head_attention_forward neg one_hot
+    ones outer pad permute pow prelu quick_gelu relu relu6 relu_squared repeat repeat_interleave
+    reshape rms_norm roll rrelu rsqrt scaled_dot_product_attention selu sigmoid silu sin size
+    softmax softplus softsign split sqrt squeeze stack sub sum tanh to transpose tril triu
+    unbind unfold unsqueeze upsample view where zeros
 """
-PLAIN_OPERATORS: frozenset[str] = frozenset(_PLAIN.split())
-"""Operators without a weight: known by name, so that a rule on one of them gets a clear error."""
-
-FORMS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {"low_rank": frozenset({"linear"}), "pivoted": frozenset({"linear"})}
+_ATTRIBUTES: Mapping[str, Mapping[str, AttributeType]] = {
+    **{op: {"dim": _INT} for op in ("cat", "glu", "log_softmax", "softmax", "split", "stack")},
+    **{op: {"dim": _INT} for op in ("unbind", "squeeze", "unsqueeze")},
+    **{op: {"other": _FLOAT} for op in ("add", "sub", "mul", "div")},
+    "batch_norm": {"num_features": _INT, "eps": _FLOAT},
+    "chunk": {"chunks": _INT, "dim": _INT},
+    "dropout": {"p": _FLOAT},
+    "elu": {"alpha": _FLOAT},
+    "flatten": {"start_dim": _INT, "end_dim": _INT},
+    "gelu": {"approximate": _STR},
+    "getitem": {"index": _INT},
+    "group_norm": {"num_groups": _INT, "eps": _FLOAT},
+    "layer_norm": {"eps": _FLOAT},
+    "leaky_relu": {"negative_slope": _FLOAT},
+    "pow": {"exponent": _FLOAT},
+    "rms_norm": {"eps": _FLOAT},
+    "scaled_dot_product_attention": {"is_causal": _BOOL, "dropout_p": _FLOAT},
+    "transpose": {"dim0": _INT, "dim1": _INT},
+}
+PLAIN_OPERATORS: Mapping[str, Mapping[str, AttributeType]] = MappingProxyType(
+    {op: MappingProxyType(dict(_ATTRIBUTES.get(op, {}))) for op in _PLAIN.split()}
 )
-"""Forms of a factorization: name -> operators that it applies to."""
+"""Operators without a weight to rewrite, with their attributes: what else a pattern may name.
+
+Dimensions are counted from the end: ``softmax`` over the last one has ``dim: -1``.  ``other``
+and ``exponent`` are numbers; they are absent where the operand is a tensor.
+"""
+
+ALL_OPERATORS: Mapping[str, Mapping[str, AttributeType]] = MappingProxyType(
+    {**OPERATORS, **PLAIN_OPERATORS}
+)
+"""What a pattern over several operators may name."""
+
+COMMUTATIVE: frozenset[str] = frozenset({"add", "mul"})
+"""Operators whose two operands may stand either way round."""
 
 LATER_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "rules": frozenset({"tests", "tags", "enabled"}),
-        "match": frozenset({"nodes", "inputs", "outputs", "scope", "group"}),
-        "any_of": frozenset({"nodes", "inputs", "outputs", "scope"}),
-        "node": frozenset({"input", "inputs", "users", "only_used_by", "scope", "weight"}),
-        "rewrite": frozenset({"graph", "outputs", "cost", "permutation"}),
+        "rewrite": frozenset({"permutation"}),
         "budget": frozenset({"device", "batch"}),
         "metric": frozenset({"loss", "empirical"}),
         "solver": frozenset({"rounds", "schedule", "steps", "learning_rate"}),
-        "": frozenset({"include", "forms", "functions", "extends"}),
     }
 )
 """Keys that the language will have and this version does not: parent key -> keys."""
@@ -105,19 +131,8 @@ LATER_VALUES: Mapping[str, frozenset[str]] = MappingProxyType(
         "unit": frozenset({"latency"}),
         "kind": frozenset({"elementwise", "ekfac"}),
         "output": frozenset({"loss"}),
-        "form": frozenset({"joint", "channel", "spatial", "tucker2", "embedding", "graph"}),
+        "form": frozenset({"channel", "spatial", "tucker2", "embedding"}),
         "tied": frozenset({"share", "untie", "once", "joint"}),
     }
 )
 """Values that the language will have and this version does not: key -> values."""
-
-
-def forms_for(op: str, forms: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``forms`` that apply to the operator ``op``, in the order given.
-
-    >>> forms_for("linear", ("pivoted", "low_rank"))
-    ('pivoted', 'low_rank')
-    >>> forms_for("conv2d", ("pivoted",))
-    ()
-    """
-    return tuple(form for form in forms if op in FORMS[form])

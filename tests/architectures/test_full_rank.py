@@ -25,7 +25,7 @@ from fxcompress.rewrite import own_parameters, prepared
 from tests.full_rank import Rewritten, counted_calls, factorized, rewrite
 from tests.zoo import ZOO, Batch, Case, tensors
 
-FORMS = ("low_rank", "pivoted")
+FORMS = ("low_rank", "pivoted", "joint")
 REWRITABLE = [name for name, case in ZOO.items() if case.sites]
 HUGGING_FACE = [n for n in REWRITABLE if isinstance(ZOO[n].build(), transformers.PreTrainedModel)]
 
@@ -134,7 +134,7 @@ def test_state_of_untouched_parts_is_identical(name: str) -> None:
     replaced = {f"{site.name}.{part}" for site in pair.sites for part in ("weight", "bias")}
     untouched = reference.keys() - replaced
     assert all(torch.equal(state[key], reference[key]) for key in untouched)
-    bodies = tuple(f"{site.name}.body." for site in pair.sites)
+    bodies = tuple(f"{site.name}.{part}." for site in pair.sites for part in ("body", "shared"))
     assert all(key.startswith(bodies) for key in state.keys() - untouched)
 
 
@@ -171,18 +171,20 @@ def test_gradients_are_those_of_the_dense_model(name: str, form: str) -> None:
     untouched = wanted.keys() & got.keys()
     for key in untouched:
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=bound)
-    for path, layer in factorized(pair.model).items():
-        parts = {"weight": layer.weight, "bias": layer.bias}
-        reached = {k: v for k, v in parts.items() if f"{path}.{k}" in wanted and v is not None}
-        factors = {f"{path}.body.{k}": p for k, p in layer.body.named_parameters()}
-        chained = torch.autograd.grad(
-            list(reached.values()),
-            list(factors.values()),
-            [wanted[f"{path}.{k}"] for k in reached],
-        )
-        for key, gradient in zip(factors, chained, strict=True):
-            assert bool(got[key].isfinite().all())
-            torch.testing.assert_close(got[key], gradient, rtol=0, atol=bound)
+    layers = factorized(pair.model).items()
+    dense_parts = {
+        f"{path}.{key}": value
+        for path, layer in layers
+        for key, value in (("weight", layer.weight), ("bias", layer.bias))
+        if value is not None and f"{path}.{key}" in wanted
+    }
+    factors = {f"{path}.{k}": p for path, layer in layers for k, p in layer.named_parameters()}
+    chained = torch.autograd.grad(
+        list(dense_parts.values()), list(factors.values()), [wanted[key] for key in dense_parts]
+    )
+    for key, gradient in zip(factors, chained, strict=True):
+        assert bool(got[key].isfinite().all())
+        torch.testing.assert_close(got[key], gradient, rtol=0, atol=bound)
     replaced = {f"{site.name}.{part}" for site in pair.sites for part in ("weight", "bias")}
     assert wanted.keys() - untouched <= replaced
 
@@ -246,9 +248,12 @@ UNPICKLABLE = {
 
 
 @pytest.mark.parametrize("treat", [copy.deepcopy, _pickled, _compiled])
+@pytest.mark.parametrize("form", ["pivoted", "joint"])
 @pytest.mark.parametrize("name", REWRITABLE)
-def test_copies_give_the_same_outputs(name: str, treat: Callable[[nn.Module], Any]) -> None:
-    pair = rewritten(name)
+def test_copies_give_the_same_outputs(
+    name: str, form: str, treat: Callable[[nn.Module], Any]
+) -> None:
+    pair = rewritten(name, form)
     batch = double(name)
     if treat is _pickled and name in UNPICKLABLE:
         pair.original(**batch)

@@ -22,6 +22,7 @@ from fxcompress.budget import (
     Candidate,
     Choice,
     Option,
+    _search,
     allocate,
     allocate_uniform,
     permitted_ranks,
@@ -289,7 +290,7 @@ def test_promises_hold_where_the_search_is_cut_short(
     candidates, budget = random_problem(rng, sites=30, most=12)
     exact = allocate(candidates, budget)
     for limit in (1, 1000):
-        monkeypatch.setattr(solver, "_SEARCH_LIMIT", limit)
+        monkeypatch.setattr(_search, "SEARCH_LIMIT", limit)
         found = allocate(candidates, budget)
         assert_sound(candidates, budget, found)
         assert list(better_single_moves(candidates, budget, found)) == []
@@ -300,7 +301,7 @@ def test_promises_hold_where_the_search_is_cut_short(
 def test_the_fill_looks_beyond_the_next_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     # The dual leaves 3 units: too few for the jump of b.  The next choice of a gains 0.1 per
     # unit, the next of b 1.5, but the one after next of a 2.
-    monkeypatch.setattr(solver, "_search", lambda *_: None)
+    monkeypatch.setattr(solver, "search", lambda *_, **__: None)
     ranks = permitted_ranks(3)
     a = Option("f", ranks, np.array([10.0, 9.9, 4.0]), np.array([0.0, 1.0, 3.0]))
     b = Option("f", ranks, np.array([300.0, 298.5, 0.0]), np.array([0.0, 1.0, 100.0]))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcompress.forms import FORMS, FormError, LinearShape, register
+from fxcompress.forms import FormError, LinearShape, find_form, register_form
 from fxcompress.forms.form import Form
 from fxcompress.forms.pivoted import LARGEST_ENTRY, choose_pivots
 
 SHAPES = [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1), (40, 24)]
+FORMS = {name: find_form(name) for name in ("low_rank", "pivoted")}
 CASES = [
     (form, m, n, rank, bias)
     for form, (m, n), bias in product(FORMS, SHAPES, (True, False))
@@ -44,11 +45,11 @@ def test_body_is_the_product(name: str, m: int, n: int, rank: int, bias: bool) -
     expected = x @ dense.T + (b if bias else 0)
     bound = {"rtol": 0, "atol": 1e-11}  # float64 rounding, times entries of C of at most 8
     torch.testing.assert_close(body(x), expected, **bound)
-    torch.testing.assert_close(form.weight(body), dense, **bound)
+    torch.testing.assert_close(form.weight(body, shape), dense, **bound)
     if bias:
-        torch.testing.assert_close(form.bias(body), b, **bound)
+        torch.testing.assert_close(form.bias(body, shape), b, **bound)
     else:
-        assert form.bias(body) is None
+        assert form.bias(body, shape) is None
 
 
 @pytest.mark.parametrize(("name", "m", "n", "rank", "bias"), CASES)
@@ -79,11 +80,12 @@ def test_pivoted_saves_at_every_rank_below_full() -> None:
 def test_factors_train_and_travel(name: str) -> None:
     form = FORMS[name]
     left, right, b, x = factors(8, 6, 3)
-    body = form.empty(LinearShape(6, 8, True, torch.float64), 3)
+    shape = LinearShape(6, 8, True, torch.float64)
+    body = form.empty(shape, 3)
     form.fill(body, left, right, b)
     body(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in body.parameters())
-    (gradient,) = torch.autograd.grad(form.weight(body).sum(), [next(body.parameters())])
+    (gradient,) = torch.autograd.grad(form.weight(body, shape).sum(), [next(body.parameters())])
     assert gradient.abs().sum() > 0
     for twin in (copy.deepcopy(body), pickle.loads(pickle.dumps(body))):
         assert torch.equal(twin(x), body(x))
@@ -127,7 +129,7 @@ def test_low_rank_of_a_dead_component_stays_finite() -> None:
 
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="already registered"):
-        register(FORMS["low_rank"])
+        register_form(FORMS["low_rank"])
 
 
 # ---- pivoting on matrices that are known to be nasty ----------------------------------
@@ -190,11 +192,12 @@ def test_pivoting_of_nasty_matrices(make: object, m: int, r: int) -> None:
     others = [i for i in range(m) if i not in set(pivots.tolist())]
     torch.testing.assert_close(c @ basis[pivots], basis[others], rtol=0, atol=1e-12)
     form = FORMS["pivoted"]
-    body = form.empty(LinearShape(20, m, False, torch.float64), r)
+    shape = LinearShape(20, m, False, torch.float64)
+    body = form.empty(shape, r)
     form.fill(body, left, right, None)
     dense = left @ right
     scale = float(dense.abs().max())
-    torch.testing.assert_close(form.weight(body), dense, rtol=0, atol=1e-12 * scale * r)
+    torch.testing.assert_close(form.weight(body, shape), dense, rtol=0, atol=1e-12 * scale * r)
     # The pivot rows are rows of the product, as they are.
     torch.testing.assert_close(
         body.pivot.weight.detach(), dense[pivots], rtol=0, atol=1e-12 * scale * r

@@ -133,5 +133,5 @@ def test_other_modules_go_by_their_plain_names() -> None:
         "gelu",
         "dropout",
         "silu",
-        "re_lu6",
+        "relu6",
     ]

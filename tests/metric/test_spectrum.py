@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.metric import METRICS, Moments, Spectrum, calibrate, decompose
+from fxcompress.forms import Spectrum
+from fxcompress.metric import METRICS, Moments, calibrate, decompose
 from fxcompress.metric.whiten import whitener
 from tests.metric.test_moments import target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxcompress.plan import BudgetOutcome, NodeSummary, Plan, SitePlan, Size, Unmatched
+from fxcompress.plan import BudgetOutcome, NodeSummary, Part, Plan, SitePlan, Size, Unmatched
 
 
 def site(
@@ -41,6 +41,8 @@ def site(
         forms=("low_rank", "pivoted"),
         form=None if rank is None else form,
         rank=rank,
+        full_rank=min(m, n),
+        parts=() if rank is None else parts(form, n, m, rank),
         predicted=predicted,
         energy=1.0 if rank is None else 0.9,
         before=Size(parameters=before, macs=100 * before, bytes=4 * before),
@@ -48,6 +50,20 @@ def site(
         reason=reason,
         spectrum=spectrum,
     )
+
+
+def parts(form: str, n: int, m: int, rank: int) -> tuple[Part, ...]:
+    """What the forms really build; tests/test_parts.py compares."""
+    if form not in ("low_rank", "pivoted"):
+        return ()
+    if form == "low_rank":
+        return (_layer("down", n, rank), _layer("up", rank, m))
+    functions = (Part(path="", op="cat"), Part(path="", op="index_select"))
+    return (_layer("pivot", n, rank), _layer("combine", rank, m - rank), *functions)
+
+
+def _layer(path: str, n: int, m: int) -> Part:
+    return Part(path=path, op="linear", in_features=n, out_features=m)
 
 
 def unmatched(name: str, n: int, m: int, reason: str, op: str = "linear") -> Unmatched:
@@ -149,6 +165,31 @@ def llama(
         "model.embed_tokens", 576, 49152, "no rule matches embedding", op="embedding"
     )
     return plan(sites, [embedding, head], rewritten=rewritten)
+
+
+def shared(layers: int = 3) -> Plan:
+    """Queries, keys and values rewritten together, but for one block; the output by itself."""
+    sites: list[SitePlan] = []
+    for layer in range(layers):
+        block, rank = f"model.layers.{layer}.self_attn", 64 + 32 * layer
+        widths = {"q_proj": 576, "k_proj": 192, "v_proj": 192}
+        for child, m in widths.items():
+            one = site(f"{block}.{child}", 576, m, rank, predicted=1e-3 * (1 + layer))
+            common = (_layer("shared.down", 576, rank),) if child == "q_proj" else ()
+            after = rank * m + (rank * 576 if common else 0)
+            sites.append(
+                one.model_copy(
+                    update={
+                        "form": "joint",
+                        "full_rank": 576,
+                        "bundle": f"qkv@{block}.q_proj",
+                        "parts": (*common, _layer("up", rank, m)),
+                        "after": Size(parameters=after, macs=100 * after, bytes=4 * after),
+                    }
+                )
+            )
+        sites.append(site(f"{block}.o_proj", 576, 576, 200, predicted=1e-3))
+    return plan(sites)
 
 
 def _spectrum(step: int) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ import pytest
 
 from fxcompress.plan import Plan
 from fxcompress.report import diff_plan
-from tests.report.plans import llama, plan, site, unmatched
+from tests.report.plans import llama, parts, plan, shared, site, unmatched
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -53,7 +53,7 @@ def no_layers() -> Plan:
         site("fc2", 200, 10, 4, predicted=2e-6, calls=2, rule="last", location="decoder.yaml:30"),
         site("net.0", 64, 64, 8, predicted=0.01),
         site("net.2", 64, 64, 16, predicted=0.02),
-        site("odd", 64, 64, 16, form="joint", predicted=0.03),
+        site("odd", 64, 64, 16, form="odd_form", predicted=0.03),
     ]
     return plan(sites, model_class="Net", expanded=("encoder.0.self_attn", "encoder.1.self_attn"))
 
@@ -74,7 +74,7 @@ def all_unmatched() -> Plan:
     return plan([], others, model_class="Net")
 
 
-CASES = [llama, a_site_left_dense, gpt2, no_layers, nothing_rewritten, all_unmatched]
+CASES = [llama, a_site_left_dense, gpt2, no_layers, nothing_rewritten, all_unmatched, shared]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
@@ -102,7 +102,8 @@ def test_one_rank_that_changes_leaves_other_lines_as_they_are() -> None:
     sites = list(before.sites)
     changed = sites[4]
     assert changed.rank is not None
-    sites[4] = changed.model_copy(update={"rank": 7})
+    built = parts("pivoted", changed.in_features, changed.out_features, 7)
+    sites[4] = changed.model_copy(update={"rank": 7, "parts": built})
     after = before.model_copy(update={"sites": tuple(sites)})
     texts = [str(diff_plan(one)).splitlines() for one in (before, after)]
     differing = [old for old, new in zip(*texts, strict=True) if old != new]

@@ -13,7 +13,6 @@ def test_round_trip() -> None:
 def test_sites_are_complete() -> None:
     made = llama(layers=2, dense=["model.layers.1.mlp.up_proj"], spectra=True)
     entries = diff_plan(made).to_json()["sites"]
-    assert [entry.pop("full_rank") for entry in entries] == [one.full_rank for one in made.sites]
     assert tuple(SitePlan.model_validate(entry) for entry in entries) == made.sites
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fxcompress.forms import FORMS, FormError, LinearShape
+from fxcompress.forms import FormError, LinearShape, find_form
 from fxcompress.rewrite import verify
 
 N, M, RANK = 96, 64, 24
@@ -25,8 +25,8 @@ def built(
     left = torch.randn(m, rank, dtype=torch.float64) * decay
     right = torch.randn(rank, n, dtype=torch.float64) / n**0.5
     offset = torch.randn(m, dtype=torch.float64).to(dtype) if bias else None
-    body = FORMS[form].empty(LinearShape(n, m, bias, dtype), rank)
-    FORMS[form].fill(body, left, right, offset)
+    body = find_form(form).empty(LinearShape(n, m, bias, dtype), rank)
+    find_form(form).fill(body, left, right, offset)
     return body, [left, right, offset, torch.randn(32, n, dtype=torch.float64).to(dtype)]
 
 
@@ -124,7 +124,7 @@ def test_a_form_that_amplifies_rounding_is_given_up() -> None:
     body, (left, right, _, rows) = built("low_rank", torch.bfloat16, bias=False)
     left[:, 1], right[1] = -left[:, 0], right[0] * (1 - 2**-7)
     left[:, :2] *= 1e4
-    FORMS["low_rank"].fill(body, left, right, None)
+    find_form("low_rank").fill(body, left, right, None)
     with pytest.raises(FormError, match="amplifies rounding"):
         verify(body, left, right, None, rows)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fxcompress.graph.operator import Operator
 
 
 def linear(path: str, inputs: int = 512, outputs: int = 512, **given: Any) -> Operator:
-    """A linear module at ``path``; ``weight=`` ties it, ``name=`` tells repeated calls apart."""
+    """A linear module at ``path``; ``weight=`` ties it, ``name=`` tells repeated calls apart.
+
+    ``inputs_from=`` names the operators that it reads.
+    """
     attributes = {"in_features": inputs, "out_features": outputs, "bias": True, "dtype": "float32"}
     return _operator("linear", path, attributes, given)
 
@@ -34,8 +38,38 @@ def embedding(path: str) -> Operator:
     return _operator("embedding", path, attributes, {})
 
 
-def plain(op: str, scope: str) -> Operator:
-    return Operator(f"{scope}_{op}", op, scope, scope, {}, (), (), (1, 512))
+def plain(op: str, scope: str, inputs_from: Sequence[str] = ()) -> Operator:
+    """A function called in the forward of ``scope``."""
+    name = f"{scope.replace('.', '_')}_{op}"
+    return Operator(name, op, scope, scope, {}, tuple(inputs_from), (), (1, 512))
+
+
+def siblings(count: int) -> list[Operator]:
+    """Linears on one input."""
+    start = plain("relu", "m")
+    return [start, *(linear(f"m.n{i}", inputs_from=[start.name]) for i in range(count))]
+
+
+def blocks(count: int) -> list[Operator]:
+    """Transformer blocks of ten operators: q, k, v, attention, o, add, up, gelu, down, add."""
+    operators = [embedding("embed")]
+    value = operators[0].name
+
+    def call(operator: Operator) -> str:
+        operators.append(operator)
+        return operator.name
+
+    for block in range(count):
+        at = f"h.{block}"
+        q, k, v = (call(linear(f"{at}.attn.{n}", inputs_from=[value])) for n in "qkv")
+        mixed = call(plain("scaled_dot_product_attention", f"{at}.attn", [q, k, v]))
+        o = call(linear(f"{at}.attn.o", inputs_from=[mixed]))
+        value = call(plain("add", f"{at}.attn", [value, o]))
+        up = call(linear(f"{at}.mlp.up", 512, 2048, inputs_from=[value]))
+        act = call(plain("gelu", f"{at}.mlp", [up]))
+        down = call(linear(f"{at}.mlp.down", 2048, 512, inputs_from=[act]))
+        value = call(plain("add", f"{at}.mlp", [value, down]))
+    return operators
 
 
 def decoder(layers: int = 4) -> list[Operator]:
@@ -58,7 +92,7 @@ def _operator(op: str, path: str, attributes: dict[str, Any], given: dict[str, A
         path=path,
         scope=given.get("scope", path.rpartition(".")[0]),
         attributes={**attributes, **given.get("attributes", {})},
-        inputs=(),
+        inputs=tuple(given.get("inputs_from", ())),
         users=(),
         shape=None,
         weight=given.get("weight", f"{path}.weight"),

@@ -75,7 +75,8 @@ CASES = {
     ),
     "both forms": (
         rule(rest="rewrite: {form: pivoted, any_of: [low_rank]}"),
-        "r.yaml:5:5 error[missing-form]: rewrite takes one of 'form' and 'any_of'; it has both\n"
+        "r.yaml:5:5 error[missing-form]: rewrite takes one of 'form', 'any_of' and 'graph'; "
+        "it has 'form' and 'any_of'\n"
         "   rewrite: {form: pivoted, any_of: [low_rank]}\n"
         "   ^^^^^^^",
     ),
@@ -112,8 +113,8 @@ CASES = {
     ),
     "no matcher": (
         rule(""),
-        "r.yaml:4:5 error[no-positive-matcher]: match takes one of 'node' and 'any_of'; "
-        "it has neither\n"
+        "r.yaml:4:5 error[no-positive-matcher]: match takes one of 'node', 'nodes', 'group' "
+        "and 'any_of'; it has none of them\n"
         "   match: {}\n"
         "   ^^^^^",
     ),
@@ -172,17 +173,23 @@ CASES = {
         '   where: ["fc.in_features ** 9 > 3"]\n'
         "            ^^^^^^^^^^^^^^^^^^^",
     ),
-    "later: several nodes": (
-        rule("nodes: {q: {op: linear}}"),
-        "r.yaml:4:13 error[not-supported]: 'nodes' is not supported by this version\n"
-        "   match: {nodes: {q: {op: linear}}}\n"
-        "           ^^^^^",
-    ),
     "later: a form": (
-        rule(rest="rewrite: {form: joint}"),
-        "r.yaml:5:21 error[not-supported]: form 'joint' is not supported by this version\n"
-        "   rewrite: {form: joint}\n"
-        "                   ^^^^^ one of: low_rank, pivoted",
+        rule(rest="rewrite: {any_of: [channel]}"),
+        "r.yaml:5:24 error[not-supported]: form 'channel' is not supported by this version\n"
+        "   rewrite: {any_of: [channel]}\n"
+        "                      ^^^^^^^ one of: low_rank, pivoted, joint",
+    ),
+    "unknown rewrite": (
+        rule(rest="rewrite: pivoted"),
+        "r.yaml:5:14 error[unknown-value]: unknown rewrite 'pivoted'\n"
+        "   rewrite: pivoted\n"
+        "            ^^^^^^^ a mapping such as {form: pivoted}, or none to leave the matches dense",
+    ),
+    "unknown default": (
+        "defaults: {tied: skp}\n" + HEAD + RULE,
+        "r.yaml:1:18 error[unknown-value]: unknown tied 'skp'\n"
+        "   defaults: {tied: skp}\n"
+        "                    ^^^ did you mean 'skip'?",
     ),
     "later: latency": (
         "budget: {keep: 0.8, unit: latency}\nrules:\n" + RULE,

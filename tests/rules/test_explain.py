@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxcompress.rules import Explanation, match_rules, parse_rules
-from fxcompress.rules.folding import fold_paths
+from fxcompress.rules.folding import fold_numbers, fold_paths
 from fxcompress.rules.globs import expand
 from fxcompress.rules.result import MatchResult
-from tests.rules.graphs import decoder
+from tests.rules.graphs import blocks, decoder
 
 TEXT = """\
 budget: {keep: 0.8}
@@ -103,3 +103,56 @@ def test_folding_loses_and_invents_nothing(parts: list[tuple[int, str]]) -> None
         assert count % len(found) == 0
         seen += found * (count // len(found))
     assert sorted(seen) == sorted(paths)
+
+
+JOINT = """\
+budget: {keep: 0.8}
+rules:
+  - id: qkv
+    match:
+      inputs: [x]
+      nodes:
+        q: {op: linear, input: $x, name: "*.q"}
+        k: {op: linear, input: $x, name: "*.k"}
+        v: {op: linear, input: $x, name: "*.{v,value}"}
+    rewrite: {any_of: [joint, pivoted]}
+"""
+
+
+def joint() -> Explanation:
+    operators = [o for o in blocks(4) if o.path != "h.3.attn.v"]
+    matched = match_rules(parse_rules(JOINT, "rules.yaml"), operators, lambda operator: None)
+    return Explanation.of(matched, {"h.1.attn.q.weight": "no saving"})
+
+
+def test_a_rule_about_several_operators() -> None:
+    golden = Path(__file__).parent / "golden" / "explain_joint.txt"
+    assert f"{joint()}\n" == golden.read_text(encoding="utf-8")
+
+
+def test_its_json_lists_the_members() -> None:
+    (rule,) = json.loads(joint().to_json())["rules"]
+    assert rule["counted"] == ["q"]
+    assert rule["funnel"]["kept"] == rule["funnel"]["rewritten"] == 3
+    assert rule["matched"] == [
+        {
+            "scope": "h.{0..2}.attn",
+            "operators": [{"node": name, "path": name} for name in "qkv"],
+            "matches": 3,
+        }
+    ]
+
+
+def test_reasons_that_differ_in_a_number_are_one() -> None:
+    operators = [o for o in blocks(3) if not o.path.endswith("attn.v")]
+    matched = match_rules(parse_rules(JOINT, "rules.yaml"), operators, lambda operator: None)
+    (near,) = Explanation.of(matched).rules[0].near
+    assert near.reason == (
+        'no linear named "*.{v,value}" reads the input of h.{0..2}.attn.k (node v)'
+    )
+    assert near.paths == (("h.{0..2}.attn.q", 3),)
+
+
+def test_numbers_fold() -> None:
+    assert fold_numbers(["a.0 of 8", "a.1 of 8", "a.3 of 8"]) == "a.{0,1,3} of 8"
+    assert fold_numbers(["conv2d 1"]) == "conv2d 1"

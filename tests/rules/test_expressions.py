@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxcompress.errors import RuleError
-from fxcompress.rules.expressions import ExpressionError, evaluate, parse_expression
+from fxcompress.rules.expressions import (
+    ExpressionError,
+    evaluate,
+    evaluate_number,
+    parse_cost,
+    parse_expression,
+)
 
 VALUES = {"a": 3, "b": -2, "c": 2.5, "yes": True, "no": False, "word": "float32", "size": (3, 3)}
 SCOPE = {"fc": set(VALUES)}
@@ -160,6 +166,64 @@ def test_forbidden(text: str) -> None:
 def test_failures_at_run_time_are_rule_errors(text: str, part: str) -> None:
     with pytest.raises(RuleError, match=part):
         truth(text)
+
+
+GUARDED = {"fc": {"a", "b"}, "bn": {"eps"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("present(fc)", True),
+        ("present(bn)", False),
+        ("not present(bn) or bn.eps > 1", True),
+        ("present(bn) and bn.eps > 1", False),
+        ("count(fc) == 3 and count(bn) == 0", True),
+        ("same(count(fc), 3)", True),
+    ],
+)
+def test_present_and_count(text: str, expected: bool) -> None:
+    values = {"fc": {"a": 3}, "bn": None}
+    assert evaluate(parse_expression(text, GUARDED), values, {"fc": 3}) is expected
+
+
+def test_what_is_no_group_counts_once() -> None:
+    assert evaluate(parse_expression("count(fc) == 1", GUARDED), {"fc": {}})
+
+
+@pytest.mark.parametrize("text", ["present(fc.a)", "present()", "present(1)", "count(fc, bn)"])
+def test_present_and_count_take_a_name(text: str) -> None:
+    with pytest.raises(ExpressionError, match=r"takes one bound name; write .*\(fc\), say"):
+        parse_expression(text, GUARDED)
+
+
+def test_an_attribute_of_what_is_absent() -> None:
+    expression = parse_expression("fc.a > 1 and bn.eps > 1", GUARDED)
+    with pytest.raises(ExpressionError, match=r"'bn' is absent here; guard it with present\(bn\)"):
+        evaluate(expression, {"fc": {"a": 3}, "bn": None})
+
+
+def test_an_attribute_without_a_value() -> None:
+    with pytest.raises(ExpressionError, match="no attribute 'a'"):
+        evaluate(parse_expression("fc.a > 1", GUARDED), {"fc": {"a": None}})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("r * (fc.a + fc.b)", 80), ("r", 16), ("fc.a // 2 + 0.5", 1.5), ("min(r, fc.b) * 2", 4)],
+)
+def test_costs(text: str, expected: float) -> None:
+    assert evaluate_number(parse_cost(text, GUARDED), {"fc": {"a": 3, "b": 2}}, 16) == expected
+
+
+def test_a_cost_is_a_number() -> None:
+    with pytest.raises(ExpressionError, match="gives True, which is not a number"):
+        evaluate_number(parse_cost("r > 1", GUARDED), {}, 16)
+
+
+def test_the_rank_is_for_costs_only() -> None:
+    with pytest.raises(ExpressionError, match="'r' is not bound"):
+        parse_expression("r > 1", GUARDED)
 
 
 def test_an_attribute_that_the_operator_lacks() -> None:

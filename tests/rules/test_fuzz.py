@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import subprocess
+import sys
+import time
 
+import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fxcompress.errors import RuleError
-from fxcompress.rules import LoadedRules, load_rules, parse_rules
-
-PRESETS = [load_rules(name).text for name in ("decoder", "encoder", "every-linear")]
-TOKENS = (
-    ": |- |  |\n|\n  |{|}|[|]|,|*a|&a |>= 4|> || |!!x |!|\"|'|#|%|@|`|\t|---\n|...\n|? |<<: |no|on"
-    "|null|~|1e-3|1.0e-3|.inf|.nan|0x_|0b_|1:30|2020-13-45|op|as|name|match|any_of|node|nodes"
-    '|graph|where|unless|rewrite|form|none|keep|rules|id|expect|matches|min|budget|"\\U0011FFFF"'
-    '|"\\ud800"|\u2028|\x85|\x07|\ufeff|é|999999999999999999999999|linear|conv2d|fc.in_features'
-    "|kernel_size|[3, 3]|{a,b}|\r\n|9" + "9" * 5000
-).split("|")
+from tests.rules import fuzz
+from tests.rules.fuzz import EVERYTHING, KEYS, LEAVES, TOKENS, check
 
 
-def check(text: str) -> None:
-    try:
-        loaded = parse_rules(text, "r.yaml")
-    except RuleError as error:
-        message = str(error)
-        assert message.startswith("r.yaml:")
-        assert " error[" in message
-        message.encode()
-    else:
-        assert isinstance(loaded, LoadedRules)
+def run(count: int, seed: int) -> str:
+    # In a process of its own: the limit on memory is one of the whole process.
+    command = [sys.executable, fuzz.__file__, "--count", str(count), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(PRESETS), st.integers(0, 2**32))
-def test_mutated_presets(text: str, seed: int) -> None:
-    rng = random.Random(seed)
-    for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(len(text) + 1)
-        length = rng.choice([0, 0, 1, 3, 20])
-        text = text[:at] + rng.choice(TOKENS) + text[at + length :]
+def test_two_thousand_files() -> None:
+    found = run(2_000, seed=1)
+    # Files of all kinds: some are right, others fail late, and many are no YAML.
+    for code in ("ok", "yaml-syntax", "unknown-key", "unknown-attribute", "unbound-value"):
+        assert f"  {code}\n" in found
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files() -> None:
+    assert "100,000 files" in run(100_000, seed=0)
+
+
+def test_the_file_with_every_key_is_right() -> None:
+    assert check(EVERYTHING) == "ok"
+
+
+def test_every_maker_makes_files() -> None:
+    for maker, _ in fuzz.MAKERS:
+        assert len({maker(random.Random(seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("size", [100, 3000])
+def test_many_mistakes_are_told_in_time(size: int) -> None:
+    """Suggestions are dear; only the first mistakes get them."""
+    words = ", ".join(f"{{op: linaer{i}}}" for i in range(size))
+    text = f"budget: {{keep: 1}}\nrules: [{{id: a, rewrite: none, match: {{any_of: [{words}]}}}}]"
+    start = time.process_time()
     check(text)
+    assert time.process_time() - start < 2
+
+
+def test_globs_of_a_file_are_bounded() -> None:
+    globs = ", ".join(f'"{i}{"{a,b}" * 8}"' for i in range(100))
+    rule = f"{{id: a, rewrite: none, match: {{node: {{op: linear, name: [{globs}]}}}}}}"
+    assert check(f"budget: {{keep: 1}}\nrules: [{rule}]") == "bad-glob"
+
+
+def test_what_reading_does_is_seen() -> None:
+    """The audit hook sees what it is there for."""
+    with fuzz.watched() as events:
+        open(fuzz.__file__).close()
+        exec("1")
+    assert [event.split()[0] for event in events] == ["open", "exec"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -51,6 +77,8 @@ def test_mutated_presets(text: str, seed: int) -> None:
 @example('"": 1\n"": 2')
 @example("? [a]\n: b")
 @example("a: 0x_\nb: 0b_\nc: 1:30")
+@example(f"budget: {{keep: 0x{'f' * 5000}}}\nrules: []")
+@example(f"priority: {'9' * 5000}")
 def test_random_tokens(text: str) -> None:
     check(text)
 
@@ -62,23 +90,36 @@ def test_random_text(text: str) -> None:
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(TOKENS[:60]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([*KEYS, *LEAVES]),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["op", "as", "name", "node", "any_of", "form", "min", "max", "scope", "matches"]
-            ),
-            inner,
-            max_size=3,
-        )
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
     ),
     max_leaves=8,
 )
+whole = yaml.safe_load(EVERYTHING)
+BASE = {
+    "budget": {"keep": 0.8},
+    "rules": [whole["rules"][0], whole["rules"][3]],
+    "tests": whole["tests"][:1],
+}
+PLACES = [
+    *(("rules", 0, key) for key in ("match", "unless", "where", "rewrite", "expect", "id")),
+    *(("rules", 0, "match", key) for key in ("nodes", "inputs", "outputs", "scope", "group")),
+    *(("rules", 0, "match", "nodes", "q", key) for key in ("op", "name", "input", "optional")),
+    *(("rules", 0, "match", "nodes", key) for key in ("q", "s")),
+    *(("rules", 1, "rewrite", key) for key in ("graph", "outputs", "cost")),
+    *(("rules", 1, "rewrite", "graph", "up", key) for key in ("op", "inputs", "weight", "bias")),
+    *(("tests",), ("tests", 0), ("tests", 0, "graph"), ("tests", 0, "graph", "q")),
+    *(("tests", 0, key) for key in ("matches", "misses", "model", "name")),
+]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(["match", "unless", "where", "rewrite", "expect", "id", "priority"]), plain)
-def test_any_shape_anywhere(key: str, value: object) -> None:
-    rule = {"id": "a", "match": {"node": {"op": "linear"}}, "rewrite": {"form": "pivoted"}}
-    check(yaml.safe_dump({"budget": {"keep": 0.8}, "rules": [rule | {key: value}]}))
+@given(st.sampled_from(PLACES), plain)
+def test_any_shape_anywhere(place: tuple[str | int, ...], value: object) -> None:
+    data = copy.deepcopy(BASE)
+    inner = data
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    check(yaml.safe_dump(data))

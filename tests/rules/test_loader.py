@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fxcompress.rules import Budget, RuleSet, json_schema, load_rules, parse_rules, preset_names
+from fxcompress.rules import Budget, load_rules, parse_rules, preset_names
+from tests.rules.fuzz import EVERYTHING
 
 TEXT = """\
 version: 1
@@ -46,8 +47,10 @@ def test_values() -> None:
     mlp, convs = rules.rules
     assert (rules.budget.keep, rules.budget.of, rules.budget.unit) == (0.8, "matched", "parameters")
     assert rules.metric.damping.output == 0.1
-    assert mlp.match.alternatives[0].name == ("*.mlp.*",)
-    assert convs.match.alternatives[0].attributes == {"kernel_size": (3, 3)}
+    assert mlp.match.node is not None
+    assert mlp.match.node.name == ("*.mlp.*",)
+    assert convs.match.node is not None
+    assert convs.match.node.attributes == {"kernel_size": (3, 3)}
     assert convs.rewrite == "none"
 
 
@@ -69,6 +72,18 @@ def test_a_rule_set_made_in_python_is_checked_and_located() -> None:
     assert load_rules(made.model_copy(update={"budget": Budget(keep=0.5)})).rules.budget.keep == 0.5
 
 
+def test_every_key_survives_the_way_through_python() -> None:
+    made = parse_rules(EVERYTHING, "r").rules
+    assert load_rules(made).rules == made
+
+
+def test_places_of_any_value() -> None:
+    loaded = parse_rules(TEXT, "r.yaml")
+    assert loaded.place("budget", "keep") == "r.yaml:2:16"
+    assert loaded.place("rules", 0, "unless", 1, "shares_weight_with") == "r.yaml:10:29"
+    assert loaded.place("rules", 1, "where", 3) == "r.yaml:13:5"
+
+
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
@@ -84,14 +99,5 @@ def test_presets_load(name: str) -> None:
     assert loaded.text.startswith("# ")
 
 
-def test_three_presets() -> None:
-    assert preset_names() == ("decoder", "encoder", "every-linear")
-
-
-def test_json_schema_names_what_editors_should_offer() -> None:
-    schema = json_schema()
-    node = schema["$defs"]["NodePattern"]["properties"]
-    assert {"op", "as", "name", "in_features", "kernel_size"} <= set(node)
-    assert "conv2d" in node["op"]["enum"]
-    assert schema["$defs"]["Rewrite"]["properties"]["form"]
-    assert RuleSet.model_fields.keys() == set(schema["properties"])
+def test_presets_that_others_rely_on() -> None:
+    assert {"decoder", "encoder", "every-linear"} <= set(preset_names())

@@ -1,0 +1,468 @@
+"""Templates: a form that a rule file spells out, checked before anything runs.
+
+::
+
+    rewrite:
+      graph:
+        down: {op: linear, input: $x, weight: fc.right}             # right is (r x n)
+        up: {op: linear, input: $down, weight: fc.left, bias: fc.bias}  # left is (m x r)
+      outputs: {fc: up}
+
+A weight comes from the decomposition of a matched operator at the rank r that the solver
+finds: ``fc.right`` (r x n) and ``fc.left`` (m x r), whose product approximates its weight.
+Several operators are decomposed together, as one matrix stacked from theirs: ``joint.right``
+(r x n) belongs to all of them, and ``q.left`` (m_q x r) are the rows of ``q``.
+
+The width of every value is a sum of whole multiples of 1, r and the widths of the matched
+operators (:class:`Width`).  Two widths that cannot be equal, whatever these are, are an error
+of the rule file; two that are not equal for one match are a reason to leave it alone.  This
+file does without torch; :mod:`fxcompress.forms.graph` makes the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+UNARY = ("relu", "gelu", "silu", "tanh", "sigmoid")
+"""Operators of templates that keep the width."""
+
+BINARY = ("add", "sub", "mul")
+"""Operators of templates that join two values of one width."""
+
+OPERATORS = ("linear", *UNARY, *BINARY, "cat")
+"""All operators that a template may use."""
+
+_ARITY = {"cat": (2, 64), **dict.fromkeys(BINARY, (2, 2))}
+
+JOINT = "joint"
+"""Owner of the right factor of several operators that are decomposed as one."""
+
+Width = Mapping[str, int]
+"""A width as a sum: symbol (``""`` for 1, ``"r"``, ``"fc.in_features"``) -> how many of it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a template.
+
+    Attributes:
+        path: where, below ``rewrite``: ``("graph", "down", "weight")``.
+        code: short name of the kind of problem.
+        message: what is wrong.
+        hint: what to do about it; may be empty.
+        word: the unknown word to find a suggestion for, if there is one.
+        known: the words that would have been right.
+    """
+
+    path: tuple[str | int, ...]
+    code: str
+    message: str
+    hint: str = ""
+    word: str = ""
+    known: tuple[str, ...] = ()
+
+
+class TemplateErrors(ValueError):
+    """A template that cannot be used, with all of its problems."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(problem.message for problem in problems))
+        self.problems = tuple(problems)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(_Frozen):
+    """One operator of a template.
+
+    Attributes:
+        name: of the node.
+        op: one of :data:`OPERATORS`.
+        inputs: names of the values it reads, other steps or :attr:`Template.input`.
+        weight: source of a linear operator's weight, ``"fc.right"``; empty for others.
+        bias: source of its bias, ``"fc.bias"``; empty for none.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    weight: str = ""
+    bias: str = ""
+
+
+class Template(_Frozen):
+    """A checked template; it has a JSON form, so that saved models can be rebuilt.
+
+    Attributes:
+        name: of the form, ``"graph:my-bottleneck"``.
+        input: name of the one value that comes from outside.
+        steps: in an order in which they can run.
+        outputs: (matched operator, step that takes its place), in the order of the pattern.
+    """
+
+    name: str
+    input: str
+    steps: tuple[Step, ...]
+    outputs: tuple[tuple[str, str], ...]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names of the matched operators that are replaced."""
+        return tuple(role for role, _ in self.outputs)
+
+    def parameters(self, sizes: Mapping[str, int]) -> int:
+        """Weight entries of the whole template, biases left out.
+
+        Args:
+            sizes: of ``r`` and of the symbols of all roles (``"fc.in_features"``).
+        """
+        weights = (source_shape(step.weight) for step in self.steps if step.weight)
+        return sum(
+            size_of(rows, sizes) * size_of(columns, sizes)
+            for rows, columns in (self._named(shape) for shape in weights)
+        )
+
+    @property
+    def cost(self) -> str:
+        """:meth:`parameters` in symbols: ``"r * fc.in_features + r * fc.out_features"``."""
+        weights = (source_shape(step.weight) for step in self.steps if step.weight)
+        products = (self._named(shape) for shape in weights)
+        factors = (sorted(map(_text, shape), key=lambda text: text != "r") for shape in products)
+        return " + ".join(" * ".join(pair) for pair in factors)
+
+    def _named(self, shape: tuple[Width, Width]) -> tuple[Width, Width]:
+        """``joint.in_features`` is what every role has."""
+        own = {f"{JOINT}.in_features": f"{self.roles[0]}.in_features"}
+        rows, columns = ({own.get(s, s): count for s, count in width.items()} for width in shape)
+        return rows, columns
+
+    def misfit(self, attributes: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Why the template does not fit matched operators, or None.
+
+        Args:
+            attributes: of every matched operator, by role.
+        """
+        sizes = {
+            f"{role}.{key}": int(attributes[role][key])
+            for role in self.roles
+            for key in ("in_features", "out_features")
+        }
+        if len({sizes[f"{role}.in_features"] for role in self.roles}) > 1:
+            return f"{', '.join(self.roles)} read values of different widths"
+        named = {step.bias for step in self.steps}
+        for role in self.roles:
+            if attributes[role].get("bias") and f"{role}.bias" not in named:
+                return f"{role} has a bias, and the template leaves it out (bias: {role}.bias)"
+        sizes[f"{JOINT}.in_features"] = sizes[f"{self.roles[0]}.in_features"]
+        problems: list[Problem] = []
+        widths = _widths(
+            self.steps,
+            {self.input: {"": sizes[f"{JOINT}.in_features"]}},
+            problems,
+            lambda width: _substitute(width, sizes),
+        )
+        for role, name in self.outputs:
+            wanted = {"": sizes[f"{role}.out_features"]}
+            if widths[name] != wanted:
+                return (
+                    f"template node '{name}' has {_text(widths[name])} features, and {role} has "
+                    f"{_text(wanted)}"
+                )
+        return problems[0].message if problems else None
+
+
+def build_template(
+    name: str,
+    graph: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, str] | None,
+    readers: Mapping[str, str],
+) -> Template:
+    """Check a template as written against the pattern that it belongs to.
+
+    Args:
+        name: of the form.
+        graph: node -> its keys (op, input or inputs, weight, bias).
+        outputs: matched operator -> node that takes its place; may be left out if one operator
+            is matched, and one node is read by no other.
+        readers: matched linear operator -> name of the value that it reads.
+
+    Raises:
+        TemplateErrors: with every problem found.
+    """
+    problems: list[Problem] = []
+    if not graph:
+        raise TemplateErrors([Problem(("graph",), "empty-graph", "graph has no node")])
+    if not readers:
+        message = "the pattern has no linear operator that a graph could replace"
+        raise TemplateErrors([Problem(("graph",), "form-does-not-apply", message)])
+    for clash in graph.keys() & set(readers.values()):
+        message = f"'{clash}' is what the match reads; the node needs another name"
+        raise TemplateErrors([Problem(("graph", clash), "name-clash", message)])
+    steps = _ordered(_steps(graph, problems), problems)
+    if outputs is None:
+        for step in steps:
+            _check_references(step, graph, tuple(readers.values()), problems)
+        if problems:
+            raise TemplateErrors(problems)
+        outputs = _only_output(steps, readers)
+    for role, node in outputs.items():
+        if role not in readers:
+            message = f"'{role}' is no linear operator of the pattern"
+            problems.append(
+                Problem(("outputs", role), "bad-outputs", message, word=role, known=tuple(readers))
+            )
+        if node not in graph:
+            message = f"graph has no node '{node}'"
+            problems.append(
+                Problem(("outputs", role), "bad-outputs", message, word=node, known=tuple(graph))
+            )
+    roles = tuple(role for role in readers if role in outputs)
+    if not roles:
+        raise TemplateErrors(problems)  # what the nodes may read depends on the roles
+    values = tuple(dict.fromkeys(readers[role] for role in roles))
+    if len(values) > 1:
+        message = f"{', '.join(roles)} read different values ({', '.join(f'${v}' for v in values)})"
+        hint = "a template replaces operators that read the same value"
+        problems.append(Problem(("outputs",), "bad-outputs", message, hint))
+    for step in steps:
+        _check_references(step, graph, values, problems)
+        _check_sources(step, roles, problems)
+    if set(outputs.values()) <= graph.keys():
+        _check_use(steps, outputs, problems)
+    if not problems:
+        made = Template(
+            name=name,
+            input=values[0],
+            steps=tuple(steps),
+            outputs=tuple((role, outputs[role]) for role in roles),
+        )
+        problems += _shape_problems(made)
+        if not problems:
+            return made
+    raise TemplateErrors(problems)
+
+
+def _only_output(steps: Sequence[Step], readers: Mapping[str, str]) -> dict[str, str]:
+    """The outputs where there can be no doubt about them."""
+    read = {source for step in steps for source in step.inputs}
+    ends = [step.name for step in steps if step.name not in read]
+    if len(readers) == 1 and len(ends) == 1:
+        return {next(iter(readers)): ends[0]}
+    example = f"for example outputs: {{{next(iter(readers))}: {ends[-1]}}}"
+    message = "graph needs 'outputs': which operator becomes which node"
+    raise TemplateErrors([Problem(("graph",), "missing-outputs", message, example)])
+
+
+def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Problem]) -> list[Step]:
+    steps = []
+    for name, node in graph.items():
+        op, here = str(node.get("op", "")), ("graph", name)
+        if op not in OPERATORS:
+            message = f"a template has no operator '{op}'"
+            problems.append(
+                Problem((*here, "op"), "unknown-operator", message, word=op, known=OPERATORS)
+            )
+        one, many = node.get("input"), node.get("inputs")
+        if (one is None) == (many is None):
+            found = "neither" if one is None else "both"
+            message = f"'{name}' takes one of 'input' and 'inputs'; it has {found}"
+            problems.append(Problem(here, "missing-input", message, "for example input: $x"))
+        given = tuple(many or ()) if one is None else (one,)
+        inputs = tuple(str(reference).removeprefix("$") for reference in given)
+        least, most = _ARITY.get(op, (1, 1))
+        if inputs and op in OPERATORS and not least <= len(inputs) <= most:
+            count = "two or more inputs" if op == "cat" else ("one input", "two inputs")[least - 1]
+            message = f"{op} takes {count}, not {len(inputs)}"
+            problems.append(Problem(here, "wrong-inputs", message))
+        weight, bias = str(node.get("weight") or ""), str(node.get("bias") or "")
+        if op == "linear" and not weight:
+            hint = "for example weight: fc.right"
+            problems.append(Problem(here, "missing-key", "linear needs 'weight'", hint))
+        for key, value in (("weight", weight), ("bias", bias)):
+            if value and op in OPERATORS and op != "linear":
+                message = f"{op} takes no {key}"
+                problems.append(Problem((*here, key), "wrong-place", message))
+        steps.append(Step(name=name, op=op, inputs=inputs, weight=weight, bias=bias))
+    return steps
+
+
+def _ordered(steps: list[Step], problems: list[Problem]) -> list[Step]:
+    by_name = {step.name: step for step in steps}
+    order = TopologicalSorter(
+        {step.name: [name for name in step.inputs if name in by_name] for step in steps}
+    )
+    try:
+        return [by_name[name] for name in order.static_order()]
+    except CycleError as error:
+        cycle = error.args[1]
+        message = f"nodes read one another in a circle: {' <- '.join(cycle)}"
+        problems.append(Problem(("graph", cycle[0]), "template-cycle", message))
+        return steps
+
+
+def _check_references(
+    step: Step,
+    graph: Mapping[str, Mapping[str, Any]],
+    values: Sequence[str],
+    problems: list[Problem],
+) -> None:
+    for index, name in enumerate(step.inputs):
+        if name not in graph and name not in values:
+            message = f"'${name}' is neither a node of the graph nor what the match reads"
+            known = tuple(f"${each}" for each in (*values, *graph))
+            place: tuple[str | int, ...] = ("graph", step.name, "input")
+            if graph[step.name].get("input") is None:
+                place = ("graph", step.name, "inputs", index)
+            problems.append(Problem(place, "unbound-value", message, word=f"${name}", known=known))
+
+
+def _check_sources(step: Step, roles: Sequence[str], problems: list[Problem]) -> None:
+    right = f"{JOINT}.right" if len(roles) > 1 else f"{roles[0]}.right" if roles else ""
+    weights = (right, *(f"{role}.left" for role in roles))
+    for key, source, known in (
+        ("weight", step.weight, weights),
+        ("bias", step.bias, tuple(f"{role}.bias" for role in roles)),
+    ):
+        if source and source not in known:
+            message = f"there is no {key} '{source}'"
+            path = ("graph", step.name, key)
+            problems.append(Problem(path, "unknown-source", message, word=source, known=known))
+
+
+def _check_use(steps: Sequence[Step], outputs: Mapping[str, str], problems: list[Problem]) -> None:
+    """Every node has to serve an output."""
+    needed = set(outputs.values())
+    for step in reversed(steps):
+        if step.name in needed:
+            needed.update(step.inputs)
+        else:
+            message = f"nothing reads '{step.name}', and it is no output"
+            problems.append(Problem(("graph", step.name), "unused-node", message))
+
+
+def _shape_problems(made: Template) -> list[Problem]:
+    problems: list[Problem] = []
+    first = made.roles[0]
+    inputs = {made.input: {f"{first}.in_features": 1}}
+    # The operators read one value, so their inputs are equally wide.
+    alike = {f"{role}.in_features": f"{first}.in_features" for role in (*made.roles, JOINT)}
+
+    def named_alike(width: Width) -> Width:
+        return _sum([{alike.get(symbol, symbol): count} for symbol, count in width.items()])
+
+    widths = _widths(made.steps, inputs, problems, named_alike)
+    if problems:
+        return problems
+    for role, node in made.outputs:
+        wanted = {f"{role}.out_features": 1}
+        if _never_equal(widths[node], wanted):
+            message = f"'{node}' has {_text(widths[node])} features, and {role} has {_text(wanted)}"
+            problems.append(Problem(("outputs", role), "shape-mismatch", message))
+    return problems
+
+
+def _widths(
+    steps: Sequence[Step],
+    known: Mapping[str, Width],
+    problems: list[Problem],
+    simplify: Callable[[Width], Width],
+) -> dict[str, Width]:
+    """Width of every value, with symbols as ``simplify`` has them; misfits go to ``problems``."""
+    widths = dict(known)
+    for step in steps:
+        inputs = [widths[name] for name in step.inputs if name in widths]
+        if len(inputs) < len(step.inputs):
+            continue
+        if step.op == "linear":
+            rows, columns = (simplify(width) for width in source_shape(step.weight))
+            if _never_equal(inputs[0], columns):
+                message = (
+                    f"'{step.name}' reads {_text(inputs[0])} features, and {step.weight} takes "
+                    f"{_text(columns)}"
+                )
+                path = ("graph", step.name, "weight")
+                problems.append(Problem(path, "shape-mismatch", message))
+            if step.bias:
+                length = simplify({f"{step.bias.partition('.')[0]}.out_features": 1})
+                if _never_equal(rows, length):
+                    message = (
+                        f"'{step.name}' has {_text(rows)} features, and {step.bias} has "
+                        f"{_text(length)}"
+                    )
+                    path = ("graph", step.name, "bias")
+                    problems.append(Problem(path, "shape-mismatch", message))
+            widths[step.name] = rows
+        elif step.op == "cat":
+            widths[step.name] = _sum(inputs)
+        else:
+            if _never_equal(inputs[0], inputs[-1]):
+                message = (
+                    f"'{step.name}' joins values of {_text(inputs[0])} and {_text(inputs[-1])} "
+                    "features"
+                )
+                problems.append(Problem(("graph", step.name), "shape-mismatch", message))
+            widths[step.name] = inputs[0]
+    return widths
+
+
+def source_shape(source: str) -> tuple[Width, Width]:
+    """Rows and columns of a weight source, ``"fc.right"``: (r x fc.in_features)."""
+    owner, _, part = source.partition(".")
+    if part == "left":
+        return {f"{owner}.out_features": 1}, {"r": 1}
+    return {"r": 1}, {f"{owner}.in_features": 1}
+
+
+def size_of(width: Width, sizes: Mapping[str, int]) -> int:
+    """A width in numbers.
+
+    >>> size_of({"r": 2, "fc.in_features": 1, "": 3}, {"r": 4, "fc.in_features": 10})
+    21
+    """
+    return sum(count * (sizes[symbol] if symbol else 1) for symbol, count in width.items())
+
+
+def _sum(widths: Sequence[Width]) -> Width:
+    total: dict[str, int] = {}
+    for width in widths:
+        for symbol, count in width.items():
+            total[symbol] = total.get(symbol, 0) + count
+    return total
+
+
+def _substitute(width: Width, sizes: Mapping[str, int]) -> Width:
+    """Sizes in the place of symbols; the rank stays one."""
+    return _sum(
+        [{"": n * sizes[s]} if s in sizes else {s: n} for s, n in width.items() if n] or [{}]
+    )
+
+
+def _never_equal(one: Width, other: Width) -> bool:
+    """Whether two widths differ whatever their symbols stand for.
+
+    The rank varies freely from site to site, so its multiples have to agree; other symbols may
+    happen to be equal.
+    """
+    if one == other:
+        return False
+    if one.get("r", 0) != other.get("r", 0):
+        return True
+    symbols = {symbol for symbol in (*one, *other) if symbol not in ("", "r")}
+    return not symbols
+
+
+def _text(width: Width) -> str:
+    """``r``, ``fc.in_features``, ``2 r + 16``."""
+    parts = [
+        (str(count) if not symbol else symbol if count == 1 else f"{count} {symbol}")
+        for symbol, count in width.items()
+        if count
+    ]
+    return " + ".join(parts) or "0"

@@ -1,0 +1,84 @@
+"""The names of forms that rule files may use, and what each applies to.
+
+Apart from the forms themselves, so that rules can be checked without torch.
+:func:`fxcompress.forms.register` keeps both in step.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+GROUP = "fxcompress.forms"
+"""Entry points of this group name modules that register forms when they are imported."""
+
+
+@dataclass(frozen=True)
+class FormWord:
+    """A form as the rule language knows it.
+
+    Attributes:
+        name: as written in a rule file.
+        operators: canonical operators that it can rewrite.
+        joint: True for a form that rewrites several operators on one input together.
+    """
+
+    name: str
+    operators: frozenset[str]
+    joint: bool = False
+
+
+_WORDS: dict[str, FormWord] = {}
+
+
+def add_word(word: FormWord) -> None:
+    """Make a name known.
+
+    Raises:
+        ValueError: it is taken.
+    """
+    if word.name in _WORDS:
+        raise ValueError(f"a form named {word.name!r} is already registered")
+    _WORDS[word.name] = word
+
+
+def form_words() -> Mapping[str, FormWord]:
+    """All forms by name, those of installed plug-ins included."""
+    _load_plugins()
+    return _WORDS
+
+
+def forms_for(op: str, forms: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``forms`` that rewrite one operator ``op`` by itself, in the order given.
+
+    >>> import fxcompress
+    >>> forms_for("linear", ("joint", "pivoted", "low_rank"))
+    ('pivoted', 'low_rank')
+    >>> forms_for("conv2d", ("pivoted",))
+    ()
+    """
+    words = form_words()
+    return tuple(f for f in forms if f in words and op in words[f].operators and not words[f].joint)
+
+
+def joint_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``forms`` that rewrite several operators together, in the order given."""
+    words = form_words()
+    return tuple(form for form in forms if form in words and words[form].joint)
+
+
+@cache
+def _load_plugins() -> None:
+    """Import what installed packages offer; one that is broken is reported and left out."""
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(
+                f"the plug-in {entry.name} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=3,
+            )

@@ -1,0 +1,31 @@
+"""What a body consists of, for reports: its layers, and the functions between them."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from fxcompress.plan import Part
+
+
+def layers(body: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
+    """The operators of a body in the order in which they run.
+
+    Args:
+        body: the fx graph of a form.
+        prefix: of the paths, ``"shared."``.
+    """
+    parts = []
+    for node in body.graph.nodes:
+        if node.op == "call_module":
+            module = body.get_submodule(node.target)
+            path = f"{prefix}{node.target}"
+            if isinstance(module, nn.Linear):
+                n, m = module.in_features, module.out_features
+                parts.append(Part(path=path, op="linear", in_features=n, out_features=m))
+            else:
+                parts.append(Part(path=path, op=type(module).__name__))
+        elif node.op == "call_function":
+            parts.append(Part(path="", op=node.target.__name__))
+        elif node.op == "call_method":
+            parts.append(Part(path="", op=node.target))
+    return tuple(parts)
