@@ -85,7 +85,7 @@ class CandidateCheck:
         for claim in claims:
             lost = self._legal(claim.site)
             if lost is not None:
-                return replace(lost, reason=f"{claim.role}: {lost.reason}")
+                return replace(lost, text=f"{claim.role}: {lost.reason}")
         return None
 
     def _excluded(
@@ -100,7 +100,7 @@ class CandidateCheck:
         for name, site in about:
             lost = check(site)
             if lost is not None:
-                return replace(lost, reason=f"{lost.reason} ({name})")
+                return replace(lost, text=f"{lost.reason} ({name})")
         return None
 
     def _fails(self, number: int, condition: Condition, candidate: Candidate) -> Lost | None:

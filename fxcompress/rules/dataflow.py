@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fxcompress.graph.operator import Operator
+from fxcompress.rules.globs import compile_globs
 
 Value = int
 """A value, by the position of the operator that makes it; negative if the graph has none."""
@@ -53,6 +55,24 @@ class Dataflow:
     def count(self, ops: Sequence[str]) -> int:
         """Number of operators with one of several names."""
         return sum(len(self.by_op.get(op, ())) for op in dict.fromkeys(ops))
+
+    @cached_property
+    def _named(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], int]:
+        return {}
+
+    @cached_property
+    def _paths(self) -> dict[tuple[str, ...], list[str]]:
+        return {}
+
+    def count_named(self, ops: tuple[str, ...], globs: tuple[str, ...]) -> int:
+        """Number of those whose path fits one of some globs; rules ask for the same ones."""
+        known = self._named.get((ops, globs))
+        if known is None:
+            if ops not in self._paths:
+                self._paths[ops] = [self.operators[p].path for p in self.positions(ops)]
+            fits = filter(None, map(compile_globs(globs).match, self._paths[ops]))
+            known = self._named[ops, globs] = sum(1 for _ in fits)
+        return known
 
     def positions(self, ops: Sequence[str]) -> Sequence[int]:
         """Positions of the operators with one of several names, in graph order."""

@@ -21,6 +21,9 @@ from fxcompress.rules.vocabulary import COMMUTATIVE, OPERATORS
 MOST_OPTIONAL = 8
 """Optional operators of one pattern; each doubles the number of variants."""
 
+RARE = 4
+"""How many times rarer its name has to make an operator for the search to start from it."""
+
 
 @dataclass(frozen=True)
 class NodeTest:
@@ -111,7 +114,8 @@ class GraphPattern:
     Attributes:
         tests: name -> what that operator has to be by itself, in the order of the file.
         optional: names of the operators that may be absent.
-        anchor: the operator that the search starts from, rarest in the graph.
+        anchor: the operator that the search starts from: of all required ones, the graph has the
+            fewest.
         variants: those that the graph has the operators for, the whole pattern first.
     """
 
@@ -134,13 +138,7 @@ class GraphPattern:
         if len(optional) > MOST_OPTIONAL:
             raise ValueError(f"{len(optional)} optional nodes; at most {MOST_OPTIONAL}")
         required = [name for name in nodes if name not in optional]
-        anchor = min(
-            required,
-            key=lambda name: (
-                graph.count(tests[name].ops),
-                not any(op in OPERATORS for op in tests[name].ops),
-            ),
-        )
+        anchor = _anchor({name: test for name, test in tests.items() if name in required}, graph)
         reads = {name: _reads(node) for name, node in nodes.items()}
         variants = tuple(
             _variant(absent, reads, alternative.outputs, anchor, tests, optional)
@@ -163,6 +161,29 @@ class GraphPattern:
         """Whether the same operators may match in several ways."""
         ops = [op for test in self.tests.values() for op in test.ops]
         return len(set(ops)) < len(ops)
+
+
+def _anchor(tests: Mapping[str, NodeTest], graph: Dataflow) -> str:
+    """Where the search starts: the operator of which the graph has the fewest.
+
+    Names count only where they leave next to nothing: what is lost to the name of the anchor
+    is no near miss, and the search says better what is missing.
+    """
+    left = {
+        name: graph.count(test.ops)
+        if test.globs is None
+        else graph.count_named(test.ops, test.globs)
+        for name, test in tests.items()
+    }
+    first = min(
+        tests,
+        key=lambda name: (
+            graph.count(tests[name].ops),
+            not any(op in OPERATORS for op in tests[name].ops),
+        ),
+    )
+    rarest = min(left, key=left.__getitem__)
+    return rarest if 0 < left[rarest] * RARE < left[first] else first
 
 
 def _reads(node: GraphNode) -> tuple[str | None, ...]:
@@ -201,11 +222,14 @@ def _variant(
         if kind in alike:
             twins[name] = alike[kind]
         alike[kind] = name
-    return Variant(nodes, there, ends, _plan(anchor, there), twins)
+    return Variant(nodes, there, ends, _plan(anchor, there, tests), twins)
 
 
-def _plan(anchor: str, reads: Mapping[str, tuple[str | None, ...]]) -> tuple[str, ...]:
-    """The order of the search: producers, of which there is one, before readers."""
+def _plan(
+    anchor: str, reads: Mapping[str, tuple[str | None, ...]], tests: Mapping[str, NodeTest]
+) -> tuple[str, ...]:
+    """The order of the search: what has a name first, for most ways end there; then producers,
+    of which there is one, before readers."""
     plan: list[str] = []
     known: set[str | None] = set()
     left = dict.fromkeys(reads)
@@ -216,6 +240,8 @@ def _plan(anchor: str, reads: Mapping[str, tuple[str | None, ...]]) -> tuple[str
         known |= {name, *reads[name]} - {None}
         if not left:
             return tuple(plan)
-        produced = (other for other in left if other in known)
-        reading = (other for other in left if known.intersection(reads[other]))
-        name = next(produced, None) or next(reading, None) or next(iter(left))
+        produced = [other for other in left if other in known]
+        reading = [other for other in left if known.intersection(reads[other])]
+        near = [*produced, *reading]
+        named = [other for other in near if tests[other].globs is not None]
+        name = next(iter((*named, *near, *left)))

@@ -23,7 +23,8 @@ class Start(NamedTuple):
 
     Attributes:
         anchors: the anchors, one but for a group.
-        candidates: what fits the pattern there, without what is taken.
+        candidates: what fits the pattern there, without what is taken; of None, the first that
+            fits whatever is taken, if a short search finds one.
         failure: why nothing does; only after all candidates were asked for.
     """
 
@@ -108,7 +109,11 @@ class _Connected:
 
     def _at(self, anchor: Site) -> Callable[[Taken | None], Iterator[Candidate]]:
         def candidates(taken: Taken | None) -> Iterator[Candidate]:
-            if taken is None or not taken(self.anchor, anchor.order):
+            if taken is None:
+                first = self._search.first(anchor.order)
+                if first is not None:
+                    yield self._candidate(first)
+            elif not taken(self.anchor, anchor.order):
                 yield from map(self._candidate, self._search.at(anchor.order, taken))
 
         return candidates
@@ -121,6 +126,8 @@ class _Connected:
 
     def _failure(self) -> Lost:
         failure = self._search.failure
+        if self._search.gave_up:
+            return Lost("overlap", "all that fits is in earlier matches of this rule")
         if failure is None:
             return Lost("pattern", "counts as a match of other operators in another order")
         name, reason = failure

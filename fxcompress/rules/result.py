@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -114,13 +114,18 @@ class Lost:
 
     Attributes:
         step: where.
-        reason: why.
+        text: why, or what tells it: most reasons of a search are never read.
         location: ``"file:line:column"`` of the condition to blame; empty if there is none.
     """
 
     step: Step
-    reason: str
+    text: str | Callable[[], str]
     location: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why."""
+        return self.text if isinstance(self.text, str) else self.text()
 
 
 @dataclass(frozen=True)

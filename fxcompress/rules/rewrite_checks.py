@@ -186,7 +186,10 @@ def _check_graph(
         message = "a graph cannot replace a 'group': the number of its operators is not known"
         findings.report((*path, "graph"), "wrong-place", message, "name them: nodes: {...}")
         return None
-    if not all(isinstance(node, dict) for node in graph.values()):
+    if not all(
+        isinstance(node, dict) and isinstance(node.get("inputs") or [], list)
+        for node in graph.values()
+    ):
         return None
     if outputs is not None:
         if not isinstance(outputs, dict) or not all(isinstance(n, str) for n in outputs.values()):

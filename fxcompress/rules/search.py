@@ -79,7 +79,13 @@ class _Walk:
 
 
 class Search:
-    """The search for one pattern in one graph."""
+    """The search for one pattern in one graph.
+
+    Attributes:
+        pattern: what to look for.
+        graph: where.
+        gave_up: whether the last search was :meth:`first`, and took too long.
+    """
 
     def __init__(
         self, pattern: GraphPattern, graph: Dataflow, *, most_steps: int = MOST_STEPS
@@ -89,6 +95,7 @@ class Search:
         self._steps_left = most_steps
         self._accepted: dict[str, dict[int, bool]] = {name: {} for name in pattern.tests}
         self._furthest: tuple[_Reached, str, Callable[[], str]] | None = None
+        self.gave_up = False
 
     def at(self, start: int, taken: Taken | None = None) -> Iterator[Embedding]:
         """The matches of one anchor, in the order in which they count.
@@ -97,7 +104,7 @@ class Search:
             start: position of the anchor, which passes its own test.
             taken: operators to leave out. It may change while the search goes on.
         """
-        self._furthest = None
+        self._furthest, self.gave_up = None, False
         walk = _Walk(taken=taken, noting=True)
         found = (
             embedding
@@ -110,6 +117,22 @@ class Search:
         else:
             keyed = {self.key(embedding): embedding for embedding in found}
             yield from (keyed[key] for key in sorted(keyed))
+
+    def first(self, start: int, most_steps: int = 2_000) -> Embedding | None:
+        """The first match of one anchor; None if there is none.
+
+        A search that takes too long is given up, and ``gave_up`` is set: nothing but a reason
+        hangs on it.
+        """
+        left = self._steps_left
+        self._steps_left = min(left, most_steps)
+        try:
+            return next(self.at(start), None)
+        except SearchLimit:
+            self.gave_up = True
+            return None
+        finally:
+            self._steps_left = left
 
     def key(self, embedding: Embedding) -> tuple[int, ...]:
         """Sorts the matches of one anchor; an absent operator comes last."""
@@ -271,16 +294,16 @@ class Search:
     # ---- how far it got -------------------------------------------------------------
 
     @property
-    def failure(self) -> tuple[str, str] | None:
+    def failure(self) -> tuple[str, Callable[[], str]] | None:
         """Where and why the search from the last anchor ended; None if nothing went wrong.
 
-        The name of the operator that was missing or in the wrong, and the reason: of the way
-        that got furthest.
+        The name of the operator that was missing or in the wrong, and what tells the reason:
+        of the way that got furthest.
         """
         if self._furthest is None:
             return None
         _, name, reason = self._furthest
-        return name, reason()
+        return name, reason
 
     def _note(self, complete: bool, depth: int, name: str, reason: Callable[[], str]) -> None:
         """Keep the furthest failure; of equals the first, and one of a required operator."""

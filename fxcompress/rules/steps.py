@@ -164,7 +164,7 @@ def _attributes(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> 
 
 
 def _also_tied(lost: Lost, site: Site) -> Lost:
-    return replace(lost, reason=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
+    return replace(lost, text=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
 
 
 def _scope(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Step:
@@ -201,7 +201,7 @@ def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
             sharing = [other for other in site.tied if other.op == shares]
             if not sharing:
                 return None
-            lost = replace(hit, reason=f"{hit.reason} ({sharing[0].path or sharing[0].name})")
+            lost = replace(hit, text=f"{hit.reason} ({sharing[0].path or sharing[0].name})")
         for operator in site.operators:
             if named is not None and not named(operator.path):
                 continue

@@ -178,6 +178,21 @@ def test_group(bounds: str, count: int, reason: str | None) -> None:
         assert len(result.misses) == count
 
 
+def test_a_group_is_what_lies_in_one_module_of_the_scope() -> None:
+    """Keys and values of two layers that read one value are two groups, not one of four."""
+    names = [f"layers.{layer}.cross.{name}" for layer in (0, 1) for name in "kv"]
+    operators = [linear("encoder"), *(linear(name, inputs_from=["encoder"]) for name in names)]
+    group = '      group: {op: linear, as: fc, name: "*.{k,v}"}\n'
+    (whole,) = match(rule(group, "{form: joint}"), operators).bundles
+    assert len(whole.members) == 4
+    scoped = match(rule(group + '      scope: "layers.[0-9]*"\n', "{form: joint}"), operators)
+    assert [bundle.members for bundle in scoped.bundles] == [
+        (f"layers.{layer}.cross.k.weight", f"layers.{layer}.cross.v.weight") for layer in (0, 1)
+    ]
+    nowhere = match(rule(group + '      scope: "blocks.*"\n', "{form: joint}"), operators)
+    assert {miss.step for miss in nowhere.misses if miss.path != "encoder"} == {"scope"}
+
+
 # ---- losses -----------------------------------------------------------------------------
 
 

@@ -70,6 +70,17 @@ MISTAKES = {
         "conv_transpose3d, embedding",
     ),
     "graph without a node": Mistake(forms(ONE, "{«graph»: {}}"), "empty-list", "graph is empty"),
+    "no list of inputs": Mistake(
+        graph(DOWN, "up: {op: linear, inputs: «$down», weight: fc.left, bias: fc.bias}"),
+        "wrong-type",
+        "inputs is a list, not '$down'",
+        'put it into a list: ["..."]',
+    ),
+    "a number for inputs": Mistake(
+        graph(DOWN, "up: {op: linear, inputs: «1», weight: fc.left, bias: fc.bias}"),
+        "wrong-type",
+        "inputs is a list, not 1",
+    ),
     "joint for one": Mistake(
         forms(ONE, "{form: «joint»}"),
         "form-does-not-apply",

@@ -108,3 +108,17 @@ def test_a_search_that_runs_away_is_a_located_error() -> None:
     with pytest.raises(RuleError) as caught:
         timed(text, siblings(40))
     assert str(caught.value).startswith("r.yaml:4:33 error[search-limit]: rule 'twelve'")
+
+
+def test_what_is_taken_is_not_searched_for_long() -> None:
+    """Only the reason hangs on whether the rest would fit if nothing were taken."""
+    nodes = [
+        'n0: {op: linear, input: $x, name: "m.*"}',
+        'n1: {op: linear, input: $x, name: "*n?*"}',
+    ]
+    nodes += [f"n{i}: {{op: linear, input: $x}}" for i in range(2, 5)]
+    text = f"  - id: five\n    match: {{inputs: [x], nodes: {{{', '.join(nodes)}}}}}\n"
+    result, seconds = timed(text + "    rewrite: none\n", siblings(64))
+    assert len(result.instances["five"]) == 12
+    assert {lost.step for _, lost in result.lost["five"]} == {"overlap"}
+    assert seconds < 0.3
