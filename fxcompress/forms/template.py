@@ -243,7 +243,7 @@ def build_template(
             steps=tuple(steps),
             outputs=tuple((role, outputs[role]) for role in roles),
         )
-        problems += _shape_problems(made)
+        problems += _shape_problems(made) or _factor_problems(made)
         if not problems:
             return made
     raise TemplateErrors(problems)
@@ -345,6 +345,22 @@ def _check_use(steps: Sequence[Step], outputs: Mapping[str, str], problems: list
         else:
             message = f"nothing reads '{step.name}', and it is no output"
             problems.append(Problem(("graph", step.name), "unused-node", message))
+
+
+def _factor_problems(made: Template) -> list[Problem]:
+    """Every operator has a node of its own, and its left factor is in use."""
+    problems: list[Problem] = []
+    owners: dict[str, str] = {}
+    used = {step.weight for step in made.steps}
+    for role, node in made.outputs:
+        if node in owners:
+            message = f"'{node}' takes the place of '{owners[node]}' already"
+            problems.append(Problem(("outputs", role), "bad-outputs", message))
+        elif f"{role}.left" not in used:
+            message = f"no node has the weight '{role}.left', without which '{role}' is lost"
+            problems.append(Problem(("outputs", role), "unused-source", message))
+        owners.setdefault(node, role)
+    return problems
 
 
 def _shape_problems(made: Template) -> list[Problem]:

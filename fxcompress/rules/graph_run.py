@@ -75,6 +75,7 @@ class GraphRun(Run):
         self._lost: dict[int, Lost] = {}  # position of an anchor -> its latest loss
         self._won: dict[int, _Found] = {}  # position of an anchor -> its last match
         self._members: dict[int, _Found] = {}  # position -> the first match that it is in
+        self._shared: dict[int, Lost] = {}  # position -> why a match that it was in is lost
         self._names: dict[str, None] = {}
         self._ops: dict[str, None] = {}
         for alternative, keys in zip(rule.match.alternatives, pattern_keys(rule), strict=True):
@@ -136,6 +137,7 @@ class GraphRun(Run):
                 kept = outcome
             else:
                 lost = _later(lost, outcome)
+                self._share(candidate, outcome)
         if kept is not None or lost is not None:
             return kept or lost  # type: ignore[return-value]
         # Was it never there, or is it taken?
@@ -176,6 +178,12 @@ class GraphRun(Run):
         self._pruned |= taken
         return taken
 
+    def _share(self, candidate: Candidate, lost: Lost) -> None:
+        """A lost match is lost for all of its operators, not for the anchor only."""
+        for operator in candidate.operators:
+            position = self._index.orders[operator.name]
+            self._shared[position] = _later(self._shared.get(position), lost)
+
     def _lose(self, position: int, lost: Lost) -> None:
         known = self._lost.get(position)
         if known is None or known is not lost:
@@ -191,6 +199,7 @@ class GraphRun(Run):
                 winners.update(dict.fromkeys(found.sites, self))
             else:
                 lost[found] = beaten(self.rule, winner.rule)
+                self._share(found.candidate, lost[found])
         self._kept = [found for found in self._kept if found not in lost]
         for position, found in self._won.items():
             if found in lost:
@@ -245,7 +254,7 @@ class GraphRun(Run):
         missed = [position for position in self._lost if position not in done]
         return Losses(
             tuple(map(self._anchors.__getitem__, missed)),
-            tuple(map(self._lost.__getitem__, missed)),
+            tuple(_later(self._shared.get(at), self._lost[at]) for at in missed),
         )
 
     def funnel(self) -> Funnel:

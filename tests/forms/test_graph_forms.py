@@ -91,19 +91,18 @@ def test_several_operators_share_what_both_need() -> None:
 
 def test_an_output_may_be_read_by_another() -> None:
     """A shared step is then both handed on and returned."""
-    graph = {**QKV, "c": {"op": "relu", "input": "$a"}}
-    made = build_template(
-        "graph:r", graph, {"q": "a", "k": "c", "v": "b"}, dict.fromkeys("qkv", "x")
+    graph = {**QKV, "c": {"op": "add", "inputs": ["$a", "$b"]}}
+    form = template_form(
+        build_template("graph:r", graph, {"q": "a", "k": "c"}, dict.fromkeys("qk", "x"))
     )
-    form = template_form(made.model_copy(update={"outputs": made.outputs[:2]}))
     assert isinstance(form, JointForm)
     shape = LinearShape(8, 6, False, torch.float64)
     body: JointBody = form.empty([shape, shape], RANK)
-    left, right, x = normal(6, RANK), normal(RANK, 8), normal(5, 8)
-    form.fill(body, (left, left), right, (None, None))
+    lefts, right, x = (normal(6, RANK), normal(6, RANK)), normal(RANK, 8), normal(5, 8)
+    form.fill(body, lefts, right, (None, None))
     q, k = (body.member(index)(x) for index in range(2))
-    torch.testing.assert_close(q, x @ (left @ right).T)
-    torch.testing.assert_close(k, q.relu())
+    torch.testing.assert_close(q, x @ (lefts[0] @ right).T)
+    torch.testing.assert_close(k, x @ ((lefts[0] + lefts[1]) @ right).T)
 
 
 def test_all_operators() -> None:

@@ -171,3 +171,16 @@ def test_what_fits_a_match() -> None:
     assert several.misfit({"q": LINEAR, "k": {**LINEAR, "in_features": 4}}) == (
         "q, k read values of different widths"
     )
+
+
+def test_factors_that_nobody_uses() -> None:
+    """The widths may fit by chance; the operator would be gone all the same."""
+    act = {"u": {"op": "relu", "input": "$x"}}
+    with pytest.raises(TemplateErrors, match=r"no node has the weight 'fc\.left'"):
+        build_template("graph:a", act, {"fc": "u"}, {"fc": "x"})
+    shared = {
+        "h": {"op": "linear", "input": "$x", "weight": "joint.right"},
+        "a": {"op": "linear", "input": "$h", "weight": "q.left"},
+    }
+    with pytest.raises(TemplateErrors, match="'a' takes the place of 'q' already"):
+        build_template("graph:a", shared, {"q": "a", "k": "a"}, {"q": "x", "k": "x"})
