@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fxcompress.rules import load_rules, match_rules
+import fxcompress
+from fxcompress.rules import load_rules, match_rules, preset_names, run_cases
 from tests.rules.graphs import embedding, linear
+from tests.zoo import ZOO
 
 DECODER = [
     "model.layers.0.self_attn.q_proj",
@@ -111,3 +113,38 @@ def test_forms() -> None:
         "encoder": ("pivoted",),
         "every-linear": ("pivoted", "low_rank"),
     }
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_tests_that_a_preset_carries(preset: str) -> None:
+    results = run_cases(load_rules(preset))
+    assert results
+    assert not [str(result) for result in results if not result.passed]
+
+
+# Two blocks each, so that the numbers can be counted by hand: 2 x (q, k, v), 2 x (gate, up) ...
+REAL = [
+    ("llama", "decoder", {"attention-inputs": 6, "gate-and-up": 4, "decoder-linears": 4}),
+    ("gemma", "decoder", {"attention-inputs": 6, "gate-and-up": 4, "decoder-linears": 4}),
+    ("gpt2", "decoder", {"attention-inputs": 0, "gate-and-up": 0, "decoder-linears": 8}),
+    # The decoder's own attention, and keys and values of the encoder's output.
+    ("t5", "decoder", {"attention-inputs": 10, "gate-and-up": 0, "decoder-linears": 10}),
+    ("vit", "vision-transformer", {"attention-inputs": 6, "feed-forward": 2, "encoder-linears": 2}),
+    (
+        "clip",
+        "vision-transformer",
+        {"attention-inputs": 6, "feed-forward": 2, "encoder-linears": 2},
+    ),
+    ("bert", "encoder", {"heads-stay": 2, "encoder-linears": 12}),
+    ("wav2vec2", "speech", {"ends-stay": 2, "attention-inputs": 6, "stack-linears": 6}),
+    ("whisper", "speech", {"attention-inputs": 16, "stack-linears": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "counts"), REAL)
+def test_real_models(name: str, preset: str, counts: dict[str, int]) -> None:
+    case = ZOO[name]
+    explained = fxcompress.explain(case.build(), preset, case.batch())
+    assert not explained.problems
+    found = {rule.rule_id: rule.funnel["kept"] for rule in explained.rules}
+    assert {rule: found[rule] for rule in counts} == counts
