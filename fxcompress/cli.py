@@ -128,16 +128,30 @@ def explain(
     rules: Rules,
     model: Model,
     data: Data = None,
+    rule: Annotated[str | None, typer.Option("--rule", "-r", help="explain this rule only")] = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="calibrate and solve the budget too: what stays dense")
+    ] = False,
+    keep: Keep = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
     as_json: Json = False,
 ) -> None:
     """Which operators each rule matches, and why the others not."""
     network = load_model(model)
-    batches = load_data(data, model, 1, 16)
+    batches = load_data(data, model, *((sequences, length) if budget else (1, 16)))
     # Hugging Face models bring inputs to try them on.
-    example = getattr(network, "dummy_inputs", None) if batches is None else _first(batches)
-    if example is None:
-        raise typer.BadParameter("explain runs the model once: give --data")
-    explanation = fxcompress.explain(network, rules, example)
+    example = getattr(network, "dummy_inputs", None) if batches is None else None
+    if budget:
+        calibration = () if batches is None else batches
+        explanation = fxcompress.explain(
+            network, rules, example, rule=rule, calibration=calibration, keep=keep
+        )
+    else:
+        example = example if batches is None else _first(batches)
+        if example is None:
+            raise typer.BadParameter("explain runs the model once: give --data")
+        explanation = fxcompress.explain(network, rules, example, rule=rule)
     typer.echo(explanation.to_json() if as_json else str(explanation))
 
 

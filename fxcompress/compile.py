@@ -35,6 +35,7 @@ from fxcompress.rewrite import (
     verify,
 )
 from fxcompress.rules import Explanation, LoadedRules, RuleSet, load_rules
+from fxcompress.rules.diagnostics import choices, suggest
 from fxcompress.sites import Site, SiteBundle, dense_weight
 
 M = TypeVar("M", bound=nn.Module)
@@ -122,23 +123,48 @@ def plan(
 
 
 def explain(
-    model: nn.Module, rules: Rules, example: Any, *, forward: Forward | None = None
+    model: nn.Module,
+    rules: Rules,
+    example: Any = None,
+    *,
+    rule: str | None = None,
+    calibration: Iterable[Any] | None = None,
+    keep: float | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    progress: bool | None = None,
 ) -> Explanation:
     """Which operators each rule matches, and why the others not, from the real matcher.
 
     Args:
         model: any module that runs.
         rules: as in :func:`compile`.
-        example: one batch to record the graph on.
-        forward: as in :func:`compile`.
+        example: one batch to record the graph on; the first of ``calibration`` if left out.
+        rule: explain the rule with this id only.
+        calibration: as in :func:`compile`.  With it the budget is solved as well, and the
+            explanation tells what is left dense and why.
+        keep, loss, forward, progress: as in :func:`compile`.
 
     Raises:
-        RuleError, RecordError: as in :func:`compile`.
+        RuleError: the rules cannot be used, or none has the id.
+        RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
-    loaded = _loaded(rules, None)
-    work = working_copy(model)
-    recording = record(work, [example], forward=forward)
-    return Explanation.of(match_model(work, loaded, recording))
+    loaded = _loaded(rules, keep)
+    ids = [each.id for each in loaded.rules.rules]
+    if rule is not None and rule not in ids:
+        raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")
+    if calibration is None:
+        if example is None:
+            raise RecordError("explain runs the model once: give it an example batch")
+        work = working_copy(model)
+        recording = record(work, [example], forward=forward)
+        return Explanation.of(match_model(work, loaded, recording), rule=rule)
+    examples = None if example is None else [example]
+    with torch.inference_mode(False), stages(progress) as show:
+        analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
+        planned = make_plan(analysis, {}, show)
+    dense = {site.weight: site.reason for site in planned.sites if site.form is None}
+    return Explanation.of(analysis.matched, dense, rule=rule)
 
 
 def _loaded(rules: Rules, keep: float | None) -> LoadedRules:

@@ -302,6 +302,19 @@ def test_hugging_face_directories_that_cannot_be_used(
         assert "a model from" in text
 
 
+def test_explain_one_rule_and_the_budget(run: _Run) -> None:
+    out, _ = run("explain", "rules.yaml", *NET, "--budget", "--keep", "0.9", "--rule", "all")
+    assert out.splitlines()[1].endswith("rewritten")
+    assert "2 kept" not in out  # as many are legal: it is not said twice
+    found = json.loads(run("explain", "rules.yaml", *NET, "--budget", "--json")[0])
+    assert found["rules"][0]["funnel"]["rewritten"] <= 2
+    words = run.fails("explain", "rules.yaml", *NET, "--rule", "al")
+    assert "no rule has the id 'al'; did you mean 'all'?" in words
+    model = ("--model", "functions.py:net")
+    assert "give --data" in run.fails("explain", "rules.yaml", *model, code=2)
+    assert "calibration" in run.fails("explain", "rules.yaml", *model, "--budget")
+
+
 def test_saved_files_that_cannot_be_used(run: _Run, tmp_path: Path) -> None:
     assert "plan.json is missing" in run.fails("diff", tmp_path)
     assert "plan.json is missing" in run.fails("load", tmp_path)

@@ -56,9 +56,10 @@ class Shared:
     that was changed in place, an optimizer's step and the recomputation of a checkpointed
     segment all compute anew.  Once every member was served nothing is kept.
 
-    Where versions do not exist (tensors made in ``torch.inference_mode``) every member
-    computes the shared part for itself: correct, and no faster.  So it does while torch
-    compiles, where the compiler finds what is computed twice.
+    Where versions do not exist (tensors made in ``torch.inference_mode``), every member computes
+    the shared part for itself: correct, and no faster than layers of their own.  So it does while
+    torch compiles, where nothing tells of a write to the input.  In graphs for training the
+    compiler merges what is computed twice; in graphs for inference it does not (torch 2.13).
 
     Attributes:
         module: maps the input to a tuple of values.
