@@ -140,7 +140,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tensor that an operator was given, or the first of a list."""
-    operands = (*args[:1], *kwargs.values())
-    firsts = [each[0] if isinstance(each, tuple | list) and each else each for each in operands]
-    return next((each for each in firsts if isinstance(each, Tensor)), None)
+    """The tensor that an operator was given; of a list, one of most dimensions.
+
+    Not the first one: torch lets an empty vector stand among the matrices that it concatenates.
+    """
+    for operand in (*args[:1], *kwargs.values()):
+        several = operand if isinstance(operand, tuple | list) else (operand,)
+        tensors = [each for each in several if isinstance(each, Tensor)]
+        if tensors:
+            return max(tensors, key=Tensor.dim)
+    return None

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.graph.attributes import plain_attributes
+from fxcompress.graph.functional import dtype_name, functional_attributes
 from fxcompress.graph.names import (
     MODULES,
     function_name,
     function_operator,
+    gelu_approximation,
     is_reflected,
-    is_tanh_gelu,
     module_operator,
 )
 
@@ -80,7 +81,7 @@ def canonicalize(
 
 def _module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     weight = getattr(module, "weight", None)
-    dtype = {"dtype": _dtype(weight)} if isinstance(weight, Tensor) else {}
+    dtype = {"dtype": dtype_name(weight)} if isinstance(weight, Tensor) else {}
     if isinstance(module, nn.Linear):
         return _linear(module.in_features, module.out_features, module.bias is not None, dtype)
     if is_hf_conv1d(module):
@@ -114,8 +115,8 @@ def _module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     name = type(module).__name__
     op = module_operator(name)
     plain = plain_attributes(op, module, args, kwargs)
-    if op == "gelu":
-        plain.setdefault("approximate", "tanh" if is_tanh_gelu(name) else "none")
+    if approximate := gelu_approximation(name):
+        plain["approximate"] = approximate
     return {"op": op, "attributes": plain}
 
 
@@ -134,16 +135,18 @@ def _function(
     found: dict[str, Any] = {"op": op, "attributes": plain_attributes(op, None, operands, kwargs)}
     if name not in _PRODUCTS:
         return found
+    found["attributes"].update(functional_attributes(op, args, kwargs))
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     keys = {id(t): key for t in tensors if t.dim() > 1 and (key := parameter(t)) is not None}
-    if not keys or all(parameter(tensor) is not None for tensor in tensors):
-        return found  # of computed values, or of parameters, only
+    if all(parameter(tensor) is not None for tensor in tensors):
+        keys = {}  # a product of parameters applies none of them to data
     matrix, bias, transposed = _matrix(name, args, kwargs)
-    if id(matrix) in keys:
+    if id(matrix) in keys or (op == "linear" and matrix.dim() == 2):
         m, n = matrix.shape if transposed else matrix.shape[::-1]
-        linear = _linear(n, m, bias is not None, {"dtype": _dtype(matrix)})
-        return {**linear, "weight": keys[id(matrix)]}
-    return {**found, "weight": next(iter(keys.values()))}
+        found = _linear(n, m, bias is not None, {"dtype": dtype_name(matrix)})
+    if not keys:
+        return found
+    return {**found, "weight": keys.get(id(matrix), next(iter(keys.values())))}
 
 
 def _matrix(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
@@ -173,7 +176,3 @@ def _linear_signature(input: Any, weight: Any, bias: Any = None) -> None: ...
 
 
 _LINEAR_SIGNATURE = inspect.signature(_linear_signature)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 MODULES: Mapping[str, str] = MappingProxyType(
@@ -27,6 +26,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "ReLU": "relu",
         "ReLU6": "relu6",
         "LeakyReLU": "leaky_relu",
+        "LogSigmoid": "logsigmoid",
         "PReLU": "prelu",
         "RReLU": "rrelu",
         "SiLU": "silu",
@@ -46,10 +46,13 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Operators of module classes whose name is not that of the operator in another spelling."""
 
-_TANH = {
-    *("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"),
-    *("GELUTanh", "PytorchGELUTanh"),
+_GELU = {
+    "GELUActivation": "none",
+    **dict.fromkeys(("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"), "tanh"),
+    **dict.fromkeys(("GELUTanh", "PytorchGELUTanh"), "tanh"),
 }
+# These promise their attributes to a rule, so a class that only has the name is not one.
+_WEIGHTED = {"linear", "embedding", *(name for name in MODULES.values() if "conv" in name)}
 # Torch has two names for some functions.
 _ALIASES = {
     "absolute": "abs",
@@ -58,8 +61,18 @@ _ALIASES = {
     "concatenate": "cat",
     "divide": "div",
     "floordiv": "floor_divide",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "log_sigmoid": "logsigmoid",
+    "mod": "remainder",
     "multiply": "mul",
     "negative": "neg",
+    "not_equal": "ne",
+    "special_expit": "sigmoid",
+    "special_log_softmax": "log_softmax",
+    "special_softmax": "softmax",
     "subtract": "sub",
     "swapaxes": "transpose",
     "swapdims": "transpose",
@@ -70,26 +83,40 @@ _ALIASES = {
 def module_operator(name: str) -> str:
     """The operator of a leaf module, by the name of its class.
 
-    >>> [module_operator(name) for name in ("GELU", "LlamaRMSNorm", "MaxPool2d", "MyTopKRouter")]
-    ['gelu', 'rms_norm', 'max_pool2d', 'my_top_k_router']
+    Not of torch's own modules with a weight to rewrite; another class of such a name is custom.
+
+    >>> [module_operator(name) for name in ("GELU", "LlamaRMSNorm", "MaxPool2d", "Linear")]
+    ['gelu', 'rms_norm', 'max_pool2d', 'custom_linear']
     """
-    if name in MODULES:
-        return MODULES[name]
     if name.endswith("RMSNorm"):
         return "rms_norm"
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    return words.lower().strip("_") or name
+    op = MODULES.get(name) or words.lower().strip("_") or name
+    return f"custom_{op}" if op in _WEIGHTED else op
 
 
-def is_tanh_gelu(name: str) -> bool:
-    """Whether a class of Hugging Face, by its name, is GELU in its approximation by tanh."""
-    return name in _TANH
+def gelu_approximation(name: str) -> str | None:
+    """``approximate`` of a class of Hugging Face that is a GELU; None for any other class.
+
+    >>> gelu_approximation("NewGELUActivation"), gelu_approximation("GELU")
+    ('tanh', None)
+    """
+    return _GELU.get(name)
 
 
 def function_name(function: Any) -> str:
-    """Name of a torch function; of the attribute for ``Tensor.T.__get__``."""
-    packet = getattr(function, "overloadpacket", None)
-    name = getattr(packet or function, "__name__", str(function)).split(".")[0]
+    """Name of a torch function; of the attribute for ``Tensor.T.__get__``.
+
+    >>> from torch import ops
+    >>> [function_name(each) for each in (Tensor.relu, ops.aten.relu, ops.quantized.linear)]
+    ['relu', 'relu', 'quantized_linear']
+    """
+    packet = getattr(function, "overloadpacket", function)
+    name = getattr(packet, "__name__", str(function)).split(".")[0]
+    # An operator that some library registered has its own meaning, whatever its name.
+    library = getattr(packet, "_qualified_op_name", "aten::").partition("::")[0]
+    if library != "aten":
+        return f"{library}_{name}"
     if name in ("__get__", "__set__"):
         descriptor = getattr(function, "__self__", None)
         return getattr(getattr(descriptor, "fget", descriptor), "__name__", "attribute")
@@ -130,8 +157,8 @@ def is_reflected(name: str) -> bool:
 def _prefix(name: str) -> str:
     """The ``i`` of ``__iadd__`` and the ``r`` of ``__radd__``; empty for any other name."""
     word = name.strip("_")
-    special = name.startswith("__") and name.endswith("__") and word[1:]
-    return word[0] if special and word[0] in "ir" and hasattr(torch, word[1:]) else ""
+    special = name.startswith("__") and name.endswith("__") and word[:1] in ("i", "r")
+    return word[0] if special and hasattr(Tensor, f"__{word[1:]}__") else ""
 
 
 def _is_matrix(args: tuple[Any, ...]) -> bool:

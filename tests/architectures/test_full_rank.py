@@ -101,9 +101,10 @@ def test_outputs_are_unchanged_on_padded_batches(name: str) -> None:
         compare(name, "pivoted", batch)
 
 
+@pytest.mark.parametrize("form", ["pivoted", "joint"])
 @pytest.mark.parametrize("name", [n for n in REWRITABLE if ZOO[n].generates])
-def test_generate_gives_the_same_tokens(name: str) -> None:
-    pair = rewritten(name)
+def test_generate_gives_the_same_tokens(name: str, form: str) -> None:
+    pair = rewritten(name, form)
     prompt = {k: v for k, v in double(name).items() if not k.startswith("decoder_")}
     if "attention_mask" in prompt:
         prompt["attention_mask"][0, :3] = 0
@@ -265,9 +266,10 @@ def test_copies_give_the_same_outputs(
         assert_same(treat(pair.model)(**batch), pair.model(**batch), tolerance(ZOO[name]))
 
 
+@pytest.mark.parametrize("form", ["pivoted", "joint"])
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_models_stay_what_they_are(name: str, tmp_path: Path) -> None:
-    pair = rewritten(name)
+def test_hugging_face_models_stay_what_they_are(name: str, form: str, tmp_path: Path) -> None:
+    pair = rewritten(name, form)
     assert type(pair.model) is type(pair.original)
     assert pair.model.config.to_dict() == pair.original.config.to_dict()
     assert pair.model.config is not pair.original.config

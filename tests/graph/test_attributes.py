@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers.activations import ACT2FN
 
 from fxcompress.graph.operator import Operator
@@ -88,6 +89,7 @@ CASES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
         (lambda x: torch.cat((x, x), dim=1), {"dim": -2}),
         (lambda x: torch.cat([x, x], -1), {"dim": -1}),
         (lambda x: torch.concat([x, x], axis=2), {"dim": -1}),
+        (lambda x: torch.cat([torch.tensor([]), x], dim=2), {"dim": -1}),
     ],
     "stack": [
         (lambda x: torch.stack([x, x]), {"dim": -4}),
@@ -228,6 +230,12 @@ def test_inputs_of_all_models_are_nodes_before() -> None:
 # ---- names ----------------------------------------------------------------------------
 
 
+@torch.library.custom_op("tests::linear", mutates_args=())
+def foreign_linear(x: Tensor, scale: float, weight: Tensor) -> Tensor:
+    """An operator of some library that is no ``F.linear``."""
+    return x @ weight.T * scale
+
+
 class MyGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2
@@ -235,6 +243,10 @@ class MyGate(nn.Module):
 
 class MyGQARouter2(MyGate):
     pass
+
+
+class GELU(MyGate):
+    """Of a user, who may mean either approximation, or another function."""
 
 
 def test_names_of_modules() -> None:
@@ -247,11 +259,14 @@ def test_names_of_modules() -> None:
         MyGate(): "my_gate",
         MyGQARouter2(): "my_gqa_router2",
         nn.MaxPool2d(1): "max_pool2d",
+        nn.LogSigmoid(): "logsigmoid",
+        GELU(): "gelu",
     }
     for module, op in expected.items():
         assert [each.op for each in operators(module)] == [op], module
     (norm,) = operators(transformers.models.llama.modeling_llama.LlamaRMSNorm(6, eps=1e-5))
     assert norm.attributes == {"eps": 1e-5}
+    assert only(GELU(), "gelu") == {}
 
 
 @pytest.mark.parametrize(
@@ -267,6 +282,13 @@ def test_names_of_modules() -> None:
         (lambda x: x.add(x, alpha=1), "add"),
         (lambda x: torch.rand(3, 4, 5).T, "T"),  # of three dimensions: all are reversed
         (lambda x: ~(x > 0), "invert"),
+        (lambda x: (x > 0).__iand__(x > 1), "and"),
+        (lambda x: 1 // x, "floor_divide"),
+        (lambda x: 1 % x, "remainder"),
+        (lambda x: torch.greater_equal(x, 1), "ge"),
+        (lambda x: F.logsigmoid(x), "logsigmoid"),
+        (lambda x: torch.special.softmax(x, -1), "softmax"),
+        (lambda x: foreign_linear(x, 2.0, x[0]), "tests_linear"),
     ],
 )
 def test_names_of_functions(function: Any, op: str) -> None:
@@ -287,7 +309,7 @@ def test_called_modules_are_listed() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.used = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+            self.used = nn.Sequential(spectral_norm(nn.Linear(6, 6)), nn.ReLU())
             self.unused = nn.Linear(6, 6)
             self.sometimes = nn.Linear(6, 6)
 
@@ -296,6 +318,7 @@ def test_called_modules_are_listed() -> None:
             return self.sometimes(y) if len(x) > 2 else y
 
     model, x = Half(), torch.randn(2, 6)
-    always = {"", "used", "used.0", "used.1"}
+    inside = "used.0.parametrizations.weight"  # of a leaf
+    always = {"", "used", "used.0", "used.1", inside, f"{inside}.0"}
     assert record(model, [x]).called == always
     assert record(model, [x, torch.randn(3, 6)]).called == always | {"sometimes"}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fxcompress.graph.canonical import canonicalize
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import record
 
@@ -105,6 +106,11 @@ def test_products_of_computed_values_have_no_weight(function: Callable[..., Any]
     assert [o.weight for o in found] == [None] * len(found)
 
 
+def test_a_product_with_a_computed_weight_has_the_attributes_of_linear() -> None:
+    (*_, last) = operators(Function(lambda m, x: F.linear(x, m.weight * 2, m.bias)), 5, N)
+    assert (last.op, last.weight, last.attributes) == ("linear", None, {**LINEAR, "bias": True})
+
+
 def test_every_spelling_of_addition_is_add() -> None:
     def function(m: nn.Module, x: Tensor) -> Tensor:
         y = x + 1
@@ -113,6 +119,22 @@ def test_every_spelling_of_addition_is_add() -> None:
         return torch.add(2 + y, 1)
 
     assert {o.op for o in operators(Function(function), 5, N)} == {"add"}
+
+
+class Linear(nn.Module):
+    """Of the name alone: it keeps its weight the other way round, and scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, M))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight * 2
+
+
+def test_other_classes_with_the_name_of_linear_are_custom() -> None:
+    (found,) = operators(nn.Sequential(Linear()), 5, N)
+    assert (found.op, found.weight, found.attributes) == ("custom_linear", "0.weight", {})
 
 
 def test_convolutions_have_all_their_attributes() -> None:
@@ -124,6 +146,43 @@ def test_convolutions_have_all_their_attributes() -> None:
         "padding": (1, 1), "dilation": (1, 1), "groups": 2, "bias": False,
         "padding_mode": "zeros", "dtype": "float32",
     }  # fmt: skip
+
+
+CONVOLUTIONS: list[tuple[nn.Module, Callable[..., Any]]] = [
+    (
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False),
+        lambda x, m: F.conv2d(x, m.weight, None, 2, [1], groups=2),
+    ),
+    (
+        nn.Conv2d(4, 6, (3, 1), padding="same", dilation=(1, 2)),
+        lambda x, m: F.conv2d(x, m.weight, m.bias, padding="same", dilation=(1, 2)),
+    ),
+    (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, dilation=2),
+        lambda x, m: F.conv_transpose2d(x, m.weight, m.bias, 2, 0, 0, 2, 2),
+    ),
+    (nn.Conv1d(4, 6, 3), lambda x, m: torch.ops.aten.conv1d(x[:, :, 0], m.weight, m.bias)),
+    (nn.Embedding(9, N), lambda x, m: F.embedding((x[0] > 0).long(), m.weight)),
+    (nn.Embedding(9, N), lambda x, m: torch.embedding(m.weight, (x[0] > 0).long())),
+]
+
+
+@pytest.mark.parametrize(("module", "function"), CONVOLUTIONS)
+def test_functions_have_the_attributes_of_modules(
+    module: nn.Module, function: Callable[..., Any]
+) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, self.inner)
+
+    last = operators(Holder(), 1, 4, 8, 8)[-1]
+    wanted = canonicalize(module=module)
+    assert (last.op, last.attributes) == (wanted["op"], wanted["attributes"])
+    assert (last.weight, last.module) == ("inner.weight", False)
 
 
 def test_other_modules_go_by_their_plain_names() -> None:

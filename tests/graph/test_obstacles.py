@@ -212,3 +212,16 @@ def test_every_weight_that_is_applied_and_stays_is_in_the_plan(
 ) -> None:
     case = ZOO[name]
     assert reason in reported(case.build(), case.batch())[weight]
+
+
+def test_a_class_that_only_has_the_name_of_linear_stays() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, N))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight * 2
+
+    found = reported(Pair(Linear()), torch.randn(3, N))
+    assert found["a.weight"] == "no rule is about operator custom_linear"

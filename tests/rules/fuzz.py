@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import re
 import resource
@@ -359,18 +360,32 @@ def fuzz(numbers: Iterable[int], seed: int) -> tuple[Counter[str], float]:
     with bounded_memory():
         for number in numbers:
             maker, text = text_of(number, seed)
-            start = time.process_time()
             try:
                 with watched() as events:
-                    outcomes[check(text)] += 1
-                seconds = time.process_time() - start
+                    outcome, seconds = timed(text)
                 assert not events, f"it did: {events[:5]}"
                 assert seconds < SECONDS, f"it took {seconds:.2f} s"
             except BaseException as error:
                 note = f"text {number} of seed {seed} ({maker}): {text[:3000]!r}"
                 raise AssertionError(f"{type(error).__name__}: {error}\n{note}") from error
+            outcomes[outcome] += 1
             slowest = max(slowest, seconds)
     return outcomes, slowest
+
+
+def timed(text: str) -> tuple[str, float]:
+    """What a text gives, and processor seconds: the best of three if it seems slow.
+
+    Other work on the machine slows this one down, and no bug makes it faster.
+    """
+    seconds = math.inf
+    for _ in range(3):
+        start = time.process_time()
+        outcome = check(text)
+        seconds = min(seconds, time.process_time() - start)
+        if seconds < SECONDS:
+            break
+    return outcome, seconds
 
 
 def main() -> None:

@@ -17,9 +17,11 @@ from tests.rules import fuzz
 from tests.rules.fuzz import EVERYTHING, KEYS, LEAVES, TOKENS, check
 
 
-def run(count: int, seed: int) -> str:
+def run(count: int, seed: int, jobs: int = 1) -> str:
     # In a process of its own: the limit on memory is one of the whole process.
-    command = [sys.executable, fuzz.__file__, "--count", str(count), "--seed", str(seed)]
+    options = {"count": count, "seed": seed, "jobs": jobs}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, fuzz.__file__, *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
@@ -34,7 +36,7 @@ def test_two_thousand_files() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_files() -> None:
-    assert "100,000 files" in run(100_000, seed=0)
+    assert "100,000 files" in run(100_000, seed=0, jobs=2)
 
 
 def test_the_file_with_every_key_is_right() -> None:

@@ -311,7 +311,34 @@ def test_a_rule_takes_a_weight_once() -> None:
     }
 
 
-def test_a_match_that_overlaps_an_earlier_one_is_lost() -> None:
+def test_a_match_that_wants_what_an_earlier_one_has_is_lost() -> None:
+    nodes = 'q: {op: linear, input: $x, name: "*.n?"}, k: {op: linear, input: $x, name: "*.key"}'
+    text = rule(f"      inputs: [x]\n      nodes: {{{nodes}}}\n")
+    result = match(text, [*siblings(2), linear("m.key", inputs_from=["m_relu"])])
+    assert [m.path for m in result.matches] == ["m.n0", "m.key"]
+    assert losses(result)["m.n1"] == (
+        "overlap",
+        "k (m.key) is in an earlier match of this rule",
+        "r.yaml:4",
+    )
+    assert str(result.funnels["a"]).endswith("2 legal → 1 kept")
+
+
+def test_operators_that_are_read_in_turn_are_not_alike() -> None:
+    text = rule(
+        "      inputs: [x]\n"
+        "      nodes:\n"
+        "        a: {op: linear, input: $x}\n"
+        "        b: {op: linear, input: $x}\n"
+        "        c: {op: matmul, inputs: [$a, $b]}\n"
+    )
+    result = match(text, [*siblings(2), plain("matmul", "m", ["m_n1", "m_n0"])])
+    assert [dict(one.operators) for one in result.instances["a"]] == [
+        {"a": "m.n1", "b": "m.n0", "c": "m"}
+    ]
+
+
+def test_matches_along_a_chain_alternate() -> None:
     text = rule("      nodes: {a: {op: linear}, b: {op: linear, input: $a}}\n")
     operators = [linear("m.0"), linear("m.1", inputs_from=["m_0"])]
     operators.append(linear("m.2", inputs_from=["m_1"]))
