@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -385,15 +386,17 @@ def test_a_chain_rewrites_the_operators_that_it_names() -> None:
 
 
 @pytest.fixture(scope="module")
-def monarch() -> Any:
-    """The example, registered once."""
+def monarch() -> Iterator[Any]:
+    """The example, registered for the tests of this file only."""
     spec = importlib.util.spec_from_file_location("monarch", ROOT / "examples" / "monarch.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["monarch"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    fxcompress.forms._FORMS.pop("monarch4")
+    fxcompress.forms.words._WORDS.pop("monarch4")
 
 
 def test_the_example_is_short_and_uses_the_public_interface_only() -> None:
