@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 import threading
 import weakref
 from typing import Any
@@ -253,7 +254,12 @@ def test_moving_and_loading(pair: tuple[Attention, Attention]) -> None:
     assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=COMPILER)]
+)
 def test_compiled(pair: tuple[Attention, Attention], backend: str) -> None:
     model, plain = pair
     torch.compiler.reset()
