@@ -83,9 +83,14 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         if bundle.name in allocation.joint
         for name, choice in _joint_choices(bundle, analysis, allocation.joint[bundle.name])
     }
+    bundle_of = {site.name: bundle for bundle in analysis.bundles for site in bundle.sites}
     sites = tuple(
         _site_plan(
-            site, analysis, joint.get(site.name) or _single(site, analysis, allocation), excluded
+            site,
+            bundle_of.get(site.name),
+            analysis,
+            joint.get(site.name) or _single(site, analysis, allocation),
+            excluded,
         )
         for site in analysis.sites
     )
@@ -182,7 +187,7 @@ def _joint_choices(
     form = bundle.forms[choice.form]
     body = form.empty([on_meta(shape) for shape in bundle.shapes], choice.rank)
     predicted = analysis.decomposed.bundles[bundle.name].predicted(choice.loss, choice.rank)
-    sizes = bundle.sizes(choice.form, choice.rank)
+    sizes = bundle.sizes(choice.form, choice.rank, body)
     for index, (site, head) in enumerate(zip(bundle.sites, body.heads, strict=True)):
         shared = layers(body.shared, "shared.") if index == 0 else ()
         yield (
@@ -199,7 +204,11 @@ def _joint_choices(
 
 
 def _site_plan(
-    site: Site, analysis: Analysis, chosen: _Chosen, excluded: Mapping[str, frozenset[str]]
+    site: Site,
+    bundle: SiteBundle | None,
+    analysis: Analysis,
+    chosen: _Chosen,
+    excluded: Mapping[str, frozenset[str]],
 ) -> SitePlan:
     choice = chosen.choice
     found = analysis.decomposed.bundles if chosen.bundle else analysis.decomposed.sites
@@ -208,11 +217,9 @@ def _site_plan(
     total = float(squares.sum())
     dense = choice.form is None
     shown = np.linspace(0, len(squares) - 1, min(64, len(squares))).round().astype(int)
-    together = [bundle for bundle in analysis.bundles if site in bundle.sites]
-    forms = (*(form for bundle in together for form in bundle.forms), *site.forms)
-    out = {
-        form for name in (site.name, *(b.name for b in together)) for form in excluded.get(name, ())
-    }
+    forms = tuple(site.forms) if bundle is None else (*bundle.forms, *site.forms)
+    names = (site.name,) if bundle is None else (site.name, bundle.name)
+    out = {form for name in names for form in excluded.get(name, ())}
     return SitePlan(
         name=site.name,
         weight=site.weight,

@@ -13,7 +13,15 @@ from torch import nn
 
 from fxcompress.budget import Bundle as BudgetBundle
 from fxcompress.budget import Candidate, Option, permitted_ranks
-from fxcompress.forms import Form, JointForm, LinearShape, Template, find_form, find_joint_form
+from fxcompress.forms import (
+    Form,
+    JointBody,
+    JointForm,
+    LinearShape,
+    Template,
+    find_form,
+    find_joint_form,
+)
 from fxcompress.forms.form import Losses, Ranks
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.recorder import Recording
@@ -141,9 +149,14 @@ class SiteBundle:
         names = tuple(site.name for site in self.sites)
         return BudgetBundle(self.name, names, tuple(options))
 
-    def sizes(self, form: str, rank: int) -> tuple[Size, ...]:
-        """Size of every site at a rank of a joint form; what is shared counts for the first."""
-        body = self.forms[form].empty([on_meta(shape) for shape in self.shapes], rank)
+    def sizes(self, form: str, rank: int, body: JointBody) -> tuple[Size, ...]:
+        """Size of every site at a rank of a joint form; what is shared counts for the first.
+
+        Args:
+            form: its name.
+            rank: of ``body``.
+            body: of the form, with or without values.
+        """
         ranks = np.array([rank], dtype=np.int64)
         rows = self.sites[0].rows
         counts = _counts(self.forms[form], self.shapes, ranks, rows, _biases(self.shapes))

@@ -1,6 +1,6 @@
 """Rewriting: bodies in place of operators, in a module tree or in an fx graph."""
 
-from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches, shape_of
+from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches
 from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember
@@ -21,7 +21,6 @@ __all__ = [
     "mismatches",
     "own_parameters",
     "prepared",
-    "shape_of",
     "skeleton",
     "substitute",
     "substitute_joint",

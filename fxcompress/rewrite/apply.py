@@ -37,11 +37,11 @@ def empty_bodies(plan: Plan, device: torch.device) -> Bodies:
     for site in plan.rewritten:
         if not site.bundle:
             form, rank = site.choice
-            single[site.name] = find_form(form, plan.templates).empty(shape_of(site, device), rank)
+            single[site.name] = find_form(form, plan.templates).empty(_shape_of(site, device), rank)
     joint = {}
     for name, sites in plan.bundles.items():
         form, rank = sites[0].choice
-        shapes = [shape_of(site, device) for site in sites]
+        shapes = [_shape_of(site, device) for site in sites]
         joint[name] = find_joint_form(form, plan.templates).empty(shapes, rank)
     return Bodies(single, joint)
 
@@ -68,7 +68,7 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
     disable_fast_paths(model, names)
 
 
-def shape_of(site: SitePlan, device: torch.device) -> LinearShape:
+def _shape_of(site: SitePlan, device: torch.device) -> LinearShape:
     """The shape of a site as its plan has it."""
     dtype = getattr(torch, site.dtype)
     return LinearShape(site.in_features, site.out_features, site.bias, dtype, device)
