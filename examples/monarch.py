@@ -67,8 +67,8 @@ class Monarch(Form):
         return fx.symbolic_trace(Layer(shape, self.blocks, rank))
 
     @torch.no_grad()
-    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        b, each = self.blocks, torch.arange(self.blocks)
+    def fill(self, body: fx.GraphModule, factors: list[Tensor], bias: Tensor | None) -> None:
+        (left, right), b, each = factors, self.blocks, torch.arange(self.blocks)
         r, n = len(right) // b**2, right.shape[1]
         left, right = left.view(b, -1, b, b, r), right.view(b, b, r, b, n // b)
         body.left.copy_(left[each, :, each].flatten(-2))

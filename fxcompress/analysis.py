@@ -23,7 +23,7 @@ from fxcompress.plan import Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
-from fxcompress.sites import Site, SiteBundle, dense_weight, gather_sites
+from fxcompress.sites import Site, SiteBundle, gather_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +71,19 @@ def analyse(
     matched = match_model(work, loaded, recording)
     matched.check()
     templates = {template.name: template for template in loaded.templates.values()}
-    sites, bundles = gather_sites(recording, matched, templates)
+    sites, bundles = gather_sites(work, recording, matched, templates)
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
             f"nothing to compress\n{Explanation.of(matched)}"
         )
     for site in sites:
-        if not bool(dense_weight(work.get_submodule(site.name)).isfinite().all()):
+        if not bool(work.get_parameter(site.weight).isfinite().all()):
             raise CalibrationError(
                 f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
             )
     notes = list(matched.warnings)
-    if loss is not None and not metric.needs & {"output", "weight"}:
+    if loss is not None and not metric.backward:
         notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
 
     tick = show.stage("calibrate", total)

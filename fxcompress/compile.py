@@ -7,6 +7,7 @@ all work happens on a copy of its structure that shares its parameters until the
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.analysis import Analysis, analyse, match_model, working_copy
 from fxcompress.errors import BudgetError, RecordError, RewriteError, RuleError
-from fxcompress.forms import Form, FormError, JointBody, JointForm
+from fxcompress.forms import ConvShape, Form, FormError, JointBody, JointForm, Rank
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import Loss
@@ -36,7 +37,7 @@ from fxcompress.rewrite import (
 )
 from fxcompress.rules import Explanation, LoadedRules, RuleSet, load_rules
 from fxcompress.rules.diagnostics import choices, suggest
-from fxcompress.sites import Site, SiteBundle, dense_weight
+from fxcompress.sites import Site, SiteBundle
 
 M = TypeVar("M", bound=nn.Module)
 Rules = str | PathLike[str] | RuleSet | LoadedRules
@@ -271,6 +272,7 @@ def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, d
     for name, bundle in bundles.items():
         chosen, rank = entries[bundle.sites[0].name].choice
         joint_form = bundle.forms[chosen]
+        assert isinstance(rank, int)
         joint[name] = joint_body = joint_form.empty(bundle.shapes, rank)
         try:
             _fill_joint(analysis, bundle, joint_form, joint_body, rank)
@@ -281,39 +283,51 @@ def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, d
     return Bodies(single, joint), failures
 
 
-def _fill(analysis: Analysis, site: Site, form: Form, body: fx.GraphModule, rank: int) -> None:
+def _fill(analysis: Analysis, site: Site, form: Form, body: fx.GraphModule, rank: Rank) -> None:
     module = analysis.model.get_submodule(site.name)
-    target = analysis.decomposed.sites[site.name].target(dense_weight(module).detach())
-    left, right = form.factors(target, rank)
-    bias = getattr(module, "bias", None)
-    form.fill(body, left, right, bias)
-    verify(body, left, right, bias, _sample(analysis, site))
+    factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
+    form.fill(body, factors, getattr(module, "bias", None))
+    exact = [factor.to(torch.float64) for factor in factors]
+    _verify(analysis, site, body, form.product(site.shape, exact))
 
 
 def _fill_joint(
     analysis: Analysis, bundle: SiteBundle, form: JointForm, body: JointBody, rank: int
 ) -> None:
-    spectrum = analysis.decomposed.bundles[bundle.name].spectrum
     rows = [site.out_features for site in bundle.sites]
-    lefts = torch.split(spectrum.left[:, :rank], rows)
-    right = spectrum.right[:rank]
+    left, right = analysis.decomposed.bundles[bundle.name].target.truncations().factors(rank)
+    lefts = torch.split(left, rows)
     modules = [analysis.model.get_submodule(site.name) for site in bundle.sites]
-    biases = [getattr(module, "bias", None) for module in modules]
-    form.fill(body, lefts, right, biases)
-    for index, site in enumerate(bundle.sites):
-        sample = _sample(analysis, site)
-        verify(body.member(index), lefts[index], right, biases[index], sample)
+    form.fill(body, lefts, right, [getattr(module, "bias", None) for module in modules])
+    for index, (site, part) in enumerate(zip(bundle.sites, lefts, strict=True)):
+        product = part.to(torch.float64) @ right.to(torch.float64)
+        _verify(analysis, site, body.member(index), product)
+
+
+def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
+    """Compare a body with its operator given the weight that the body stands for."""
+    inputs = _sample(analysis, site)
+    operator = copy.deepcopy(analysis.model.get_submodule(site.name)).double()
+    wide = inputs.double() if inputs.is_floating_point() else inputs
+    with torch.no_grad():
+        operator.weight = nn.Parameter(site.shape.stored(weight))
+        exact = operator(wide)
+    channels = -site.shape.dims - 1 if isinstance(site.shape, ConvShape) else -1
+    verify(body, exact, inputs, channels)
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:
-    rows = analysis.recording.samples.get(site.weight)
-    if rows is not None and rows.dtype == site.shape.dtype and len(rows):
-        return rows
-    # The recorded input had another type (autocast): any rows of the right type will do.
+    met = analysis.recording.samples.get(site.weight)
+    usable = met is not None and (met.dtype == site.shape.dtype or not met.is_floating_point())
+    if met is not None and usable and len(met):
+        return met
+    # The recorded input had another type (autocast): any values of the right type will do.
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(16, site.in_features, generator=generator).to(
-        site.shape.device, site.shape.dtype
-    )
+    shape = site.shape
+    size: tuple[int, ...] = (16, shape.in_features)
+    if isinstance(shape, ConvShape):
+        size = (2, shape.in_channels, *shape.inputs[0][1:])
+    return torch.randn(size, generator=generator).to(shape.device, shape.dtype)
 
 
 def _rerecord(

@@ -120,8 +120,7 @@ def _rewrite_empty(model: nn.Module, plan: Plan) -> None:
                 f"this {type(model).__name__} is not what the plan was made for "
                 f"({plan.model_class}): {problems}"
             )
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        apply_plan(model, step, empty_bodies(step, device))
+        apply_plan(model, step, empty_bodies(step, model))
 
 
 def _misfits(state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from fxcompress.forms import ConvShape
+from fxcompress.modules import shape_of
 from fxcompress.plan import Part
 
 
@@ -19,13 +21,19 @@ def layers(body: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
         if node.op == "call_module":
             module = body.get_submodule(node.target)
             path = f"{prefix}{node.target}"
-            if isinstance(module, nn.Linear):
-                n, m = module.in_features, module.out_features
-                parts.append(Part(path=path, op="linear", in_features=n, out_features=m))
-            else:
-                parts.append(Part(path=path, op=type(module).__name__))
+            parts.append(_layer(path, module))
         elif node.op == "call_function":
             parts.append(Part(path="", op=node.target.__name__))
         elif node.op == "call_method":
             parts.append(Part(path="", op=node.target))
     return tuple(parts)
+
+
+def _layer(path: str, module: nn.Module) -> Part:
+    try:
+        shape = shape_of(module)
+    except ValueError:
+        return Part(path=path, op=type(module).__name__)
+    kernel = shape.kernel_size if isinstance(shape, ConvShape) else ()
+    n, m = shape.in_features, shape.out_features
+    return Part(path=path, op=shape.op, in_features=n, out_features=m, kernel=kernel)

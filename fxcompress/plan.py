@@ -5,15 +5,17 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import fx, nn
 
 from fxcompress.errors import RewriteError
+from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 
-FORMAT = 2
+FORMAT = 3
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -60,14 +62,16 @@ class Part(_Frozen):
     Attributes:
         path: of a layer below the site, ``"body.up"``, or ``"shared.down"`` for what several
             sites have in common; empty for a function.
-        op: ``"linear"``, or the name of a torch function.
-        in_features, out_features: of a linear layer, None for anything else.
+        op: the canonical operator (``"linear"``, ``"conv2d"``), or the name of a torch function.
+        in_features, out_features: of a layer with a weight, None for anything else.
+        kernel: of a convolution, empty for anything else.
     """
 
     path: str
     op: str
     in_features: int | None = None
     out_features: int | None = None
+    kernel: tuple[int, ...] = ()
 
 
 class SitePlan(_Frozen):
@@ -77,7 +81,8 @@ class SitePlan(_Frozen):
         name: path of the module (``"model.layers.0.mlp.up_proj"``).
         weight: name of the parameter.
         op: canonical operator.
-        in_features, out_features: the weight is (out_features x in_features).
+        operator: the operator in words, ``"linear 576→1536"``.
+        in_features, out_features: channels of a convolution; rows and width of a table.
         bias: whether there is one.
         dtype: ``"float32"``, ...
         calls: how often the recorded pass used it.
@@ -85,7 +90,7 @@ class SitePlan(_Frozen):
         location: ``"rules.yaml:22"``.
         forms: forms that the rule allowed.
         form: the form chosen, None if the site stays dense.
-        rank: its rank, None if the site stays dense.
+        rank: its rank, None if the site stays dense; ``tucker2`` has two of them.
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
         parts: what the form puts in the operator's place; empty if the site stays dense.
@@ -100,6 +105,7 @@ class SitePlan(_Frozen):
     name: str
     weight: str
     op: str
+    operator: str
     in_features: int
     out_features: int
     bias: bool
@@ -109,8 +115,8 @@ class SitePlan(_Frozen):
     location: str
     forms: tuple[str, ...]
     form: str | None
-    rank: int | None
-    full_rank: int
+    rank: Rank | None
+    full_rank: Rank
     bundle: str = ""
     parts: tuple[Part, ...] = ()
     predicted: float
@@ -124,16 +130,42 @@ class SitePlan(_Frozen):
     def _consistent(self) -> Self:
         if (self.form is None) != (self.rank is None):
             raise ValueError(f"{self.name}: a form needs a rank, and a rank a form")
-        if self.rank is not None and not 1 <= self.rank <= self.full_rank:
+        if self.rank is not None and not _within(self.rank, self.full_rank):
             raise ValueError(f"{self.name}: rank {self.rank} is not within 1..{self.full_rank}")
         return self
 
     @property
-    def choice(self) -> tuple[str, int]:
+    def choice(self) -> tuple[str, Rank]:
         """Form and rank of a site that is rewritten."""
         assert self.form is not None
         assert self.rank is not None
         return self.form, self.rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank, or both of them; the full one of a site that stays dense."""
+        return _as_tuple(self.full_rank if self.rank is None else self.rank)
+
+    @property
+    def full_ranks(self) -> tuple[int, ...]:
+        """The same at which nothing would be lost."""
+        return _as_tuple(self.full_rank)
+
+    @property
+    def rank_share(self) -> float:
+        """Rank as a share of the full one, in (0, 1]; the product for two."""
+        return math.prod(self.ranks) / math.prod(self.full_ranks)
+
+
+def _as_tuple(rank: Rank) -> tuple[int, ...]:
+    return rank if isinstance(rank, tuple) else (rank,)
+
+
+def _within(rank: Rank, full: Rank) -> bool:
+    """Whether a rank, or each of two, is at least 1 and not above the full one."""
+    if isinstance(rank, int) or isinstance(full, int):
+        return isinstance(rank, int) and isinstance(full, int) and 1 <= rank <= full
+    return all(1 <= one <= most for one, most in zip(rank, full, strict=True))
 
 
 class Unmatched(_Frozen):

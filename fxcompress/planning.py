@@ -19,7 +19,7 @@ from fxcompress.budget import (
     least_cost,
 )
 from fxcompress.errors import BudgetError
-from fxcompress.forms import Template
+from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
 from fxcompress.parts import layers
@@ -36,7 +36,7 @@ from fxcompress.plan import (
 )
 from fxcompress.report.progress import Progress
 from fxcompress.rules import Budget
-from fxcompress.sites import Site, SiteBundle, on_meta
+from fxcompress.sites import Site, SiteBundle, decoded, on_meta
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
@@ -164,7 +164,8 @@ class _Chosen:
     choice: Choice
     predicted: float
     after: Size
-    full_rank: int
+    full_rank: Rank
+    rank: Rank | None
     parts: tuple[Part, ...] = ()
     bundle: str = ""
 
@@ -172,11 +173,13 @@ class _Chosen:
 def _single(site: Site, analysis: Analysis, allocation: Allocation) -> _Chosen:
     choice = allocation.choices[site.name]
     if choice.form is None or choice.rank is None:
-        return _Chosen(choice, 0.0, site.dense_size(), site.shape.full_rank)
+        return _Chosen(choice, 0.0, site.dense_size(), site.shape.full_rank, None)
     form = site.forms[choice.form]
-    parts = layers(form.empty(on_meta(site.shape), choice.rank))
-    size = site.size(choice.form, choice.rank)
-    return _Chosen(choice, choice.loss, size, form.full_rank(site.shape), parts)
+    full = form.full_rank(site.shape)
+    rank = decoded(full, choice.rank)
+    parts = layers(form.empty(on_meta(site.shape), rank))
+    size = site.size(choice.form, rank)
+    return _Chosen(choice, choice.loss, size, full, rank, parts)
 
 
 def _joint_choices(
@@ -197,6 +200,7 @@ def _joint_choices(
                 predicted[index],
                 sizes[index],
                 form.full_rank(bundle.shapes),
+                choice.rank,
                 (*shared, *layers(head)),
                 bundle.name,
             ),
@@ -212,10 +216,14 @@ def _site_plan(
 ) -> SitePlan:
     choice = chosen.choice
     found = analysis.decomposed.bundles if chosen.bundle else analysis.decomposed.sites
-    sigma = found[chosen.bundle or site.name].spectrum.sigma
-    squares = sigma.square()
-    total = float(squares.sum())
+    decomposed = found[chosen.bundle or site.name]
     dense = choice.form is None
+    alone = None if choice.form is None or chosen.bundle else site.forms[choice.form]
+    view = "matrix" if alone is None else alone.view
+    sigma = decomposed.target.truncations(view).sigma
+    squares = sigma.square()
+    whole = 0.5 * float(squares.sum())
+    lost = whole and float(choice.loss) / whole
     shown = np.linspace(0, len(squares) - 1, min(64, len(squares))).round().astype(int)
     forms = tuple(site.forms) if bundle is None else (*bundle.forms, *site.forms)
     names = (site.name,) if bundle is None else (site.name, bundle.name)
@@ -224,6 +232,7 @@ def _site_plan(
         name=site.name,
         weight=site.weight,
         op=site.op,
+        operator=str(site.shape),
         in_features=site.in_features,
         out_features=site.out_features,
         bias=site.shape.bias,
@@ -233,12 +242,12 @@ def _site_plan(
         location=site.match.location,
         forms=forms,
         form=choice.form,
-        rank=choice.rank,
+        rank=chosen.rank,
         full_rank=chosen.full_rank,
         bundle=chosen.bundle,
         parts=chosen.parts,
         predicted=chosen.predicted,
-        energy=1.0 if dense or total == 0 else float(squares[: choice.rank].sum()) / total,
+        energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
         before=site.dense_size(),
         after=chosen.after,
         reason=_dense_reason(site, forms, out) if dense else "",
@@ -254,13 +263,20 @@ def _dense_reason(site: Site, forms: Sequence[str], excluded: Collection[str]) -
         return f"no form worked: {', '.join(sorted(excluded))} given up"
     m, n = site.out_features, site.in_features
     if "pivoted" in forms:
-        return f"left dense by the budget: every rank below {min(m, n)} loses more than it saves"
-    if tuple(forms) == ("low_rank",):
+        full = site.shape.full_rank
+        return f"left dense by the budget: every rank below {full} loses more than it saves"
+    if tuple(forms) == ("low_rank",) and not isinstance(site.shape, ConvShape):
         return (
             f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
             "loses more than that is worth"
         )
-    return f"left dense by the budget: {' and '.join(forms)} lose more than they save"
+    return f"left dense by the budget: {_listed(forms)} lose more than they save"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _used_templates(analysis: Analysis, sites: Sequence[SitePlan]) -> dict[str, Template]:

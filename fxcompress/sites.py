@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,17 +14,20 @@ from torch import nn
 from fxcompress.budget import Bundle as BudgetBundle
 from fxcompress.budget import Candidate, Option, permitted_ranks
 from fxcompress.forms import (
+    ConvShape,
     Form,
     JointBody,
     JointForm,
     LinearShape,
+    Rank,
+    Shape,
     Template,
     find_form,
     find_joint_form,
 )
-from fxcompress.forms.form import Losses, Ranks
-from fxcompress.graph.canonical import is_hf_conv1d
-from fxcompress.graph.recorder import Recording
+from fxcompress.forms.target import Losses, Ranks
+from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.modules import shape_of
 from fxcompress.plan import ZERO, Size
 from fxcompress.rules import Match, MatchResult
 from fxcompress.rules.result import Bundle
@@ -38,8 +41,7 @@ class Site:
 
     Attributes:
         name: path of the module that owns the weight.
-        shape: of the linear operator.
-        rows: positions it is applied to in the recorded example.
+        shape: of the operator, with the sizes of what it is applied to in the recorded example.
         source: key of the value it is applied to; equal for sites with the same input.
         forms: forms to choose from, by name.
         match: rule id, location and bounds on the rank.
@@ -48,8 +50,7 @@ class Site:
     name: str
     weight: str
     op: str
-    shape: LinearShape
-    rows: int
+    shape: Shape
     calls: int
     source: str
     forms: Mapping[str, Form]
@@ -65,29 +66,30 @@ class Site:
 
     def dense_size(self) -> Size:
         """Parameters, MACs and bytes of the operator as it is."""
-        m, n = self.shape.out_features, self.shape.in_features
-        parameters = m * n + (m if self.shape.bias else 0)
+        parameters = self.shape.weights + _biases([self.shape])
         return Size(
             parameters=parameters,
-            macs=self.rows * m * n,
+            macs=self.shape.macs,
             bytes=parameters * self.shape.dtype.itemsize,
         )
 
-    def size(self, form: str, rank: int) -> Size:
+    def size(self, form: str, rank: Rank) -> Size:
         """The same at a rank of a form that the site may take by itself."""
-        ranks = np.array([rank], dtype=np.int64)
-        counts = _counts(self.forms[form], self.shape, ranks, self.rows, _biases([self.shape]))
+        counts = _counts(self.forms[form], self.shape, np.array([rank], dtype=np.int64))
         return Size(**{unit: int(count[0]) for unit, count in counts.items()})
 
     def ranks(self, form: str) -> Ranks:
         """The ranks of a form that the rule permits; none if it does not fit the shape."""
         chosen = self.forms[form]
-        if chosen.misfit(self.shape) is not None:
-            return np.empty(0, dtype=np.int64)
-        return _permitted(chosen.full_rank(self.shape), self.match)
+        full = chosen.full_rank(self.shape)
+        fits = chosen.misfit(self.shape) is None
+        return _permitted(full, self.match) if fits else _permitted(full, self.match)[:0]
 
     def candidate(
-        self, losses: Mapping[str, Losses], unit: Unit, excluded: Collection[str]
+        self,
+        losses: Mapping[str, Losses],
+        unit: Unit,
+        excluded: Collection[str],
     ) -> Candidate:
         """The site as the budget sees it, without the forms in ``excluded``.
 
@@ -101,7 +103,7 @@ class Site:
         for name, form in self.forms.items():
             if name not in excluded:
                 ranks = self.ranks(name)
-                cost = _counts(form, self.shape, ranks, self.rows, _biases([self.shape]))[unit]
+                cost = _counts(form, self.shape, ranks)[unit]
                 options += _worthwhile(name, ranks, losses[name], cost, dense, self.match)
         return Candidate(self.name, dense, tuple(options), self.match.group)
 
@@ -124,8 +126,8 @@ class SiteBundle:
 
     @property
     def shapes(self) -> tuple[LinearShape, ...]:
-        """Of the sites."""
-        return tuple(site.shape for site in self.sites)
+        """Of the sites, which are linear operators."""
+        return tuple(cast("LinearShape", site.shape) for site in self.sites)
 
     def ranks(self, form: str) -> Ranks:
         """The ranks of a form that the rule permits; none if it does not fit the shapes."""
@@ -143,8 +145,7 @@ class SiteBundle:
         for name, form in self.forms.items():
             if name not in excluded:
                 ranks = self.ranks(name)
-                biases = _biases(self.shapes)
-                cost = _counts(form, self.shapes, ranks, self.sites[0].rows, biases)[unit]
+                cost = _joint_counts(form, self.shapes, ranks)[unit]
                 options += _worthwhile(name, ranks, losses[name], cost, dense, self.match)
         names = tuple(site.name for site in self.sites)
         return BudgetBundle(self.name, names, tuple(options))
@@ -158,50 +159,93 @@ class SiteBundle:
             body: of the form, with or without values.
         """
         ranks = np.array([rank], dtype=np.int64)
-        rows = self.sites[0].rows
-        counts = _counts(self.forms[form], self.shapes, ranks, rows, _biases(self.shapes))
+        counts = _joint_counts(self.forms[form], self.shapes, ranks)
         rest = [
-            _head_size(head, rows, site.shape)
-            for head, site in zip(body.heads[1:], self.sites[1:], strict=True)
+            _head_size(head, shape)
+            for head, shape in zip(body.heads[1:], self.shapes[1:], strict=True)
         ]
         whole = Size(**{unit: int(count[0]) for unit, count in counts.items()})
         return (whole - sum(rest, ZERO), *rest)
 
 
-def _head_size(head: nn.Module, rows: int, shape: LinearShape) -> Size:
+def _head_size(head: nn.Module, shape: LinearShape) -> Size:
     parameters = sum(parameter.numel() for parameter in head.parameters())
     biases = shape.out_features if shape.bias else 0
     tensors = (*head.parameters(), *head.buffers())
     return Size(
         parameters=parameters,
-        macs=(parameters - biases) * rows,
+        macs=(parameters - biases) * shape.rows,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
 
 
-def on_meta(shape: LinearShape) -> LinearShape:
+def on_meta(shape: Any) -> Any:
     """The same without memory: for bodies that are only looked at."""
     return replace(shape, device=torch.device("meta"))
 
 
-def _biases(shapes: Sequence[LinearShape]) -> int:
+def _biases(shapes: Sequence[Shape]) -> int:
     return sum(shape.out_features for shape in shapes if shape.bias)
 
 
-def _counts(form: Any, shape: Any, ranks: Ranks, rows: int, biases: int) -> dict[Unit, Ranks]:
-    """Cost at each rank in every unit, biases included; of a form or of a joint one."""
-    like = shape if isinstance(shape, LinearShape) else shape[0]
+def _counts(form: Form, shape: Shape, ranks: Ranks) -> dict[Unit, Ranks]:
+    """Cost at each rank in every unit, biases included."""
+    biases = _biases([shape])
     return {
         "parameters": form.parameters(shape, ranks) + biases,
-        "macs": form.macs(shape, ranks) * rows,
-        "bytes": form.bytes(shape, ranks) + biases * like.dtype.itemsize,
+        "macs": form.macs(shape, ranks),
+        "bytes": form.bytes(shape, ranks) + biases * shape.dtype.itemsize,
     }
 
 
-def _permitted(full_rank: int, match: Match | Bundle) -> Ranks:
-    return permitted_ranks(
-        full_rank, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
-    )
+def _joint_counts(
+    form: JointForm, shapes: Sequence[LinearShape], ranks: Ranks
+) -> dict[Unit, Ranks]:
+    biases = _biases(shapes)
+    return {
+        "parameters": form.parameters(shapes, ranks) + biases,
+        "macs": form.macs(shapes, ranks),
+        "bytes": form.bytes(shapes, ranks) + biases * shapes[0].dtype.itemsize,
+    }
+
+
+PAIRS = 16
+"""Values of each of two ranks that are offered: with all of them there would be millions."""
+
+
+def _permitted(full_rank: Rank, match: Match | Bundle) -> Ranks:
+    """Ranks within the bounds of a rule (k), or pairs of them (k x 2)."""
+
+    def within(full: int) -> Ranks:
+        return permitted_ranks(
+            full, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
+        )
+
+    if isinstance(full_rank, int):
+        return within(full_rank)
+    first, second = (_thinned(within(full)) for full in full_rank)
+    pairs = np.meshgrid(first, second, indexing="ij")
+    return np.stack(pairs, axis=-1).reshape(-1, 2)
+
+
+def _thinned(ranks: Ranks) -> Ranks:
+    """At most :data:`PAIRS` of them, evenly spaced, the last one among them."""
+    if len(ranks) <= PAIRS:
+        return ranks
+    return ranks[np.linspace(0, len(ranks) - 1, PAIRS).round().astype(np.int64)]
+
+
+_SHIFT = 20
+
+
+def encoded(ranks: Ranks) -> Ranks:
+    """One number for each rank or pair of ranks, as the solver has them; it keeps their order."""
+    return ranks if ranks.ndim == 1 else (ranks[:, 0] << _SHIFT) + ranks[:, 1]
+
+
+def decoded(full_rank: Rank, code: int) -> Rank:
+    """The rank, or the pair, that a number stands for."""
+    return code if isinstance(full_rank, int) else (code >> _SHIFT, code & ((1 << _SHIFT) - 1))
 
 
 def _worthwhile(
@@ -212,14 +256,16 @@ def _worthwhile(
     Ranks at which a form loses more than at a lower one are left out, too: truncation never
     does, but other projections may in a metric that they are not made for.
     """
-    worth = cost <= (1 - match.min_saving) * dense
-    worth &= loss <= np.minimum.accumulate(loss)
+    worth = (cost <= (1 - match.min_saving) * dense) & np.isfinite(loss)
+    if ranks.ndim == 1:
+        worth &= loss <= np.minimum.accumulate(loss)
     if not worth.any():
         return []
-    return [Option(name, ranks[worth], loss[worth], cost[worth].astype(np.float64))]
+    return [Option(name, encoded(ranks[worth]), loss[worth], cost[worth].astype(np.float64))]
 
 
 def gather_sites(
+    model: nn.Module,
     recording: Recording,
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
@@ -227,7 +273,8 @@ def gather_sites(
     """The matched weights of a recording and their bundles, in graph order.
 
     Args:
-        recording: of the working copy.
+        model: the working copy.
+        recording: of ``model``.
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
     """
@@ -236,24 +283,15 @@ def gather_sites(
     for match in matched.matches:
         operator = operators[match.operators[0]]
         facts = recording.weights[match.weight]
-        attributes = operator.attributes
-        shape = LinearShape(
-            in_features=int(attributes["in_features"]),  # type: ignore[arg-type]
-            out_features=int(attributes["out_features"]),  # type: ignore[arg-type]
-            bias=bool(attributes["bias"]),
-            dtype=getattr(torch, facts.dtype),
-            device=torch.device(facts.device),
-        )
         sites.append(
             Site(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=shape,
-                rows=facts.rows,
+                shape=_measured(shape_of(model.get_submodule(operator.path)), facts),
                 calls=len(facts.calls),
                 source=facts.source,
-                forms={name: find_form(name, templates) for name in match.forms},
+                forms={name: find_form(name, operator.op, templates) for name in match.forms},
                 match=match,
             )
         )
@@ -270,7 +308,8 @@ def gather_sites(
     return tuple(sites), bundles
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear module as (m x n), whichever way it is stored."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if is_hf_conv1d(module) else weight
+def _measured(shape: Shape, facts: Weight) -> Shape:
+    """A shape with the sizes of what the operator is applied to in the recorded example."""
+    if isinstance(shape, ConvShape):
+        return replace(shape, inputs=facts.inputs)
+    return replace(shape, rows=facts.rows)

@@ -18,6 +18,7 @@ from fxcompress.forms import JointBody, find_form, find_joint_form
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
+from fxcompress.modules import canonical_weight
 from fxcompress.plan import ZERO, BudgetOutcome, Plan, SitePlan
 from fxcompress.rewrite import (
     Bodies,
@@ -29,7 +30,7 @@ from fxcompress.rewrite import (
     skeleton,
 )
 from fxcompress.rules import MatchResult, load_rules, match_rules
-from fxcompress.sites import Site, dense_weight, gather_sites
+from fxcompress.sites import Site, gather_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tup
     recording = record(model, [example])
     legality = obstacle(model, recording, (Factorized,))
     matched = match_rules(load_rules("every-linear"), recording.operators, legality)
-    return matched, gather_sites(recording, matched)[0]
+    return matched, gather_sites(model, recording, matched)[0]
 
 
 def rewrite(
@@ -82,7 +83,7 @@ def rewrite(
 def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -> fx.GraphModule:
     """A filled body for a linear module, decomposed in a random metric."""
     spectrum = decompose(
-        dense_weight(module),
+        canonical_weight(module),
         random_spd(site.in_features),
         random_spd(site.out_features),
         damping=(0.0, 0.0),
@@ -90,7 +91,7 @@ def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -
     rank = rank or site.shape.full_rank
     body = find_form(form).empty(site.shape, rank)
     bias: Any = getattr(module, "bias", None)
-    find_form(form).fill(body, spectrum.left[:, :rank], spectrum.right[:rank], bias)
+    find_form(form).fill(body, spectrum.factors(rank), bias)
     return body
 
 
@@ -98,7 +99,7 @@ def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) 
     """A filled joint body for linear modules on one input, decomposed in a random metric."""
     modules = [model.get_submodule(site.name) for site in sites]
     spectrum = decompose(
-        torch.cat([dense_weight(module) for module in modules]),
+        torch.cat([canonical_weight(module) for module in modules]),
         random_spd(sites[0].in_features),
         random_spd(sum(site.out_features for site in sites)),
         damping=(0.0, 0.0),
@@ -122,7 +123,8 @@ def entry(
 ) -> SitePlan:
     """What becomes of one site, without any figures."""
     return SitePlan(
-        name=site.name, weight=site.weight, op=site.op, in_features=site.in_features,
+        name=site.name, weight=site.weight, op=site.op, operator=str(site.shape),
+        in_features=site.in_features,
         out_features=site.out_features, bias=site.shape.bias, dtype="float32",
         calls=site.calls, rule="every-linear", location="every-linear.yaml:13",
         forms=(form,), form=form, rank=rank, full_rank=full_rank or site.shape.full_rank,

@@ -477,10 +477,11 @@ def failing(form: str, shapes: set[tuple[int, int]]) -> Callable[..., None]:
     """``fill`` that refuses weights of these shapes (m, n)."""
     fill = type(find_form(form)).fill
 
-    def broken(body: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+    def broken(body: Any, factors: tuple[Tensor, Tensor], bias: Tensor | None) -> None:
+        left, right = factors
         if (left.shape[0], right.shape[1]) in shapes:
             raise FormError("it was told to fail")
-        fill(find_form(form), body, left, right, bias)
+        fill(find_form(form), body, factors, bias)
 
     return broken
 
@@ -529,8 +530,9 @@ def test_too_many_failures_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_body_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     fill = type(find_form("pivoted")).fill
 
-    def wrong(body: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        fill(find_form("pivoted"), body, left * 1.001, right, bias)
+    def wrong(body: Any, factors: tuple[Tensor, Tensor], bias: Tensor | None) -> None:
+        left, right = factors
+        fill(find_form("pivoted"), body, (left * 1.001, right), bias)
 
     monkeypatch.setattr(find_form("pivoted"), "fill", wrong, raising=False)
     with pytest.warns(FxcompressWarning, match="pivoted was given up: .* is off by"):

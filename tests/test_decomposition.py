@@ -32,7 +32,7 @@ def match(weight: str, forms: tuple[str, ...]) -> Match:
 def site(name: str, m: int, forms: dict[str, Form]) -> Site:
     return Site(
         name=name, weight=f"{name}.weight", op="linear",
-        shape=LinearShape(N, m, False, torch.float64), rows=10, calls=1, source="x",
+        shape=LinearShape(N, m, False, torch.float64, rows=10), calls=1, source="x",
         forms=forms, match=match(f"{name}.weight", tuple(forms)),
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_the_joint_spectrum_is_that_of_the_stacked_whitened_weights() -> None:
     found = case.decompose().bundles["b"]
     a, g = case.roots()
     stacked = torch.cat([g[k] @ case.model[k].weight @ a for k in "qkv"])
-    torch.testing.assert_close(found.spectrum.sigma, torch.linalg.svdvals(stacked))
+    torch.testing.assert_close(found.target.spectrum.sigma, torch.linalg.svdvals(stacked))
     tail = 0.5 * torch.linalg.svdvals(stacked).square().flip(0).cumsum(0).flip(0)
     ranks = case.bundle.ranks("joint")
     assert ranks.tolist() == list(range(1, 8))
@@ -92,7 +92,9 @@ def test_the_loss_of_every_member(rank: int) -> None:
     case = Case()
     found = case.decompose().bundles["b"]
     a, g = case.roots()
-    approximations = (found.spectrum.left[:, :rank] @ found.spectrum.right[:rank]).split(WIDTHS)
+    approximations = (
+        found.target.spectrum.left[:, :rank] @ found.target.spectrum.right[:rank]
+    ).split(WIDTHS)
     wanted = [
         0.5 * float((g[k] @ (case.model[k].weight - w) @ a).square().sum())
         for k, w in zip("qkv", approximations, strict=True)
@@ -110,10 +112,13 @@ def test_no_rank_is_better_than_the_truncation() -> None:
     blocks = torch.block_diag(*(g[k] for k in "qkv"))
     stacked = torch.cat([case.model[k].weight for k in "qkv"]).detach()
     best = float(found.losses["joint"][2])
-    truncated = found.spectrum.left[:, :3] @ found.spectrum.right[:3]
+    left, right = found.target.spectrum.factors(3)
+    truncated = left @ right
     for _ in range(50):
         noise = [0.05 * torch.randn(*part.shape).double() for part in (stacked[:, :3], stacked[:3])]
-        other = (found.spectrum.left[:, :3] + noise[0]) @ (found.spectrum.right[:3] + noise[1])
+        other = (found.target.spectrum.left[:, :3] + noise[0]) @ (
+            found.target.spectrum.right[:3] + noise[1]
+        )
         assert 0.5 * float((blocks @ (stacked - other) @ a).square().sum()) > best
     assert 0.5 * float((blocks @ (stacked - truncated) @ a).square().sum()) == pytest.approx(best)
 
@@ -150,10 +155,10 @@ def test_a_rank_deficient_stack(rank: int) -> None:
         for k, m in zip("qkv", WIDTHS, strict=True):
             case.model[k].weight.copy_(torch.randn(m, rank).double() @ shared)
     found = case.decompose().bundles["b"]
-    scale = float(found.spectrum.sigma[0]) ** 2
+    scale = float(found.target.spectrum.sigma[0]) ** 2
     assert float(found.losses["joint"][rank - 1]) < 1e-12 * scale
     assert sum(found.predicted(0.0, rank)) == 0
-    assert bool(found.spectrum.left.isfinite().all())
+    assert bool(found.target.spectrum.left.isfinite().all())
 
 
 class Scaled(Form):
@@ -185,12 +190,12 @@ def test_forms_may_ask_for_the_loss_of_any_weight() -> None:
     w = case.model["q"].weight.detach()
     wanted = [0.5 * float((g["q"] @ (w - w / (1 + r)) @ a).square().sum()) for r in range(1, 7)]
     np.testing.assert_allclose(found.losses["scaled"], wanted, rtol=1e-9)
-    Scaled().factors(found.target(w), 1)
+    Scaled().factors(found.target, 1)
 
 
 def test_the_metric_is_given_up_where_no_form_needs_it() -> None:
     case = Case()
     found = case.decompose().sites["q"]
-    assert found.loss is None
+    assert found.target.quadratic is None
     with pytest.raises(RuntimeError, match="given up"):
-        found.target(case.model["q"].weight).loss(case.model["q"].weight)
+        found.target.loss(case.model["q"].weight)

@@ -21,7 +21,7 @@ LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors"},
     {"graph", "budget", "forms"},
-    {"rules", "metric", "plan"},
+    {"rules", "metric", "plan", "modules"},
     {"report", "rewrite", "sites", "parts"},
     {"decomposition"},
     {"analysis"},

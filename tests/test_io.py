@@ -471,7 +471,7 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda plan: plan.update(format=3), ["format 3", "reads 2"]),
+        (lambda plan: plan.update(format=4), ["format 4", "reads 3"]),
         (lambda plan: plan.update(format="2"), ["format 2"]),
         (lambda plan: plan.pop("format"), ["format None"]),
         (lambda plan: plan.update(extra=1), ["not a valid plan", "extra"]),
@@ -488,7 +488,7 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_site(name="nowhere"), ["no linear layer nowhere"]),
         (_site(name=""), ["no linear layer"]),
         (_site(name="__class__"), ["no linear layer __class__"]),
-        (_site(out_features=10**9), ["the plan has linear 24→1000000000"]),
+        (_site(operator="linear 24→1000000000"), ["the plan has linear 24→1000000000"]),
         (lambda plan: plan["sites"].append(plan["sites"][0]), ["a site appears twice"]),
     ],
 )

@@ -9,42 +9,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from fxcompress.forms.target import Target
+from fxcompress.forms.shape import LinearShape, Shape
+from fxcompress.forms.target import Losses, Rank, Ranks, Target, View
 
-Ranks = NDArray[np.int64]
 Counts = NDArray[np.int64]
-Losses = NDArray[np.float64]
 
-
-CPU = torch.device("cpu")
+Shapes = Sequence[LinearShape]
 
 
 class FormError(Exception):
     """A form that does not suit a site at this rank, with the reason; the site is replanned."""
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """A linear operator as a form sees it: W is (m x n) = (out_features x in_features)."""
-
-    in_features: int
-    out_features: int
-    bias: bool
-    dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
-
-    @property
-    def full_rank(self) -> int:
-        return min(self.in_features, self.out_features)
-
-
-Shapes = Sequence[LinearShape]
 
 
 class Form(ABC):
@@ -53,62 +34,77 @@ class Form(ABC):
     A new form says its :attr:`name`, what it costs (:meth:`parameters`), and builds and fills a
     body; what it shares with truncation to rank r (the loss, the product that it computes) is
     here already.  ``fxcompress.register_form(MyForm())`` makes it known to rule files.
+
+    The weight of a shape is in canonical layout throughout (:mod:`fxcompress.forms.shape`).
     """
 
     name: str
     operators: frozenset[str] = frozenset({"linear"})
+    view: View = "matrix"
+    """How it sees a weight as a matrix."""
 
-    def full_rank(self, shape: LinearShape) -> int:
+    def full_rank(self, shape: Any) -> Rank:
         """The rank at which nothing is lost: min(m, n), unless the form counts otherwise."""
-        return shape.full_rank
+        rank: int = shape.full_rank
+        return rank
 
-    def misfit(self, shape: LinearShape) -> str | None:
+    def misfit(self, shape: Any) -> str | None:
         """Why the form cannot take an operator of this shape, or None."""
         return None
 
     @abstractmethod
-    def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
+    def parameters(self, shape: Any, ranks: Ranks) -> Counts:
         """Weight entries at each rank (the bias, which stays, not counted)."""
 
-    def macs(self, shape: LinearShape, ranks: Ranks) -> Counts:
-        """Multiply-accumulates per position at each rank; by default one per weight entry."""
-        return self.parameters(shape, ranks)
+    def macs(self, shape: Any, ranks: Ranks) -> Counts:
+        """Multiply-accumulates at each rank; by default one per weight entry and position."""
+        rows: int = shape.rows
+        return self.parameters(shape, ranks) * rows
 
-    def bytes(self, shape: LinearShape, ranks: Ranks) -> Counts:
+    def bytes(self, shape: Any, ranks: Ranks) -> Counts:
         """Bytes of everything stored at each rank (the bias not counted)."""
-        return self.parameters(shape, ranks) * shape.dtype.itemsize
+        size: int = shape.dtype.itemsize
+        return self.parameters(shape, ranks) * size
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss at each rank, non-increasing; by default that of truncation."""
-        return target.spectrum.loss().cpu().numpy()[ranks]
+        return target.truncations(self.view).losses(ranks)
 
-    def factors(self, target: Target, rank: int) -> tuple[Tensor, Tensor]:
-        """Left and right matrix whose product the body is to compute (m x k, k x n).
+    def factors(self, target: Target, rank: Any) -> tuple[Tensor, ...]:
+        """What the body is to compute the product of: for a matrix, (m x k) and (k x n).
 
         By default the first r components of the decomposition.
         """
-        return target.spectrum.left[:, :rank], target.spectrum.right[:rank]
+        return target.truncations(self.view).factors(rank)
+
+    def product(self, shape: Any, factors: Sequence[Tensor]) -> Tensor:
+        """The dense weight (canonical layout) that factors stand for."""
+        left, right = factors
+        return left @ right
 
     @abstractmethod
-    def empty(self, shape: LinearShape, rank: int) -> fx.GraphModule:
+    def empty(self, shape: Any, rank: Any) -> fx.GraphModule:
         """The body with uninitialized parameters: what a saved state dict is loaded into.
 
-        It maps (..., n) to (..., m).  ``torch.fx.symbolic_trace`` makes one of any module.
+        It maps what the operator maps: (..., n) to (..., m) for a linear one.
+        ``torch.fx.symbolic_trace`` makes one of any module.
         """
 
     @abstractmethod
-    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        """Make the body compute ``left @ right @ x + bias``, the factors of :meth:`factors`.
+    def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Make the body compute the product of :meth:`factors` with its input, plus the bias.
+
+        For a linear operator that is ``left @ right @ x + bias``.
 
         Raises:
             FormError: the form cannot represent this product faithfully.
         """
 
-    def weight(self, body: fx.GraphModule, shape: LinearShape) -> Tensor:
-        """The dense weight (m x n) that the body stands for, differentiable."""
+    def weight(self, body: fx.GraphModule, shape: Any) -> Tensor:
+        """The dense weight (canonical layout) that the body stands for, differentiable."""
         return dense_weight_of(body, shape.in_features)
 
-    def bias(self, body: fx.GraphModule, shape: LinearShape) -> Tensor | None:
+    def bias(self, body: fx.GraphModule, shape: Any) -> Tensor | None:
         """The dense bias (m) that the body stands for, differentiable; None without one."""
         return dense_bias_of(body, shape.in_features) if shape.bias else None
 
@@ -136,8 +132,8 @@ class JointForm(ABC):
         """Weight entries of all operators together, the shared ones once (biases not counted)."""
 
     def macs(self, shapes: Shapes, ranks: Ranks) -> Counts:
-        """Multiply-accumulates per position, all operators together."""
-        return self.parameters(shapes, ranks)
+        """Multiply-accumulates, all operators together; one per weight entry and position."""
+        return self.parameters(shapes, ranks) * shapes[0].rows
 
     def bytes(self, shapes: Shapes, ranks: Ranks) -> Counts:
         """Bytes of everything stored (biases not counted)."""
@@ -207,7 +203,7 @@ def dense_bias_of(body: nn.Module, n: int) -> Tensor:
     return out[0]
 
 
-def bare_linear(n: int, m: int, bias: bool, shape: LinearShape) -> nn.Linear:
+def bare_linear(n: int, m: int, bias: bool, shape: Shape) -> nn.Linear:
     """An uninitialized linear layer of the site's type and device."""
     layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, n, m, bias=bias, dtype=shape.dtype, device=shape.device

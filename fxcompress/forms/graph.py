@@ -15,8 +15,6 @@ from fxcompress.forms.form import (
     Form,
     JointBody,
     JointForm,
-    LinearShape,
-    Ranks,
     Shapes,
     assign,
     balanced,
@@ -24,6 +22,8 @@ from fxcompress.forms.form import (
     bare_linear,
     linear,
 )
+from fxcompress.forms.shape import LinearShape
+from fxcompress.forms.target import Ranks
 from fxcompress.forms.template import Step, Template, size_of, source_shape
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -57,9 +57,9 @@ class GraphForm(Form):
         graph.output(values[dict(self.template.outputs)[role]])
         return fx.GraphModule(root, graph, class_name="Template")
 
-    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+    def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
         (role,) = self.template.roles
-        left, right = balanced(left, right)
+        left, right = balanced(*factors)
         _fill(self.template.steps, body, {role: left}, right, {role: bias})
 
 

@@ -25,13 +25,13 @@ from fxcompress.forms.form import (
     Counts,
     JointBody,
     JointForm,
-    Ranks,
     Shapes,
     assign,
     balanced_parts,
     bare_linear,
     linear,
 )
+from fxcompress.forms.target import Ranks
 
 
 class _Joint(JointForm):

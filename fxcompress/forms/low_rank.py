@@ -12,18 +12,20 @@ after::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.form import (
     Counts,
     Form,
-    LinearShape,
-    Ranks,
     assign,
     balanced,
     bare_linear,
     linear,
 )
+from fxcompress.forms.shape import LinearShape
+from fxcompress.forms.target import Ranks
 
 
 class _LowRank(Form):
@@ -41,8 +43,8 @@ class _LowRank(Form):
         graph.output(graph.call_module("up", (graph.call_module("down", (x,)),)))
         return fx.GraphModule(root, graph, class_name="LowRank")
 
-    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        left, right = balanced(left, right)
+    def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
+        left, right = balanced(*factors)
         assign(linear(body, "up").weight, left)
         assign(linear(body, "down").weight, right)
         if bias is not None:

@@ -23,6 +23,8 @@ activations, not weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -30,12 +32,12 @@ from fxcompress.forms.form import (
     Counts,
     Form,
     FormError,
-    LinearShape,
-    Ranks,
     assign,
     bare_linear,
     linear,
 )
+from fxcompress.forms.shape import LinearShape
+from fxcompress.forms.target import Ranks
 
 LARGEST_ENTRY = 4.0
 """Largest entry of the combination matrix that is left in place."""
@@ -69,11 +71,11 @@ class _Pivoted(Form):
         graph.output(graph.call_function(torch.index_select, (both, -1, order_node)))
         return fx.GraphModule(root, graph, class_name="Pivoted")
 
-    def fill(self, body: fx.GraphModule, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        left, right = left.to(torch.float64), right.to(torch.float64)
+    def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
+        left, right = (factor.to(torch.float64) for factor in factors)
         basis, triangle = torch.linalg.qr(left)
         pivots, combination = choose_pivots(basis)
-        others = _complement(pivots, len(left))
+        others = complement(pivots, len(left))
         kept = basis[pivots] @ (triangle @ right)
         pivot, combine = linear(body, "pivot"), linear(body, "combine")
         assign(pivot.weight, kept)
@@ -151,7 +153,8 @@ def _solve(basis: Tensor, pivots: Tensor, others: Tensor) -> Tensor:
     return c.contiguous()
 
 
-def _complement(pivots: Tensor, m: int) -> Tensor:
+def complement(pivots: Tensor, m: int) -> Tensor:
+    """The rows among m that are no pivots, in increasing order."""
     mask = torch.ones(m, dtype=torch.bool, device=pivots.device)
     mask[pivots] = False
     return mask.nonzero().squeeze(1)

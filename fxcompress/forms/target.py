@@ -1,12 +1,97 @@
-"""What a form approximates: a weight, decomposed in its metric."""
+"""What a form approximates: a weight, and a metric to approximate it in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Rank = int | tuple[int, int]
+"""Of a form with one rank, or with two (Tucker-2: input, then output channels)."""
+
+Ranks = NDArray[np.int64]
+"""Ranks (k), or pairs of them (k x 2)."""
+
+Losses = NDArray[np.float64]
+
+View = Literal["matrix", "input", "spatial", "tucker2"]
+"""How a canonical weight (m x n x k_1 x ... x k_d, of one group) is seen as a matrix.
+
+=============  ==========================  ============================
+view           rows                        columns
+=============  ==========================  ============================
+``matrix``     m                           n, k_1, ..., k_d
+``input``      m, k_1, ..., k_d            n
+``spatial``    m, k_2, ..., k_d            n, k_1
+``tucker2``    no matrix: m and n are reduced, with a rank each
+=============  ==========================  ============================
+"""
+
+
+def row_dims(view: View, dims: int) -> tuple[bool, ...]:
+    """For each of d kernel dimensions, whether it belongs to the rows of the matrix.
+
+    >>> row_dims("spatial", 2)
+    (False, True)
+    """
+    if view == "matrix":
+        return (False,) * dims
+    return tuple(dim > 0 or view != "spatial" for dim in range(dims))
+
+
+def arrange(weight: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """A weight (m x n x kernel) with the dimensions of a view: rows (m, q) and columns c.
+
+    Returns:
+        The weight as (m x c x q), and the place in a patch (n, k_1, ..., k_d) of each (c, q).
+    """
+    above = row_dims(view, weight.dim() - 2)
+    first = [1, *(2 + dim for dim, row in enumerate(above) if not row)]
+    last = [2 + dim for dim, row in enumerate(above) if row]
+    places = torch.arange(weight[0].numel(), device=weight.device).reshape(weight.shape[1:])
+    order = places.permute(*(dim - 1 for dim in first + last))
+    split = len(first)
+    arranged = weight.permute(0, *first, *last).flatten(1, split)
+    return arranged.reshape(*arranged.shape[:2], -1), order.flatten()
+
+
+class Truncations(Protocol):
+    """Approximations of one weight in one view, of every rank."""
+
+    @property
+    def sigma(self) -> Tensor:
+        """Root of the loss that each component carries, ``½ σ_i²`` (k), float64."""
+
+    def losses(self, ranks: Ranks) -> Losses:
+        """Predicted loss at each of these ranks; infinite at one that is not to be chosen."""
+
+    def factors(self, rank: Rank) -> tuple[Tensor, ...]:
+        """What the approximation of a rank is made of, left to right.
+
+        Two factors, (m x r) and (r x n) for a matrix, with a leading dimension of groups and
+        the kernel dimensions of the rows last in the left one for a convolution:
+        (g x m/g x r x q), (g x r x columns).  Tucker-2 has a core between them:
+        (g x m/g x r_2), (g x r_2 x r_1 x k), (g x r_1 x n/g).
+        """
+
+
+class Quadratic(Protocol):
+    """A quadratic form on changes of one weight: the metric at one site."""
+
+    @property
+    def null(self) -> bool:
+        """Whether no change of the weight makes a difference."""
+
+    def loss(self, change: Tensor) -> float:
+        """Predicted loss of a change (canonical layout), in nats for a Fisher metric."""
+
+    def truncations(self, weight: Tensor, view: View) -> Truncations:
+        """Approximations of a weight (canonical layout)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,24 +113,67 @@ class Spectrum:
         """Predicted loss at every rank 0..k: ``½ Σ_{i>r} σ_i²`` (k + 1), float64."""
         return tail(0.5 * self.sigma.square())
 
+    def losses(self, ranks: Ranks) -> Losses:
+        """That loss at some ranks."""
+        return cast("Losses", self.loss().cpu().numpy()[ranks])
+
+    def factors(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        """The first r components, (m x r) and (r x n)."""
+        assert isinstance(rank, int)
+        return self.left[:, :rank], self.right[:rank]
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
     """One weight, or several on one input stacked to one, as a form sees it.
 
     Attributes:
-        weight: W (m x n), in the model's type.
-        spectrum: its decomposition in the metric.
-        loss: predicted loss of replacing W by another matrix (m x n), in nats per prediction
-            for a Fisher metric: ``½ tr(G Δ A Δᵀ)``, damping included.
+        weight: W in canonical layout (:mod:`fxcompress.forms.shape`), in the model's type.
+        quadratic: the metric; None once it was given up, to free its memory.
+        views: what was computed of :meth:`truncations`.
     """
 
     weight: Tensor
-    spectrum: Spectrum
-    loss: Callable[[Tensor], float]
+    quadratic: Quadratic | None
+    views: dict[View, Truncations] = field(default_factory=dict)
+
+    def truncations(self, view: View = "matrix") -> Truncations:
+        """Approximations of W in a view, computed when they are first asked for."""
+        if view not in self.views:
+            self.views[view] = self._metric.truncations(self.weight, view)
+        return self.views[view]
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The decomposition of a matrix (m x n)."""
+        found = self.truncations()
+        assert isinstance(found, Spectrum)
+        return found
+
+    def loss(self, other: Tensor) -> float:
+        """Predicted loss of putting another weight (canonical layout) in W's place.
+
+        In nats per prediction for a Fisher metric: ``½ tr(G Δ A Δᵀ)``, damping included.
+        """
+        return self._metric.loss(other - self.weight.to(other.dtype))
+
+    def without_metric(self) -> Target:
+        """The same, with no more than what was computed already."""
+        return Target(self.weight, None, self.views)
+
+    @property
+    def _metric(self) -> Quadratic:
+        if self.quadratic is None:
+            raise RuntimeError("the metric was given up after the losses were known")
+        return self.quadratic
 
 
 def tail(terms: Tensor) -> Tensor:
     """Sums of the last k, k - 1, ..., 0 entries of the last dimension (... x k + 1)."""
     sums = terms.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([sums, sums.new_zeros(*sums.shape[:-1], 1)], -1)
+
+
+def stack(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Factors of several groups with a leading dimension of groups."""
+    return tuple(torch.stack(each) for each in zip(*parts, strict=True))

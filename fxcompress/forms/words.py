@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 GROUP = "fxcompress.forms"
@@ -35,13 +35,16 @@ _WORDS: dict[str, FormWord] = {}
 
 
 def add_word(word: FormWord) -> None:
-    """Make a name known.
+    """Make a name known, or known for further operators.
 
     Raises:
         ValueError: it is taken.
     """
-    if word.name in _WORDS:
-        raise ValueError(f"a form named {word.name!r} is already registered")
+    known = _WORDS.get(word.name)
+    if known is not None:
+        if known.joint or word.joint or known.operators & word.operators:
+            raise ValueError(f"a form named {word.name!r} is already registered")
+        word = replace(word, operators=known.operators | word.operators)
     _WORDS[word.name] = word
 
 

@@ -99,6 +99,8 @@ def _module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             "padding_mode": module.padding_mode,
             **dtype,
         }
+        if module.transposed and (len(args) > 1 or kwargs.get("output_size") is not None):
+            attributes["output_size"] = True
         op = next(
             name
             for cls in type(module).__mro__

@@ -68,8 +68,10 @@ def obstacle(
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:
     if parametrize.is_parametrized(module):
         return PARAMETRIZED
-    if operator.op == "linear" and not _runs_as_linear(module):
+    if not _runs_as_usual(module):
         return f"its class {type(module).__name__} has a forward of its own"
+    if operator.attributes.get("output_size"):
+        return "it is called with output_size, which decides its output padding anew every time"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (as accelerate does): undo that first"
     if any(module.__dict__[kind] for kind in HOOKS):
@@ -91,10 +93,18 @@ def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator
     return None
 
 
-def _runs_as_linear(module: nn.Module) -> bool:
-    """Whether the class of a linear module computes it in the way of its base class."""
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
+_PLAIN_CLASSES = (
+    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+def _runs_as_usual(module: nn.Module) -> bool:
+    """Whether a module computes what its base class does, in the same way."""
+    for base in _PLAIN_CLASSES:
+        if isinstance(module, base):
+            methods = ("forward", "_conv_forward", "_output_padding")
+            return all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
     return is_hf_conv1d(module) and type(module).__name__ == "Conv1D"
 
 

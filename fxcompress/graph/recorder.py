@@ -55,6 +55,8 @@ class Weight:
         bytes: size in bytes.
         calls: names of the operators that read it as their weight, in execution order.
         rows: positions it was applied to, summed over the calls of the recorded example.
+        inputs: sizes of the values it was applied to, one per call: for a convolution without
+            their channels, (items, then extents); empty for anything that applies rows.
         strangers: scopes that read its values while no owner of it was running.
         source: key of the value it was applied to; equal for weights with the same input.
     """
@@ -67,6 +69,7 @@ class Weight:
     bytes: int
     calls: tuple[str, ...]
     rows: int
+    inputs: tuple[tuple[int, ...], ...]
     strangers: tuple[str, ...]
     source: str
 
@@ -82,8 +85,9 @@ class Recording:
         weights: facts per parameter, by its first name.
         macs: multiply-accumulates of the recorded pass (matrix products, convolutions and
             attention, as counted by ``torch.utils.flop_counter``).
-        samples: for each weight, up to :data:`SAMPLE_ROWS` rows of the input that it met
-            (rows x features), to verify a rewrite on.
+        samples: for each weight, some of the input that it met, to verify a rewrite on: up to
+            :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
+            items of a convolution (items x channels x extents).
         called: paths of all modules that were called in any of the passes.
     """
 
@@ -96,6 +100,8 @@ class Recording:
 
 
 SAMPLE_ROWS = 32
+SAMPLE_ENTRIES = 1 << 18
+"""Of a convolution's input, no more entries are kept than this, but one item at least."""
 
 
 def record(
@@ -130,7 +136,7 @@ def _agree(facts: list[Weight]) -> Weight:
     source = "|".join(fact.source for fact in facts)
     return Weight(
         head.name, head.aliases, head.shape, head.dtype, head.device, head.bytes,
-        head.calls, head.rows, strangers, source,
+        head.calls, head.rows, head.inputs, strangers, source,
     )  # fmt: skip
 
 
@@ -181,6 +187,7 @@ class _Recorder(TorchFunctionMode):
         self.reads: dict[int, list[fx.Node]] = defaultdict(list)
         self.sources: dict[int, list[str]] = defaultdict(list)
         self.rows: dict[int, int] = defaultdict(int)
+        self.inputs: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
         self.called: set[str] = set()
 
@@ -321,13 +328,21 @@ class _Recorder(TorchFunctionMode):
         producer = self.producers.get(data, (None, None))[0]
         self.reads[key].append(node)
         self.sources[key].append(f"{producer}@{self.versions.of(data)}")
-        data = _physical(data)
-        if data.dim() and data.shape[-1]:
-            self.rows[key] += data.numel() // data.shape[-1]
-            if data.is_floating_point():
-                rows = data.detach().reshape(-1, data.shape[-1])
-                step = max(1, len(rows) // SAMPLE_ROWS)
-                self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
+        data = _physical(data).detach()
+        if not data.dim() or not data.numel():
+            return
+        op = node.meta["op"]
+        if op.startswith("conv"):
+            items = data.unsqueeze(0) if data.dim() < int(op[-2]) + 2 else data
+            self.inputs[key].append((len(items), *items.shape[2:]))
+            few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))
+            self.samples[key].append(items[: min(few, SAMPLE_ROWS)].clone())
+            return
+        rows = data.reshape(-1) if op == "embedding" else data.reshape(-1, data.shape[-1])
+        self.rows[key] += len(rows)
+        if data.is_floating_point() or op == "embedding":
+            step = max(1, len(rows) // SAMPLE_ROWS)
+            self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
 
     def notice_strangers(self, args: Any, kwargs: Any) -> None:
         """A parameter's values are read although no owner of it is running."""
@@ -352,13 +367,14 @@ class _Recorder(TorchFunctionMode):
                 bytes=tensor.numel() * tensor.element_size(),
                 calls=tuple(node.name for node in self.reads[key]),
                 rows=self.rows[key],
+                inputs=tuple(self.inputs[key]),
                 strangers=tuple(dict.fromkeys(self.strangers[key])),
                 source=" ".join(self.sources[key]),
             )
             weight_of.update({node.name: name for node in self.reads[key]})
-            rows = self.samples[key]
-            if len({part.shape[1] for part in rows}) == 1:
-                samples[name] = torch.cat(rows)
+            parts = self.samples[key]
+            if len({part.shape[1:] for part in parts}) == 1:
+                samples[name] = torch.cat(parts)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         called = frozenset(self.called)
         return Recording(self.graph, operators, weights, macs, samples, called)

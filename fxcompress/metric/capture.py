@@ -1,49 +1,28 @@
-"""One pass over the calibration data: second moments for every site.
-
-Inputs are seen by a forward hook on the site's module, output gradients by a hook on the
-*tensor* that it returns: module backward hooks break when an in-place activation follows.
-Parameters need no gradient, so the backward pass is the cheap half of a training step.
-"""
+"""Moments of every site, from one pass over the calibration data."""
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.errors import CalibrationError
-from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model, to_device
+from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
+from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
-from fxcompress.metric.moments import LARGEST_OUTPUT, GramSum, Moments
-from fxcompress.metric.output import (
-    Loss,
-    OutputGradient,
-    OutputKind,
-    loss_gradient,
-    sampled_gradient,
+from fxcompress.metric.moments import (
+    LARGEST_OUTPUT,
+    CountSum,
+    GramSum,
+    Moments,
+    Statistic,
 )
-
-
-class Target(Protocol):
-    """What calibration needs to know of a site."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def calls(self) -> int: ...
+from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.passes import InputKey, SiteFacts, input_key, run_pass
+from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +42,9 @@ class Calibration:
     kind: str = "none"
 
 
-Tick = Callable[[], None]
-
-
 def calibrate(
     model: nn.Module,
-    sites: Sequence[Target],
+    sites: Sequence[SiteFacts],
     batches: Iterable[Any],
     metric: Metric,
     *,
@@ -76,269 +52,146 @@ def calibrate(
     loss: Loss | None = None,
     forward: Forward | None = None,
     seed: int = 0,
-    tick: Tick = lambda: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Gather the moments that ``metric`` needs at every site.
 
     Args:
-        model: runs in eval mode; modes and ``requires_grad`` are restored afterwards.
-        sites: each ``name`` is the path of a module that maps (..., n) to (..., m).
-        batches: see :mod:`fxcompress.graph.inputs`; gone through once.
         metric: says which statistics are needed.
-        output: family of the output distribution.
-        loss: the user's own negative log-likelihood instead of sampled labels.
-        forward: how to call the model on a batch.
-        seed: of the sampled labels.
-        tick: called after every batch.
+        model, sites, batches, output, loss, forward, seed, tick: as of
+            :func:`fxcompress.metric.passes.run_pass`.
 
     Raises:
-        CalibrationError: no batches; a batch that the model rejects; values that are not
-            finite (naming the site and the batch); a site that no data reached.
+        CalibrationError: as there.
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    session = _Session(model, sites, metric)
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    backward = bool(metric.needs & {"output", "weight"})
-    count = predictions = 0
-    kind = "none"
-    with session.attached():
-        for batch in batches:
-            session.begin(count, padding_mask(batch))
-            with torch.set_grad_enabled(backward):
-                result = _forward(model, batch, forward, count)
-                if backward:
-                    with _named(count):
-                        batch = to_device(batch, device_of(model)) if loss else batch
-                        start = (
-                            loss_gradient(result, batch, loss)
-                            if loss
-                            else sampled_gradient(result, output, session.mask, generator)
-                        )
-                        _backward(start)
-                    predictions += start.predictions
-                    kind = start.kind
-            session.end()
-            count += 1
-            tick()
-    if not count:
-        raise CalibrationError(
-            f"metric {metric.name} needs calibration data, and the iterable given was empty "
-            "or exhausted; pass a list of batches or a fresh DataLoader"
-        )
-    if backward and not predictions:
-        raise CalibrationError(
-            "the calibration batches hold no prediction at all: they are empty, or their "
-            "attention_mask is zero everywhere"
-        )
-    return Calibration(session.finish(predictions), count, predictions, kind)
+    sums = _Sums(model, sites, metric.needs, metric.backward)
+    passed = run_pass(
+        model, sites, batches, sums,
+        output=output, loss=loss, forward=forward, seed=seed, tick=tick,
+    )  # fmt: skip
+    moments = sums.finish(passed.predictions)
+    return Calibration(moments, passed.batches, passed.predictions, passed.kind)
 
 
-def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
-    try:
-        return run_model(model, batch, forward)
-    except CalibrationError:
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"the model rejected calibration batch {index}: {type(error).__name__}: {error}\n"
-            "A batch is a tensor, a tuple (positional arguments) or a mapping (keyword "
-            "arguments); for (input, label) pairs pass forward=lambda model, batch: model(batch[0])"
-        ) from error
+class _Sums:
+    """Running sums of one pass: a visitor (:class:`fxcompress.metric.passes.Visitor`)."""
 
-
-@contextmanager
-def _named(index: int) -> Iterator[None]:
-    """Lets every error say on which batch it happened."""
-    try:
-        yield
-    except CalibrationError as error:
-        if f"calibration batch {index}" in str(error):
-            raise
-        raise CalibrationError(f"on calibration batch {index}: {error}") from error
-
-
-def _backward(start: OutputGradient) -> None:
-    if not start.tensor.requires_grad:
-        raise CalibrationError(
-            "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
-            "pass a forward= that does not, or choose metric: {kind: activation}"
-        )
-    try:
-        torch.autograd.backward(start.tensor, start.gradient)
-    except CalibrationError:
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"the backward pass failed: {type(error).__name__}: {error}\n"
-            "metric: {kind: activation} needs none"
-        ) from error
-
-
-@dataclass
-class _Session:
-    """Hooks and running sums of one data pass."""
-
-    model: nn.Module
-    sites: Sequence[Target]
-    metric: Metric
-    mask: Tensor | None = None
-    batch: int = 0
-
-    def __post_init__(self) -> None:
-        device = device_of(self.model)
-        self.inputs: dict[str, GramSum] = {}  # by input, shared between sites
-        self.outputs: dict[str, GramSum] = {}
-        self.weights: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = defaultdict(int)
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[SiteFacts],
+        needs: frozenset[Statistic],
+        backward: bool,
+    ) -> None:
+        self.sites = sites
+        self.needs = needs
+        self.backward = backward
+        self.keeps_inputs = bool(needs & {"weight", "entries"})
+        device = device_of(model)
+        self.inputs: dict[InputKey, list[GramSum] | CountSum] = {}
+        self.outputs: dict[str, list[GramSum]] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.rows: dict[InputKey, int] = defaultdict(int)
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
-        self.seen: dict[str, list[tuple[weakref.ref[Tensor], int]]] = {}
-        self.calls: dict[str, int] = {}
-        for site in self.sites:
-            exact = any(
-                p.dtype == torch.float64 for p in self.model.get_submodule(site.name).parameters()
-            )
-            dtype = torch.float64 if exact else torch.float32
-            if "input" in self.metric.needs and site.source not in self.inputs:
-                self.inputs[site.source] = GramSum(site.in_features, device, dtype)
-            if "output" in self.metric.needs:
-                wide = site.out_features >= LARGEST_OUTPUT
-                self.outputs[site.name] = GramSum(site.out_features, device, dtype, diagonal=wide)
-            if "weight" in self.metric.needs:
-                self.weights[site.name] = torch.zeros(
-                    site.out_features, dtype=torch.float64, device=device
+        for site in sites:
+            shape = site.shape
+            dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
+            groups, m, n = sizes(shape)
+            if "input" in needs and input_key(site) not in self.inputs:
+                self.inputs[input_key(site)] = (
+                    CountSum(n, device)
+                    if isinstance(shape, EmbeddingShape)
+                    else [GramSum(n, device, dtype) for _ in range(groups)]
                 )
+            if "output" in needs:
+                wide = m >= LARGEST_OUTPUT
+                self.outputs[site.name] = [
+                    GramSum(m, device, dtype, diagonal=wide) for _ in range(groups)
+                ]
+            if self.keeps_inputs:
+                size = (groups, m, n) if "entries" in needs else (groups, m)
+                self.squares[site.name] = torch.zeros(size, dtype=torch.float64, device=device)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        training = [module for module in self.model.modules() if module.training]
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        handles = []
-        try:
-            self.model.eval()
-            for parameter in learning:
-                parameter.requires_grad_(False)
-            for site in self.sites:
-                module = self.model.get_submodule(site.name)
-                handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in learning:
-                parameter.requires_grad_(True)
-            for module in training:
-                module.training = True
+    def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
+        key = input_key(site)
+        sums = self.inputs.get(key)
+        if sums is None:
+            return not data.is_floating_point() or bool(data.isfinite().all())
+        finite = True
+        for rows in input_rows(data, site.shape, mask):
+            if isinstance(sums, CountSum):
+                sums.add(rows)
+                self.rows[key] += len(rows)
+            else:
+                finite = _add(sums, rows) and finite
+                self.rows[key] += rows.shape[-2]
+        return finite
 
-    def begin(self, batch: int, mask: Tensor | None) -> None:
-        self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
-        self.seen = defaultdict(list)
-        self.calls = defaultdict(int)
+    def gradient(
+        self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
+    ) -> bool:
+        finite = True
+        sums = self.outputs.get(site.name)
+        if sums is not None:
+            finite = _add(sums, output_rows(gradient, site.shape, mask))
+        if data is None:
+            return finite
+        if site.calls > 1:  # the same weight used again: sum before squaring
+            parts = [*weight_gradients(data, gradient, site.shape)]
+            self.pending[site.name].append(torch.cat(parts))
+            return finite and all(bool(part.isfinite().all()) for part in parts)
+        entries = "entries" in self.needs
+        found = squared_gradients(data, gradient, site.shape, entries=entries)
+        self.squares[site.name] += found
+        return finite and bool(found.isfinite().all())
 
     def end(self) -> None:
         for name, products in self.pending.items():
-            self.weights[name] += _row_means(torch.stack(products).sum(0))
+            squares = torch.stack(products).sum(0).square().sum(0, dtype=torch.float64)
+            self.squares[name] += squares if "entries" in self.needs else squares.mean(2)
         self.pending.clear()
 
     def finish(self, predictions: int) -> dict[str, Moments]:
-        unreached = [site.name for site in self.sites if not self.rows[site.source]]
-        if unreached:
-            raise CalibrationError(
-                f"no calibration data reached {', '.join(unreached[:5])}"
-                f"{' and others' if len(unreached) > 5 else ''}: the layer runs on the example "
-                "input but on none of the calibration batches"
+        """The means, by site; the sums are given up."""
+        inputs: dict[InputKey, Tensor] = {}
+        found = {}
+        for site in self.sites:
+            key = input_key(site)
+            if key in self.inputs:
+                inputs[key] = _finish(self.inputs.pop(key), self.rows[key], site)
+            outputs = self.outputs.pop(site.name, None)
+            squares = self.squares.pop(site.name, None)
+            if squares is not None:
+                squares /= predictions
+                squares = squares if isinstance(site.shape, ConvShape) else squares[0]
+            entries = "entries" in self.needs
+            found[site.name] = Moments(
+                input=inputs.get(key),
+                output=None if outputs is None else _finish(outputs, predictions, site),
+                weight=None if entries else squares,
+                entries=squares if entries else None,
             )
-        grams = {key: gram.finish(self.rows[key]) for key, gram in self.inputs.items()}
-        return {
-            site.name: Moments(
-                input=grams.get(site.source),
-                output=self.outputs[site.name].finish(predictions) if self.outputs else None,
-                weight=self.weights[site.name] / predictions if self.weights else None,
-            )
-            for site in self.sites
-        }
-
-    # ---- hooks -------------------------------------------------------------------
-
-    def _hook(self, site: Target) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-            data: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self._see_input(site, data)
-            if not torch.is_grad_enabled():
-                return None
-            replaced = None
-            if not out.requires_grad:
-                # The first sites of the network; the clone is no leaf, so that an in-place
-                # activation may follow.
-                out = replaced = out.detach().requires_grad_().clone()
-            held = data.detach() if "weight" in self.metric.needs else None
-            out.register_hook(partial(self._see_gradient, site, held))  # type: ignore[no-untyped-call]
-            return replaced
-
-        return hook
-
-    def _see_input(self, site: Target, data: Tensor) -> None:
-        version = -1 if data.is_inference() else data._version
-        call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
-        seen = self.seen[site.source]
-        if call < len(seen):
-            if seen[call][0]() is data and seen[call][1] == version:
-                return
-            raise CalibrationError(
-                f"{site.name} shared its input with another layer when the model was recorded, "
-                f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
-            )
-        seen.append((weakref.ref(data), version))
-        rows = self._rows(data)
-        self.rows[site.source] += len(rows)
-        gram = self.inputs.get(site.source)
-        if gram is not None:
-            self._require_finite(gram.add(rows), site, "input")
-
-    def _see_gradient(self, site: Target, data: Tensor | None, gradient: Tensor) -> None:
-        gram = self.outputs.get(site.name)
-        if gram is not None:
-            self._require_finite(gram.add(self._rows(gradient)), site, "output gradient")
-        if data is not None:
-            if site.calls > 1:  # the same weight used again: sum before squaring
-                self.pending[site.name].append(_sample_products(data, gradient))
-            elif data.dim() <= 2:  # one position a sample: (g_i a_j)² = g_i² a_j²
-                squares = data.to(torch.float64).square().mean(-1, keepdim=True)
-                weighted = gradient.to(torch.float64).square() * squares
-                self.weights[site.name] += weighted.reshape(-1, site.out_features).sum(0)
-            else:
-                self.weights[site.name] += _row_means(_sample_products(data, gradient))
-            self._require_finite(
-                bool(self.weights[site.name].sum().isfinite()), site, "weight gradient"
-            )
-
-    def _rows(self, data: Tensor) -> Tensor:
-        rows = data.detach()
-        if self.mask is not None and rows.dim() == 3 and rows.shape[:2] == self.mask.shape:
-            return rows[self.mask]
-        return rows.reshape(-1, rows.shape[-1])
-
-    def _require_finite(self, finite: bool, site: Target, what: str) -> None:
-        if not finite:
-            raise CalibrationError(
-                f"{what} of {site.name} has NaN or infinite values on calibration batch "
-                f"{self.batch}; check the batch and the model's weights (a float16 model can "
-                "overflow: try model.float())"
-            )
+        return found
 
 
-def _sample_products(data: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of the weight for every sample, ``Σ_t g_t a_tᵀ`` (samples x m x n).
-
-    The first dimension counts samples; a matrix (rows x features) is one position a sample.
-    """
-    wide = torch.promote_types(data.dtype, torch.float32)
-    a, g = data.to(wide), gradient.to(wide)
-    a = a.reshape(len(a), -1, a.shape[-1])
-    g = g.reshape(len(g), -1, g.shape[-1])
-    return g.transpose(1, 2) @ a
+def sizes(shape: Shape) -> tuple[int, int, int]:
+    """Groups, and rows and columns of the matrix of each of them."""
+    if isinstance(shape, ConvShape):
+        return shape.groups, shape.group_out, shape.group_in * shape.taps
+    return 1, shape.out_features, shape.in_features
 
 
-def _row_means(products: Tensor) -> Tensor:
-    """Mean square along each row, summed over samples: (samples x m x n) to (m), float64."""
-    return products.square().mean(2, dtype=torch.float64).sum(0)
+def _add(sums: Sequence[GramSum], rows: Tensor) -> bool:
+    """Add rows (positions x n), or (g x positions x n) for groups; False if not finite."""
+    parts = rows if rows.dim() > 2 else rows[None]
+    finite = [each.add(part) for each, part in zip(sums, parts, strict=True)]
+    return all(finite)
+
+
+def _finish(sums: Sequence[GramSum] | CountSum, count: int, site: SiteFacts) -> Tensor:
+    if isinstance(sums, CountSum):
+        return sums.finish(count)
+    means = [each.finish(count) for each in sums]
+    return torch.stack(means) if isinstance(site.shape, ConvShape) else means[0]

@@ -1,6 +1,8 @@
-"""Second moments of the inputs and output gradients of a linear operator.
+"""Second moments of the inputs and output gradients of an operator.
 
-Layout: an operator maps rows ``a`` (n) to rows ``W a`` (m); a *position* is one such row.
+Layout: an operator maps rows ``a`` (n) to rows ``W a`` (m); a *position* is one such row.  The rows
+of a convolution are patches of its input, in each group (n/g·k to m/g), and everything has a
+leading dimension of g groups; those of an embedding are one-hot vectors.
 Products are taken in float32 (float64 for a float64 model), sums over the data in float64.
 """
 
@@ -12,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Statistic = Literal["input", "output", "weight"]
+Statistic = Literal["input", "output", "weight", "entries"]
 
 LARGEST_OUTPUT = 16384
 """From this width on (a vocabulary, say) only the diagonal of G is kept."""
@@ -23,17 +25,20 @@ class Moments:
     """Statistics of one site; those that the metric did not ask for are None.
 
     Attributes:
-        input: A = mean over positions of ``a aᵀ`` (n x n), float64.
+        input: A = mean over positions of ``a aᵀ`` (n x n), float64; for an embedding its diagonal
+            (V), how often each row is looked up.
         output: G = sum over positions of ``g gᵀ`` per *prediction* (m x m), or its diagonal (m)
             if m >= :data:`LARGEST_OUTPUT`; float64.  With the sum over positions divided by the
             number of predictions, ``A ⊗ G`` is the K-FAC Fisher per prediction, also where
             a prediction is made from many positions (an image classifier).
         weight: mean over each row of W of the diagonal of the Fisher per prediction (m), float64.
+        entries: the diagonal of the Fisher per prediction (m x n), float64.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     weight: Tensor | None = None
+    entries: Tensor | None = None
 
 
 class GramSum:
@@ -107,3 +112,19 @@ class GramSum:
             mean[start:stop, start:stop] = square.triu() + square.triu(1).T
         self._sums.clear()
         return mean
+
+
+class CountSum:
+    """How often each of ``features`` indices occurs: the Gram of their one-hot vectors."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.features = features
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def add(self, indices: Tensor) -> None:
+        """Add indices (positions)."""
+        self._sum += torch.bincount(indices, minlength=self.features)
+
+    def finish(self, count: int) -> Tensor:
+        """The mean (features): the counts divided by ``count``."""
+        return self._sum / max(count, 1)

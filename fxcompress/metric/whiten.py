@@ -39,6 +39,11 @@ class Whitener:
     scale: Tensor | None = None
     null: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is the identity."""
+        return self.lower is None and self.root is None and self.scale is None
+
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
         if self.lower is not None:

@@ -153,15 +153,20 @@ def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
 
 
 def ranks_text(row: Row) -> str:
-    """``r 96..208 of 576 ▄▅█▇``; the bars are left out if there is nothing to compare."""
-    ranks = ranks_of(row.sites)
-    text = f"r {span(ranks, '{:.0f}'.format)} of {row.sites[0].full_rank}"
-    return text if min(ranks) == max(ranks) else f"{text} {sparkline(ranks)}"
+    """``r 96..208 of 576 ▄▅█▇``; the bars are left out if there is nothing to compare.
+
+    The two ranks of a form that has them are joined: ``r 8..12×16 of 32×64``.
+    """
+    axes = ranks_of(row.sites)
+    whole = "×".join(str(full) for full in row.sites[0].full_ranks)
+    text = f"r {'×'.join(span(ranks, '{:.0f}'.format) for ranks in axes)} of {whole}"
+    first = axes[0]
+    return text if min(first) == max(first) else f"{text} {sparkline(first)}"
 
 
-def ranks_of(sites: tuple[SitePlan, ...]) -> list[int]:
-    """Ranks of rewritten sites."""
-    return [site.rank for site in sites if site.rank is not None]
+def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
+    """Ranks of rewritten sites, one list for each rank that their form has."""
+    return [list(axis) for axis in zip(*(site.ranks for site in sites), strict=True)]
 
 
 def _group_lines(group: Group, label: str) -> list[str]:
@@ -225,18 +230,23 @@ def part_text(row: Row, index: int) -> str:
     parts = [site.parts[index] for site in row.sites]
     if parts[0].in_features is None:
         return parts[0].op
-    ranks, widths = ranks_of(row.sites), [site.out_features for site in row.sites]
+    axes, widths = ranks_of(row.sites), [site.out_features for site in row.sites]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
-    return f"{parts[0].op} {'→'.join(_features(end, ranks, widths) for end in ends)}"
+    kernel = "×".join(map(str, parts[0].kernel))
+    text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"
+    return text.rstrip()
 
 
-def _features(sizes: Sequence[int | None], ranks: Sequence[int], widths: Sequence[int]) -> str:
+def _features(
+    sizes: Sequence[int | None], axes: Sequence[Sequence[int]], widths: Sequence[int]
+) -> str:
     if len(set(sizes)) == 1:
         return str(sizes[0])
-    if list(sizes) == list(ranks):
-        return "r"
-    if list(sizes) == [m - r for m, r in zip(widths, ranks, strict=True)]:
-        return f"{widths[0]}-r"
+    for axis, ranks in enumerate(axes):
+        if list(sizes) == list(ranks):
+            return "r" if len(axes) == 1 else f"r{axis + 1}"
+        if list(sizes) == [m - r for m, r in zip(widths, ranks, strict=True)]:
+            return f"{widths[0]}-r"
     return span((size or 0 for size in sizes), "{:.0f}".format)
 
 

@@ -130,7 +130,7 @@ def structure(children: Sequence[SitePlan]) -> Structure:
     """What makes blocks alike: everything about their sites but ranks and what follows from them.
 
     >>> structure([up_proj])                                        # doctest: +SKIP
-    (('up_proj', 'linear', 576, 1536, False, 'float32', 'pivoted', 'mlp', 'rules.yaml:22'),)
+    (('up_proj', 'linear 576→1536', False, 'float32', 'pivoted', 'mlp', 'rules.yaml:22'),)
     """
     return tuple((child_name(site.name), *_kind(site)) for site in children)
 
@@ -147,9 +147,7 @@ def child_name(path: str) -> str:
 
 def _kind(site: SitePlan) -> tuple[object, ...]:
     return (
-        site.op,
-        site.in_features,
-        site.out_features,
+        site.operator,
         site.bias,
         site.dtype,
         site.form,

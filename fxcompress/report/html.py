@@ -146,12 +146,12 @@ def _line(branch: Branch, key: int, above: int | None, depth: int, opened: bool)
     before = reduce(add, (one.before for one in sites), ZERO)
     after = reduce(add, (one.after for one in sites), ZERO)
     predicted = math.fsum(one.predicted for one in sites)
-    ratios = [one.rank / one.full_rank if one.rank is not None else 1.0 for one in sites]
+    ratios = [one.rank_share for one in sites]
     ratio = sum(ratios) / len(ratios)
     rewritten = sum(one.form is not None for one in sites)
     if site is not None and len(sites) == 1:
         form = site.form or "dense"
-        rank = f"{site.rank if site.rank is not None else site.full_rank} / {site.full_rank}"
+        rank = " / ".join("×".join(map(str, each)) for each in (site.ranks, site.full_ranks))
     else:
         form = f"{rewritten} of {len(sites)}"
         rank = f"mean {100 * ratio:.0f}%"
@@ -196,7 +196,8 @@ def spectrum_plot(site: SitePlan) -> Plot | None:
     cut = None
     if site.rank is not None:
         # Between the last index that is kept and the first that is not; indices count from 0.
-        cut = min(WIDTH * max(site.rank - 0.5, 0) / max(site.full_rank - 1, 1), float(WIDTH))
+        place = max(site.ranks[0] - 0.5, 0) / max(site.full_ranks[0] - 1, 1)
+        cut = min(WIDTH * place, float(WIDTH))
     stride = math.ceil((high - low) / 6)
     return Plot(
         points=points,

@@ -57,8 +57,9 @@ def plan_table(plan: Plan) -> str:
 def _row(row: Row) -> str:
     site = row.sites[0]
     name = row.name or "(itself)"
-    ranks = ranks_of(row.sites)
-    text = span(ranks, "{:.0f}".format)
+    axes = ranks_of(row.sites)
+    ranks = axes[0]
+    text = "×".join(span(axis, "{:.0f}".format) for axis in axes)
     kept = [
         100 * one.after.parameters / one.before.parameters
         for one in row.sites

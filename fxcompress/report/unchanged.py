@@ -90,7 +90,7 @@ def fold_reasons(reasons: Sequence[str]) -> str:
 
 def site_text(site: SitePlan) -> str:
     """``linear 576→1536``."""
-    return f"{site.op} {site.in_features}→{site.out_features}"
+    return site.operator
 
 
 def _shape_text(op: str, shape: tuple[int, ...]) -> str:

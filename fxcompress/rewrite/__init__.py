@@ -4,7 +4,6 @@ from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatche
 from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember
-from fxcompress.rewrite.shape import linear_shape
 from fxcompress.rewrite.skeleton import own_parameters, prepared, skeleton
 from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
 from fxcompress.rewrite.verify import verify
@@ -17,7 +16,6 @@ __all__ = [
     "Provenance",
     "apply_plan",
     "empty_bodies",
-    "linear_shape",
     "mismatches",
     "own_parameters",
     "prepared",

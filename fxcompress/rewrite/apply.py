@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxcompress.forms import JointBody, LinearShape, find_form, find_joint_form
+from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
+from fxcompress.modules import shape_of
 from fxcompress.plan import Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
-from fxcompress.rewrite.shape import linear_shape
 from fxcompress.rewrite.skeleton import prepared
 from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
 
@@ -31,17 +32,29 @@ class Bodies:
     joint: Mapping[str, JointBody]
 
 
-def empty_bodies(plan: Plan, device: torch.device) -> Bodies:
-    """Bodies without values, for a state dict to be loaded into."""
+def empty_bodies(plan: Plan, model: nn.Module) -> Bodies:
+    """Bodies without values, for a state dict to be loaded into.
+
+    Args:
+        plan: that fits the model (:func:`mismatches`).
+        model: as it was before the rewrite; says what shapes, types and devices are.
+    """
+    reference = prepared(model)  # sites are named in this tree
+
+    def shape(site: SitePlan) -> Any:
+        found = shape_of(reference.get_submodule(site.name))
+        return replace(found, dtype=getattr(torch, site.dtype))
+
     single = {}
     for site in plan.rewritten:
         if not site.bundle:
             form, rank = site.choice
-            single[site.name] = find_form(form, plan.templates).empty(_shape_of(site, device), rank)
+            single[site.name] = find_form(form, site.op, plan.templates).empty(shape(site), rank)
     joint = {}
     for name, sites in plan.bundles.items():
         form, rank = sites[0].choice
-        shapes = [_shape_of(site, device) for site in sites]
+        shapes = [shape(site) for site in sites]
+        assert isinstance(rank, int)
         joint[name] = find_joint_form(form, plan.templates).empty(shapes, rank)
     return Bodies(single, joint)
 
@@ -60,18 +73,12 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
         lift(model, only=names)
     for site in plan.rewritten:
         if not site.bundle:
-            form = find_form(site.choice[0], plan.templates)
+            form = find_form(site.choice[0], site.op, plan.templates)
             substitute(model, bodies.single[site.name], form, _origin(site))
     for name, sites in plan.bundles.items():
         joint = find_joint_form(sites[0].choice[0], plan.templates)
         substitute_joint(model, bodies.joint[name], joint, [_origin(site) for site in sites])
     disable_fast_paths(model, names)
-
-
-def _shape_of(site: SitePlan, device: torch.device) -> LinearShape:
-    """The shape of a site as its plan has it."""
-    dtype = getattr(torch, site.dtype)
-    return LinearShape(site.in_features, site.out_features, site.bias, dtype, device)
 
 
 def _origin(site: SitePlan) -> Provenance:
@@ -85,17 +92,20 @@ def mismatches(model: nn.Module, plan: Plan) -> str:
     problems = []
     for site in plan.rewritten:
         try:
-            shape = linear_shape(reference.get_submodule(site.name))
+            found = describe(shape_of(reference.get_submodule(site.name)))
         except (AttributeError, ValueError):  # nothing of that name, or not a matrix
-            problems.append(f"it has no linear layer {site.name}")
+            problems.append(f"it has no {site.op} layer {site.name}")
             continue
-        found = _describe(shape.in_features, shape.out_features, shape.bias)
-        wanted = _describe(site.in_features, site.out_features, site.bias)
+        wanted = f"{site.operator}{'' if site.bias else WITHOUT_BIAS}"
         if found != wanted:
             problems.append(f"{site.name} is {found}, the plan has {wanted}")
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
 
 
-def _describe(n: int, m: int, bias: bool) -> str:
-    return f"linear {n}→{m}{'' if bias else ' without bias'}"
+WITHOUT_BIAS = " without bias"
+
+
+def describe(shape: Shape) -> str:
+    """An operator as messages name it: ``linear 8→4 without bias``."""
+    return f"{shape}{'' if shape.bias else WITHOUT_BIAS}"

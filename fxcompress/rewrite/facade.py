@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import Form, JointForm
-from fxcompress.graph.canonical import is_hf_conv1d
+from fxcompress.forms import Form, JointForm, Rank
+from fxcompress.modules import shape_of
 from fxcompress.rewrite.lazy import lazy
-from fxcompress.rewrite.shape import linear_shape
 
 _OWN = {*nn.Module().__dict__, "training"}
 
@@ -27,14 +26,14 @@ class Factorized(nn.Module):
         form: name of the form.
         kind: the form itself.
         rank: its rank.
-        shape: of the operator that it replaces.
-        transposed: ``weight`` is reported as (in x out), as Hugging Face's ``Conv1D`` has it.
+        shape: of the operator that it replaces; ``weight`` is reported in the layout in which
+            that one stored it.
     """
 
     body: fx.GraphModule
 
     def __init__(
-        self, original: nn.Module, body: fx.GraphModule, form: Form | JointForm, rank: int
+        self, original: nn.Module, body: fx.GraphModule, form: Form | JointForm, rank: Rank
     ) -> None:
         super().__init__()
         for key, value in original.__dict__.items():
@@ -43,14 +42,14 @@ class Factorized(nn.Module):
         self.form = form.name
         self.kind = form
         self.rank = rank
-        self.shape = linear_shape(original)
-        self.transposed = is_hf_conv1d(original)
+        self.shape = shape_of(original)
+        self.stored_size = tuple(original.weight.shape)  # type: ignore[arg-type]
         self.replaces = type(original).__name__
         self.body = body
         self.train(original.training)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        # nn.Linear calls its argument ``input``, Conv1D calls it ``x``; either may be named.
+        # nn.Linear calls its argument ``input``, Hugging Face's Conv1D ``x``; it may be named.
         (value,) = (*args, *kwargs.values())
         out: Tensor = self.body(value)
         return out
@@ -58,13 +57,11 @@ class Factorized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for: differentiable, computed on demand."""
-        m, n = self.shape.out_features, self.shape.in_features
-        size = (n, m) if self.transposed else (m, n)
-        return lazy(size, next(self._whole().parameters()), self.dense)
+        return lazy(self.stored_size, next(self._whole().parameters()), self.dense)
 
     def dense(self) -> Tensor:
         """The dense weight, computed at once."""
-        return self._weight().T if self.transposed else self._weight()
+        return self.shape.stored(self._weight())
 
     @property
     def bias(self) -> Tensor | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import JointForm
+from fxcompress.forms import JointForm, Rank
 from fxcompress.forms.form import Member, dense_bias_of, dense_weight_of
 from fxcompress.rewrite.facade import Factorized
 
@@ -134,7 +134,7 @@ class JointMember(Factorized):
         original: nn.Module,
         head: fx.GraphModule,
         form: JointForm,
-        rank: int,
+        rank: Rank,
         joint: Shared,
         index: int,
     ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxcompress.forms import Form, JointBody, JointForm
+from fxcompress.forms import Form, JointBody, JointForm, Rank
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.replace import replace_module
@@ -26,7 +26,7 @@ class Provenance:
     location: str
     site: str
     form: str
-    rank: int
+    rank: Rank
 
 
 def substitute(model: nn.Module, body: fx.GraphModule, form: Form, origin: Provenance) -> None:

@@ -25,62 +25,62 @@ INACCURATE = 1e-4
 
 
 @torch.no_grad()
-def verify(body: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None, rows: Tensor) -> None:
-    """Compare ``body(x)`` with ``left @ right @ x + bias`` computed in float64.
+def verify(body: nn.Module, exact: Tensor, inputs: Tensor, channels: int = -1) -> None:
+    """Compare ``body(inputs)`` with what it stands for, computed in float64.
 
-    Two yardsticks.  *Is it right?*  Every output may be off by what rounding the parameters to
-    the model's type does to that output, which is found by rounding them at random: so a wrong
-    entry is found in bfloat16 too, and a right body passes in float64 too.  *Is it of use?*
+    Two yardsticks.  *Is it right?*  Every output channel may be off by what rounding the
+    parameters to the model's type does to it, which is found by rounding them at random: so a
+    wrong entry is found in bfloat16 too, and a right body passes in float64 too.  *Is it of use?*
     All outputs together must be accurate enough: a form that amplifies rounding errors is
     not, though nothing is wrong with it.
 
     Args:
-        body: takes (rows x n) to (rows x m) in the model's type.
-        left: (m x r).
-        right: (r x n).
-        bias: (m), or None.
-        rows: held inputs (rows x n).
+        body: in the model's type.
+        exact: outputs of the operator with the weight that the body stands for, float64.
+        inputs: that the outputs belong to, in the model's type, or integers.
+        channels: the dimension of outputs that counts their channels.
 
     Raises:
         FormError: the outputs are not finite, wrong, or too inaccurate.
     """
-    exact = rows.double() @ right.double().T @ left.double().T
-    if bias is not None:
-        exact = exact + bias.double()
-    got = body(rows).double()
+    got = body(inputs)
+    dtype = got.dtype
+    got = got.double()
     if not bool(got.isfinite().all()):
         raise FormError("the rewritten layer returned values that are not finite")
-    error, allowed = _rms(got - exact), SLACK * _spread(body, rows)
-    kind = str(rows.dtype).removeprefix("torch.")
+    error = _rms(got - exact, channels)
+    allowed = SLACK * _spread(body, inputs, dtype, channels)
+    kind = str(dtype).removeprefix("torch.")
     if bool((error > allowed).any()):
         worst = int((error - allowed).argmax())
         raise FormError(
             f"output {worst} of the rewritten layer is off by {float(error[worst]):.1e}, and "
             f"rounding in {kind} explains {float(allowed[worst]):.1e}"
         )
-    scale, overall = float(_rms(exact).norm()), float(error.norm())
-    if overall > scale * max(INACCURATE, 32 * torch.finfo(rows.dtype).eps):
+    scale, overall = float(_rms(exact, channels).norm()), float(error.norm())
+    if overall > scale * max(INACCURATE, 32 * torch.finfo(dtype).eps):
         raise FormError(
             f"the rewritten layer is off by {overall / scale:.1e} of its output: this form "
             f"amplifies rounding errors in {kind} too much"
         )
 
 
-def _spread(body: nn.Module, rows: Tensor) -> Tensor:
-    """What rounding parameters and result does to each output, root mean square (m)."""
-    unit = FINEST.get(rows.dtype, torch.finfo(rows.dtype).eps) / 2
-    generator = torch.Generator(rows.device).manual_seed(0)
-    rounded, rows = copy.deepcopy(body).double(), rows.double()
-    middle: Tensor = rounded(rows)
-    square: Tensor = (unit * middle).square().mean(0)
+def _spread(body: nn.Module, inputs: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    """What rounding parameters and result does to each output channel, root mean square (m)."""
+    unit = FINEST.get(dtype, torch.finfo(dtype).eps) / 2
+    generator = torch.Generator(inputs.device).manual_seed(0)
+    rounded = copy.deepcopy(body).double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    middle: Tensor = rounded(inputs)
+    square: Tensor = _rms(unit * middle, channels).square()
     for _ in range(DRAWS):
         for new, parameter in zip(rounded.parameters(), body.parameters(), strict=True):
             noise = torch.rand(parameter.shape, generator=generator, device=parameter.device)
             new.copy_(parameter.double() * (1 + unit * (2 * noise - 1)))
-        square += (rounded(rows) - middle).square().mean(0) / DRAWS
+        square += _rms(rounded(inputs) - middle, channels).square() / DRAWS
     return square.sqrt()
 
 
-def _rms(values: Tensor) -> Tensor:
-    """Root mean square of each column."""
-    return values.square().mean(0).sqrt()
+def _rms(values: Tensor, channels: int) -> Tensor:
+    """Root mean square of each channel."""
+    return values.movedim(channels, -1).flatten(0, -2).square().mean(0).sqrt()

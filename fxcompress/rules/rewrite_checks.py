@@ -13,7 +13,7 @@ from fxcompress.rules.document import KeyPath
 from fxcompress.rules.expressions import RANK, ExpressionError, evaluate_number, parse_cost
 from fxcompress.rules.findings import Findings, one_or_many
 from fxcompress.rules.match_checks import Bindings, Bound
-from fxcompress.rules.vocabulary import ALL_OPERATORS, LATER_VALUES, OPERATORS
+from fxcompress.rules.vocabulary import ALL_OPERATORS, OPERATORS
 
 _TRIALS = 8
 _LARGEST = 4096
@@ -60,9 +60,6 @@ def _known_forms(findings: Findings, rewrite: Mapping[str, Any], path: KeyPath) 
     for name, place in given:
         if name in words:
             known.append(name)
-        elif name in LATER_VALUES["form"]:
-            message = f"form '{name}' is not supported by this version"
-            findings.report(place, "not-supported", message, choices(words), value=True)
         else:
             findings.unknown(place, "unknown-form", f"unknown form '{name}'", name, words)
     return tuple(known) if len(known) == len(given) else ()
@@ -125,7 +122,7 @@ def _check_forms(
         if not any(forms_for(op, alone) for op in ops):
             possible = sorted({op for form in alone for op in words[form].operators})
             message = f"{' and '.join(alone)} can rewrite none of {', '.join(bound)}"
-            hint = f"a node has to be {' or '.join(possible)}"
+            hint = f"a node has to be one of: {', '.join(possible)}"
             findings.report(places[alone[0]], "form-does-not-apply", message, hint, value=True)
         return
     for each in bound.values():

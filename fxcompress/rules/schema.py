@@ -87,7 +87,7 @@ class Damping(_Model):
 class Metric(_Model):
     """The distance that decides which components of a weight count."""
 
-    kind: Literal["euclidean", "diagonal", "activation", "kfac"] = "kfac"
+    kind: Literal["euclidean", "diagonal", "elementwise", "activation", "kfac", "ekfac"] = "kfac"
     """Which distance; kfac is the Fisher metric in its Kronecker form."""
     damping: Damping = Damping()
     """Added to each factor's eigenvalues, relative to their mean."""

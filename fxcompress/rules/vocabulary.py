@@ -129,9 +129,7 @@ LATER_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 LATER_VALUES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "unit": frozenset({"latency"}),
-        "kind": frozenset({"elementwise", "ekfac"}),
         "output": frozenset({"loss"}),
-        "form": frozenset({"channel", "spatial", "tucker2", "embedding"}),
         "tied": frozenset({"share", "untie", "once", "joint"}),
     }
 )

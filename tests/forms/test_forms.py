@@ -40,7 +40,7 @@ def test_body_is_the_product(name: str, m: int, n: int, rank: int, bias: bool) -
     left, right, b, x = factors(m, n, rank)
     shape = LinearShape(n, m, bias, torch.float64)
     body = form.empty(shape, rank)
-    form.fill(body, left, right, b if bias else None)
+    form.fill(body, (left, right), b if bias else None)
     dense = left @ right
     expected = x @ dense.T + (b if bias else 0)
     bound = {"rtol": 0, "atol": 1e-11}  # float64 rounding, times entries of C of at most 8
@@ -82,7 +82,7 @@ def test_factors_train_and_travel(name: str) -> None:
     left, right, b, x = factors(8, 6, 3)
     shape = LinearShape(6, 8, True, torch.float64)
     body = form.empty(shape, 3)
-    form.fill(body, left, right, b)
+    form.fill(body, (left, right), b)
     body(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in body.parameters())
     (gradient,) = torch.autograd.grad(form.weight(body, shape).sum(), [next(body.parameters())])
@@ -101,7 +101,7 @@ def test_narrow_types(name: str, dtype: torch.dtype) -> None:
     form = FORMS[name]
     left, right, b, x = factors(40, 24, 12, torch.float32)
     body = form.empty(LinearShape(24, 40, True, dtype), 12)
-    form.fill(body, left, right, b)
+    form.fill(body, (left, right), b)
     assert {p.dtype for p in body.parameters()} == {dtype}
     exact = x.double() @ (left.double() @ right.double()).T + b.double()
     error = (body(x.to(dtype)).double() - exact).abs().max()
@@ -113,7 +113,7 @@ def test_low_rank_is_balanced() -> None:
     left, right, _, _ = factors(8, 6, 3)
     left = left * torch.tensor([1e4, 1.0, 1e-4])
     body = FORMS["low_rank"].empty(LinearShape(6, 8, False, torch.float64), 3)
-    FORMS["low_rank"].fill(body, left, right, None)
+    FORMS["low_rank"].fill(body, (left, right), None)
     up, down = body.up.weight.norm(dim=0), body.down.weight.norm(dim=1)
     torch.testing.assert_close(up, down)
 
@@ -123,7 +123,7 @@ def test_low_rank_of_a_dead_component_stays_finite() -> None:
     left[:, 1] = 0
     right[2] = 0
     body = FORMS["low_rank"].empty(LinearShape(6, 8, False, torch.float64), 3)
-    FORMS["low_rank"].fill(body, left, right, None)
+    FORMS["low_rank"].fill(body, (left, right), None)
     torch.testing.assert_close(body(x), x @ (left @ right).T)
 
 
@@ -194,7 +194,7 @@ def test_pivoting_of_nasty_matrices(make: object, m: int, r: int) -> None:
     form = FORMS["pivoted"]
     shape = LinearShape(20, m, False, torch.float64)
     body = form.empty(shape, r)
-    form.fill(body, left, right, None)
+    form.fill(body, (left, right), None)
     dense = left @ right
     scale = float(dense.abs().max())
     torch.testing.assert_close(form.weight(body, shape), dense, rtol=0, atol=1e-12 * scale * r)
@@ -219,7 +219,7 @@ def test_pivoting_gives_up_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fxcompress.forms.pivoted.EXCHANGES", 1)
     body = FORMS["pivoted"].empty(LinearShape(20, 60, False), 40)
     with pytest.raises(FormError, match="did not settle within 1 row exchanges"):
-        FORMS["pivoted"].fill(body, kahan(60, 40), torch.randn(40, 20).double(), None)
+        FORMS["pivoted"].fill(body, (kahan(60, 40), torch.randn(40, 20).double()), None)
 
 
 def test_all_forms_are_documented() -> None:

@@ -45,7 +45,7 @@ def test_one_operator(bias: bool) -> None:
     shape = LinearShape(8, 6, bias, torch.float64)
     body = form.empty(shape, RANK)
     left, right, b, x = normal(6, RANK), normal(RANK, 8), normal(6), normal(2, 5, 8)
-    form.fill(body, left, right, b if bias else None)
+    form.fill(body, (left, right), b if bias else None)
     wanted = x @ (left @ right).T + (b if bias else 0)
     torch.testing.assert_close(body(x), wanted)
     torch.testing.assert_close(form.weight(body, shape), left @ right)
@@ -63,7 +63,7 @@ def test_it_is_what_low_rank_is() -> None:
     outputs = []
     for form in (template_form(single()), find_form("low_rank")):
         body = form.empty(shape, RANK)
-        form.fill(body, left, right, b)
+        form.fill(body, (left, right), b)
         outputs.append(body(x))
     assert torch.equal(*outputs)
 
@@ -120,7 +120,7 @@ def test_all_operators() -> None:
     assert isinstance(form, Form)
     body = form.empty(LinearShape(8, 6, False, torch.float64), RANK)
     left, right, x = normal(6, RANK), normal(RANK, 8), normal(5, 8)
-    form.fill(body, left, right, None)
+    form.fill(body, (left, right), None)
     h = body.h(x)
     f = torch.nn.functional
     inner = (f.relu(h) - f.gelu(h)) + f.silu(h) * h.tanh() + h.sigmoid()

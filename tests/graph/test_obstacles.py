@@ -185,7 +185,7 @@ def test_a_module_under_two_names_is_one_site_replaced_at_both() -> None:
 
     pair = rewrite(Shared().double(), torch.randn(3, N, dtype=torch.float64))
     (site,) = pair.sites
-    assert (site.name, site.calls, site.rows) == ("first", 2, 6)
+    assert (site.name, site.calls, site.shape.rows) == ("first", 2, 6)
     assert isinstance(pair.model.first, Factorized)
     assert pair.model.second is pair.model.first
 

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
+from fxcompress.forms import Shape
 from fxcompress.metric import METRICS, calibrate
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import GramSum
 from fxcompress.metric.output import sampled_gradient
+from fxcompress.modules import shape_of
 
 ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
 
@@ -22,16 +24,13 @@ ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (Non
 @dataclass(frozen=True)
 class Target:
     name: str
-    in_features: int
-    out_features: int
+    shape: Shape
     source: str
     calls: int = 1
 
 
 def target(model: nn.Module, name: str, source: str | None = None, calls: int = 1) -> Target:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return Target(name, linear.in_features, linear.out_features, source or name, calls)
+    return Target(name, shape_of(model.get_submodule(name)), source or name, calls)
 
 
 class Classifier(nn.Module):

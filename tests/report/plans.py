@@ -31,6 +31,7 @@ def site(
         name=name,
         weight=f"{name}.weight",
         op="linear",
+        operator=f"linear {n}→{m}",
         in_features=n,
         out_features=m,
         bias=bias,

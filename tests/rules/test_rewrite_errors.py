@@ -39,28 +39,23 @@ MISTAKES = {
         forms(ONE, "{any_of: [pivoted, «xyz»]}"),
         "unknown-form",
         "unknown form 'xyz'",
-        "one of: low_rank, pivoted, joint",
-    ),
-    "later form": Mistake(
-        forms(ONE, "{form: «tucker2»}"),
-        "not-supported",
-        "form 'tucker2' is not supported by this version",
-        "one of: low_rank, pivoted, joint",
+        "one of: low_rank, pivoted, joint, channel, channel_input, spatial, tucker2, embedding",
     ),
     "no node for the form": Mistake(
-        several("q: {op: conv2d, input: $x}, n: {op: relu, input: $q}", "{form: «pivoted»}"),
+        several("q: {op: embedding, input: $x}, n: {op: relu, input: $q}", "{form: «pivoted»}"),
         "form-does-not-apply",
         "pivoted can rewrite none of q, n",
-        "a node has to be linear",
+        "a node has to be one of: conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, "
+        "conv_transpose3d, linear",
     ),
     "a form that does not apply to a node that is asked for": Mistake(
         several(
-            "q: {op: linear, input: $x}, c: {op: conv2d, input: $q}",
+            "q: {op: linear, input: $x}, c: {op: embedding, input: $q}",
             "{form: «pivoted», nodes: [q, c]}",
         ),
         "form-does-not-apply",
-        "pivoted cannot rewrite conv2d (line 4)",
-        "no form of this version applies to conv2d",
+        "pivoted cannot rewrite embedding (line 4)",
+        "one of: embedding",
     ),
     "nothing to protect": Mistake(
         several("q: {op: relu, input: $x}", "none").replace("nodes", "«nodes»"),

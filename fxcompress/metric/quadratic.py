@@ -1,0 +1,201 @@
+"""The Kronecker metric at one site: ``½ tr(G Δ A Δᵀ)``, for a matrix and for a convolution.
+
+A convolution is a linear map of patches: its canonical weight (m x n x kernel) of a group is the
+matrix (m x n·k), A the second moments of patches, G those of output gradients at a position.
+The groups are independent of one another: a Fisher block each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxcompress.forms.shape import ConvShape, Shape
+from fxcompress.forms.target import (
+    Losses,
+    Quadratic,
+    Rank,
+    Ranks,
+    Spectrum,
+    Target,
+    Truncations,
+    View,
+    stack,
+)
+from fxcompress.metric.elementwise import Elementwise
+from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
+from fxcompress.metric.split import SplitTruncations
+from fxcompress.metric.tucker import TuckerTruncations
+from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
+
+
+class Whiteners:
+    """Whiteners of factors; the last input factor is remembered, as sites on one input share it.
+
+    Args:
+        damping: of the input and of the output factor.
+    """
+
+    def __init__(self, damping: tuple[float, float]) -> None:
+        self.damping = damping
+        self._last: tuple[Factor, list[Whitener]] | None = None
+
+    def inputs(self, factor: Factor, groups: int) -> list[Whitener]:
+        """Of an input factor, one per group."""
+        if self._last is None or factor is None or self._last[0] is not factor:
+            self._last = (factor, _each(factor, groups, self.damping[0]))
+        return self._last[1]
+
+    def outputs(self, factor: Factor, groups: int) -> list[Whitener]:
+        """Of an output factor, one per group."""
+        return _each(factor, groups, self.damping[1])
+
+
+def _each(factor: Factor, groups: int, damping: float) -> list[Whitener]:
+    if factor is None:
+        return [Whitener()] * (groups or 1)
+    return [whitener(part, damping) for part in (factor if groups else [factor])]
+
+
+def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whiteners) -> Quadratic:
+    """The metric at one site.
+
+    Args:
+        metric: makes factors of moments.
+        shape: of the operator.
+        moments: of the site.
+        whiteners: of the factors, damped.
+
+    Raises:
+        ValueError: a factor is not finite.
+    """
+    if metric.factors is None:
+        assert moments.entries is not None
+        return Elementwise.of(moments.entries, shape)
+    a, g = metric.factors(moments)
+    groups = shape.groups if isinstance(shape, ConvShape) else 0
+    pairs = zip(whiteners.inputs(a, groups), whiteners.outputs(g, groups), strict=True)
+    parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
+    return Grouped(parts) if groups else parts[0]
+
+
+def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
+    """The metric of weights on one input, stacked to one (Σm x n).
+
+    The output factor of a Kronecker metric becomes block diagonal.
+
+    Args:
+        parts: the metrics of the weights, with one input factor.
+        rows: of each weight.
+    """
+    if isinstance(parts[0], Elementwise):
+        entries = [part.entries for part in parts if isinstance(part, Elementwise)]
+        return Elementwise(torch.cat(entries), False)
+    blocks = [p.outputs for p in parts if isinstance(p, Kronecker)]
+    inputs = parts[0].inputs  # type: ignore[attr-defined]
+    return Kronecker(inputs, BlockWhitener(tuple(blocks), tuple(rows)))  # type: ignore[arg-type]
+
+
+def shares(together: Quadratic, target: Target, rows: Sequence[int]) -> Callable[[int], Tensor]:
+    """The loss of each of several stacked weights at a rank, up to a common factor.
+
+    Args:
+        together: what :func:`stacked` returned.
+        target: the stacked weight in it.
+        rows: of each weight.
+    """
+    found = target.truncations()
+    if isinstance(together, Kronecker):
+        assert isinstance(together.outputs, BlockWhitener)
+        assert isinstance(found, Spectrum)
+        whitened = together.outputs.split(together.outputs.into(found.left.to(torch.float64)))
+        energy = torch.stack([part.square().sum(0) for part in whitened])
+        sizes = energy / energy.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+        return lambda rank: (sizes[:, rank:] * found.sigma[rank:].square()).sum(1)
+    assert isinstance(together, Elementwise)
+    entries, weight = together.entries, target.weight.to(torch.float64)
+
+    def parts(rank: int) -> Tensor:
+        left, right = found.factors(rank)
+        losses = entries * (left.to(torch.float64) @ right.to(torch.float64) - weight).square()
+        return torch.stack([part.sum() for part in torch.split(losses, list(rows))])
+
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """The metric of a weight that is a matrix (m x n), or one group of a convolution.
+
+    Attributes:
+        inputs: whitens A, over inputs or patches.
+        outputs: whitens G.
+    """
+
+    inputs: Whitener
+    outputs: Whitener | BlockWhitener
+
+    @property
+    def null(self) -> bool:
+        """Whether no change of the weight makes a difference."""
+        return self.inputs.null or self.outputs.null
+
+    def loss(self, change: Tensor) -> float:
+        """Predicted loss of a change (m x n), or (m x n x kernel)."""
+        return quadratic_loss(change.flatten(1), self.inputs, self.outputs)
+
+    def truncations(self, weight: Tensor, view: View) -> Truncations:
+        """Approximations of a weight (m x n), or (m x n x kernel)."""
+        if view == "matrix":
+            return decompose_whitened(weight.flatten(1), self.inputs, self.outputs)
+        if view == "tucker2":
+            return TuckerTruncations(
+                SplitTruncations.of(weight, self.inputs, self.outputs, "input")
+            )
+        return SplitTruncations.of(weight, self.inputs, self.outputs, view)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """The metric of a convolution: its groups one by one."""
+
+    groups: tuple[Kronecker, ...]
+
+    @property
+    def null(self) -> bool:
+        """Whether no change of the weight makes a difference."""
+        return all(group.null for group in self.groups)
+
+    def loss(self, change: Tensor) -> float:
+        """Predicted loss of a change (g x m/g x n/g x kernel)."""
+        return sum(group.loss(part) for group, part in zip(self.groups, change, strict=True))
+
+    def truncations(self, weight: Tensor, view: View) -> Truncations:
+        """Approximations of a weight (g x m/g x n/g x kernel), equal ranks in all groups."""
+        parts = zip(self.groups, weight, strict=True)
+        return _Stacked(tuple(group.truncations(part, view) for group, part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class _Stacked:
+    """Truncations of all groups, each at the same rank."""
+
+    groups: tuple[Truncations, ...]
+
+    @property
+    def sigma(self) -> Tensor:
+        return torch.stack([group.sigma for group in self.groups]).square().sum(0).sqrt()
+
+    def losses(self, ranks: Ranks) -> Losses:
+        losses = self.groups[0].losses(ranks)
+        for group in self.groups[1:]:
+            losses = losses + group.losses(ranks)
+        return losses
+
+    def factors(self, rank: Rank) -> tuple[Tensor, ...]:
+        return stack([group.factors(rank) for group in self.groups])
