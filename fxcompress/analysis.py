@@ -12,13 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxcompress.decomposition import Decomposition, decompose_sites
+from fxcompress.decomposition import (
+    Decomposition,
+    decompose_sites,
+    wanted_directions,
+    with_directions,
+)
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import METRICS, Calibration, Loss, calibrate
+from fxcompress.metric.directions import measure_directions
 from fxcompress.plan import Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, prepared
@@ -86,6 +92,8 @@ def analyse(
     if loss is not None and not metric.backward:
         notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
 
+    if metric.directions:
+        batches = [*batches]  # gone through twice
     tick = show.stage("calibrate", total)
     calibrated = calibrate(
         work, sites, batches, metric,
@@ -97,6 +105,14 @@ def analyse(
     damping = (spec.damping.input, spec.damping.output)
     tick = show.stage("decompose", len(sites))
     decomposed = decompose_sites(work, sites, bundles, moments, metric, damping, tick)
+    if metric.directions:
+        wanted = wanted_directions(decomposed, sites, bundles)
+        tick = show.stage("directions", total)
+        energies = measure_directions(
+            work, sites, wanted, batches,
+            output=spec.output, loss=loss, forward=forward, seed=spec.seed, tick=tick,
+        )  # fmt: skip
+        decomposed = with_directions(decomposed, sites, bundles, energies)
     notes += [
         f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
         "gradients); its predicted loss is 0 at every rank"

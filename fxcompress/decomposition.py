@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fxcompress.forms import Form, Target
 from fxcompress.forms.target import Losses, Quadratic
 from fxcompress.metric import Metric, Moments
+from fxcompress.metric.directions import Components, components, remeasured
 from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
 from fxcompress.modules import canonical_weight
 from fxcompress.sites import Site, SiteBundle
@@ -127,3 +129,72 @@ def _decompose_bundle(
     found = target.truncations()
     losses = {name: found.losses(bundle.ranks(name)) for name in bundle.forms}
     return Decomposed(target.without_metric(), losses, shares(together, target, rows))
+
+
+def wanted_directions(
+    decomposition: Decomposition, sites: Sequence[Site], bundles: Sequence[SiteBundle]
+) -> dict[str, dict[str, Components]]:
+    """Components to measure, by site and by view; those of a bundle by its name, row by row."""
+    wanted: dict[str, dict[str, Components]] = {}
+    for site in sites:
+        views = decomposition.sites[site.name].target.views
+        found = {view: components(each) for view, each in views.items()}
+        wanted[site.name] = {view: each for view, each in found.items() if each is not None}
+    for bundle in bundles:
+        if bundle.name in decomposition.bundles:
+            whole = components(decomposition.bundles[bundle.name].target.truncations())
+            assert whole is not None
+            start = 0
+            for site in bundle.sites:
+                wanted[site.name][bundle.name] = whole.rows(start, site.out_features)
+                start += site.out_features
+    return wanted
+
+
+def with_directions(
+    decomposition: Decomposition,
+    sites: Sequence[Site],
+    bundles: Sequence[SiteBundle],
+    energies: Mapping[tuple[str, str], Tensor],
+) -> Decomposition:
+    """The same with losses that were measured along the components.
+
+    Forms with a projection of their own keep the loss that they were given.
+
+    Args:
+        energies: (site, view or name of a bundle) -> ``E[⟨∇W, c_i⟩²]`` of each component (g x k).
+    """
+    found = dict(decomposition.sites)
+    for site in sites:
+        before = found[site.name]
+        views = {
+            view: remeasured(each, energies[site.name, view])
+            if (site.name, view) in energies
+            else each
+            for view, each in before.target.views.items()
+        }
+        target = Target(before.target.weight, before.target.quadratic, views)
+        losses = {
+            name: form.losses(target, site.ranks(name))
+            if type(form).losses is Form.losses
+            else before.losses[name]
+            for name, form in site.forms.items()
+        }
+        found[site.name] = Decomposed(target, losses)
+    joint = dict(decomposition.bundles)
+    for bundle in bundles:
+        if bundle.name in joint:
+            before = joint[bundle.name]
+            # Operators are taken as independent, as they are for the choice of components.
+            parts = [energies[site.name, bundle.name][0] for site in bundle.sites]
+            order = torch.argsort(torch.stack(parts).sum(0), descending=True, stable=True)
+            measured = remeasured(before.target.truncations(), torch.stack(parts).sum(0)[None])
+            target = Target(before.target.weight, None, {"matrix": measured})
+            losses = {name: measured.losses(bundle.ranks(name)) for name in bundle.forms}
+            shares = partial(_tails, torch.stack([part[order] for part in parts]))
+            joint[bundle.name] = Decomposed(target, losses, shares)
+    return Decomposition(found, joint, decomposition.idle)
+
+
+def _tails(energies: Tensor, rank: int) -> Tensor:
+    return energies[:, rank:].sum(1)

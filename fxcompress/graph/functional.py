@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxcompress.graph.operator import AttributeValue
 
-_CONVOLUTIONS = {
+CONVOLUTIONS = {
     *("conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
@@ -39,7 +39,7 @@ def functional_attributes(
         table = next(each for each in tensors if not _is_index(each))
         rows, width = table.shape
         return {"num_embeddings": rows, "embedding_dim": width, "dtype": dtype_name(table)}
-    return _convolution(op, args, kwargs) if op in _CONVOLUTIONS else {}
+    return _convolution(op, args, kwargs) if op in CONVOLUTIONS else {}
 
 
 def dtype_name(tensor: Tensor) -> str:

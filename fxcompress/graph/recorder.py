@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
+from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
@@ -332,7 +333,7 @@ class _Recorder(TorchFunctionMode):
         if not data.dim() or not data.numel():
             return
         op = node.meta["op"]
-        if op.startswith("conv"):
+        if op in CONVOLUTIONS:
             items = data.unsqueeze(0) if data.dim() < int(op[-2]) + 2 else data
             self.inputs[key].append((len(items), *items.shape[2:]))
             few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))

@@ -41,6 +41,9 @@ SETTLED = 1e-3
 FLOOR = 1e-6
 """Weights are raised to this fraction of their mean: entries without influence stay bounded."""
 
+NOTHING = 1e-150
+"""And to this at least, which stands for no influence at all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Elementwise:
@@ -85,7 +88,7 @@ class Elementwise:
         parts = []
         for part, entries in pairs:
             w, f = (arrange(each.detach().to(torch.float64), view)[0] for each in (part, entries))
-            parts.append((w, f.clamp_min(FLOOR * float(f.mean()))))
+            parts.append((w, f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return _Iterated(tuple(parts), view == "tucker2", self.grouped, dtype)
 

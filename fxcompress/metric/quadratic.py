@@ -178,24 +178,27 @@ class Grouped:
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight (g x m/g x n/g x kernel), equal ranks in all groups."""
         parts = zip(self.groups, weight, strict=True)
-        return _Stacked(tuple(group.truncations(part, view) for group, part in parts))
+        return Stacked(tuple(group.truncations(part, view) for group, part in parts))
 
 
 @dataclass(frozen=True, eq=False)
-class _Stacked:
+class Stacked:
     """Truncations of all groups, each at the same rank."""
 
     groups: tuple[Truncations, ...]
 
     @property
     def sigma(self) -> Tensor:
+        """Root of the loss that the components carry, all groups together (k)."""
         return torch.stack([group.sigma for group in self.groups]).square().sum(0).sqrt()
 
     def losses(self, ranks: Ranks) -> Losses:
+        """Predicted loss at each of these ranks."""
         losses = self.groups[0].losses(ranks)
         for group in self.groups[1:]:
             losses = losses + group.losses(ranks)
         return losses
 
     def factors(self, rank: Rank) -> tuple[Tensor, ...]:
+        """With a leading dimension of groups."""
         return stack([group.factors(rank) for group in self.groups])

@@ -15,7 +15,7 @@ couple both sides, and there is no closed form.  So:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -36,6 +36,7 @@ class SplitTruncations:
         order: the place in a patch of every (c, q), (c·q).
         basis: rows b_i (k x c), float64.
         coordinates: ``L_Gᵀ W L_A Z`` (m x k x q), float64.
+        sigma: root of the loss that each b_i carries (k), float64; not sorted.
         dtype: of the factors that are handed out.
     """
 
@@ -45,6 +46,7 @@ class SplitTruncations:
     order: Tensor
     basis: Tensor
     coordinates: Tensor
+    sigma: Tensor
     dtype: torch.dtype
 
     @staticmethod
@@ -71,6 +73,7 @@ class SplitTruncations:
             order,
             basis,
             basis.new_zeros(0),
+            basis.new_zeros(0),
             torch.promote_types(weight.dtype, torch.float32),
         )
         z, _ = torch.linalg.qr(found.patches(len(basis)))
@@ -78,12 +81,8 @@ class SplitTruncations:
         coordinates = (whitened @ z).reshape(m, len(basis), q)
         if inputs.null or outputs.null:
             coordinates = torch.zeros_like(coordinates)
-        return SplitTruncations(arranged, inputs, outputs, order, basis, coordinates, found.dtype)
-
-    @property
-    def sigma(self) -> Tensor:
-        """Root of the loss that each b_i carries (k); not sorted."""
-        return self.coordinates.square().sum((0, 2)).sqrt()
+        sigma = coordinates.square().sum((0, 2)).sqrt()
+        return replace(found, coordinates=coordinates, sigma=sigma)
 
     def losses(self, ranks: Ranks) -> Losses:
         """Predicted loss at each of these ranks."""
@@ -98,6 +97,24 @@ class SplitTruncations:
         whitened = self.inputs.into(self.natural(self.weight.flatten(1).T)).T
         left = torch.linalg.solve_triangular(triangle, (whitened @ z).T, upper=True).T
         return left.reshape(m, rank, q).to(self.dtype), self.basis[:rank].to(self.dtype)
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Left (m x k x q) and right (k x q x c·q) whose products are what each b_i adds.
+
+        Patches are in the order in which A has them.
+        """
+        m, c, q = self.weight.shape
+        rank = len(self.basis)
+        z, triangle = torch.linalg.qr(self.patches(rank))
+        whitened = self.inputs.into(self.natural(self.weight.flatten(1).T)).T
+        # Z = L_Aᵀ Eᵀ R⁻¹ for patches E: the rows of R⁻ᵀ E are orthonormal once whitened.
+        eye = torch.eye(q, dtype=self.basis.dtype, device=self.basis.device)
+        plain = torch.einsum("ic,qp->cqip", self.basis, eye).reshape(c * q, rank * q)
+        right = torch.linalg.solve_triangular(triangle.T, self.natural(plain).T, upper=False)
+        return (
+            (whitened @ z).reshape(m, rank, q).to(self.dtype),
+            right.reshape(rank, q, c * q).to(self.dtype),
+        )
 
     def patches(self, rank: int) -> Tensor:
         """Whitened patches ``L_Aᵀ (b_i ⊗ e_q)`` for i < r (c·q x r·q), those of one i together."""

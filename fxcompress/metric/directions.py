@@ -1,0 +1,175 @@
+"""The second pass of ``ekfac``: what every component of a weight is worth, measured.
+
+Leaving out the component ``c_i`` (an m x n matrix) of a weight costs, to second order and by
+itself, ``½ E[⟨∇W, c_i⟩²]`` per prediction.  With ``∇W = Σ_t g_t a_tᵀ`` over the positions of a sample and
+``c_i = Σ_q l_iq r_iqᵀ`` that is ``½ E[(Σ_t Σ_q (g_tᵀ l_iq)(r_iqᵀ a_t))²]``: products of k numbers a
+position, and no gradient of a weight is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
+from fxcompress.forms.target import Spectrum, Truncations
+from fxcompress.graph.inputs import Forward
+from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.passes import SiteFacts, run_pass
+from fxcompress.metric.quadratic import Stacked
+from fxcompress.metric.rows import BLOCK, conv_rows
+from fxcompress.metric.split import SplitTruncations
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Components of one weight, or of one site's rows of stacked weights.
+
+    Attributes:
+        left: l_iq (g x m x k x q).
+        right: r_iq (g x k x q x n).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def rows(self, start: int, count: int) -> Components:
+        """Those of some rows of the weight only."""
+        return Components(self.left[:, start : start + count], self.right)
+
+
+def components(found: Truncations) -> Components | None:
+    """What truncations are sums of; None if it is no sum (Tucker-2)."""
+    groups = found.groups if isinstance(found, Stacked) else (found,)
+    lefts, rights = [], []
+    for group in groups:
+        if isinstance(group, Spectrum):
+            left, right = group.left.unsqueeze(2), group.right.unsqueeze(1)
+        elif isinstance(group, SplitTruncations):
+            left, right = group.components()
+        else:
+            return None
+        lefts.append(left)
+        rights.append(right)
+    return Components(torch.stack(lefts), torch.stack(rights))
+
+
+def remeasured(found: Truncations, energies: Tensor) -> Truncations:
+    """Truncations ranked by measured losses.
+
+    Args:
+        found: as :func:`components` were taken of.
+        energies: ``E[⟨∇W, c_i⟩²]`` of each (g x k).
+    """
+    if isinstance(found, Stacked):
+        pairs = zip(found.groups, energies, strict=True)
+        return Stacked(tuple(remeasured(group, part[None]) for group, part in pairs))
+    sigma = energies[0].sqrt()
+    if isinstance(found, SplitTruncations):  # its components are nested in their order
+        return replace(found, sigma=sigma)
+    assert isinstance(found, Spectrum)
+    order = torch.argsort(sigma, descending=True, stable=True)
+    return Spectrum(sigma[order], found.left[:, order], found.right[order])
+
+
+def measure_directions(
+    model: nn.Module,
+    sites: Sequence[SiteFacts],
+    wanted: Mapping[str, Mapping[str, Components]],
+    batches: Iterable[Any],
+    *,
+    output: OutputKind = "auto",
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[tuple[str, str], Tensor]:
+    """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
+
+    Args:
+        wanted: site name -> any key -> components.
+        model, sites, batches, output, loss, forward, seed, tick: as of
+            :func:`fxcompress.metric.passes.run_pass`.
+
+    Returns:
+        (site name, key) -> (g x k), float64.
+
+    Raises:
+        CalibrationError: as there.
+    """
+    visitor = _Products(wanted)
+    passed = run_pass(
+        model, [site for site in sites if wanted.get(site.name)], batches, visitor,
+        output=output, loss=loss, forward=forward, seed=seed, tick=tick,
+    )  # fmt: skip
+    return {key: total / passed.predictions for key, total in visitor.squares.items()}
+
+
+class _Products:
+    """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
+
+    backward = True
+    keeps_inputs = True
+
+    def __init__(self, wanted: Mapping[str, Mapping[str, Components]]) -> None:
+        self.wanted = wanted
+        self.squares: dict[tuple[str, str], Tensor] = {}
+        self.pending: dict[tuple[str, str], Tensor] = {}
+
+    def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
+        return not data.is_floating_point() or bool(data.isfinite().all())
+
+    def gradient(
+        self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
+    ) -> bool:
+        assert data is not None
+        for key, these in self.wanted[site.name].items():
+            found = inner_products(data, gradient, site.shape, these)
+            place = (site.name, key)
+            # A weight that is used again: sum before squaring.
+            waiting = self.pending.get(place)
+            self.pending[place] = found if waiting is None else waiting + found
+        return bool(gradient.isfinite().all())
+
+    def end(self) -> None:
+        for place, products in self.pending.items():
+            squares = products.square().sum(0, dtype=torch.float64)
+            total = self.squares.get(place)
+            self.squares[place] = squares if total is None else total + squares
+        self.pending.clear()
+
+
+def inner_products(data: Tensor, gradient: Tensor, shape: Shape, these: Components) -> Tensor:
+    """``⟨∇W, c_i⟩`` for every sample (samples x g x k); a matrix is one position a sample."""
+    wide = torch.promote_types(gradient.dtype, these.left.dtype)
+    left, right, g = these.left.to(wide), these.right.to(wide), gradient.to(wide)
+    if isinstance(shape, ConvShape):
+        batched = data.dim() > shape.dims + 1
+        out = g.new_zeros(len(data) if batched else 1, shape.groups, left.shape[2])
+        for those, taps, rows in conv_rows(data.to(wide), g, shape):
+            assert rows is not None
+            out[those] += _products(rows, taps, left, right)
+        return out
+    g = g.reshape(len(g), 1, -1, g.shape[-1])
+    if isinstance(shape, EmbeddingShape):
+        columns = [right[..., where].permute(0, 3, 1, 2) for where in data.reshape(len(data), -1)]
+        parts = zip(g, columns, strict=True)
+        return torch.cat([_products(rows[None], each[None], left, None) for rows, each in parts])
+    a = data.to(wide).reshape(len(data), 1, -1, data.shape[-1])
+    some = max(1, BLOCK // (g.shape[2] * left.shape[2]))
+    pairs = zip(torch.split(g, some), torch.split(a, some), strict=True)
+    return torch.cat([_products(rows, inputs, left, right) for rows, inputs in pairs])
+
+
+def _products(rows: Tensor, inputs: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """(s x g x k) from gradients (s x g x l x m) and inputs (s x g x l x n).
+
+    Without ``right`` the inputs are in its coordinates already (s x g x l x k x q).
+    """
+    above = torch.einsum("sglm,gmkq->sglkq", rows, left)
+    below = inputs if right is None else torch.einsum("sgln,gkqn->sglkq", inputs, right)
+    return (above * below).sum((2, 4))
