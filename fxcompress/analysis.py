@@ -25,27 +25,45 @@ from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import METRICS, Calibration, Loss, calibrate
 from fxcompress.metric.directions import measure_directions
-from fxcompress.plan import Size, history
+from fxcompress.plan import Folded, Size, history
 from fxcompress.report.progress import Progress
-from fxcompress.rewrite import Factorized, prepared
+from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 from fxcompress.sites import Site, SiteBundle, gather_sites
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What the stages before the budget found out."""
+    """What the stages before the budget found out.
+
+    Attributes:
+        model: the working copy, batch norms folded.
+        rules: what was asked for.
+        recording, matched: of ``model``.
+        before: operators of the model as it was given.
+        folded: batch norms that became part of convolutions.
+        sites, bundles: of ``model``.
+        calibration: how the data pass went; without its moments.
+        decomposed: every site in its metric.
+        examples: batches that graphs are recorded on.
+        size: of the model as it was given.
+        folded_size: of ``model``.
+        notes: what the user should know.
+    """
 
     model: nn.Module
     rules: LoadedRules
     recording: Recording
     matched: MatchResult
+    before: tuple[Operator, ...]
+    folded: tuple[Folded, ...]
     sites: tuple[Site, ...]
     bundles: tuple[SiteBundle, ...]
     calibration: Calibration
     decomposed: Decomposition
     examples: Sequence[Any]
     size: Size
+    folded_size: Size
     notes: list[str]
 
 
@@ -76,6 +94,13 @@ def analyse(
     show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
+    before, size = recording.operators, _model_size(work, recording)
+    asked = {match.weight: match.path for match in matched.matches if match.fold}
+    folded, reasons = find_batch_norms(work, recording, asked)
+    if folded:
+        fold_batch_norms(work, folded)
+        recording = record(work, examples, forward=forward)
+        matched = match_model(work, loaded, recording)
     templates = {template.name: template for template in loaded.templates.values()}
     sites, bundles = gather_sites(work, recording, matched, templates)
     if not sites:
@@ -89,6 +114,7 @@ def analyse(
                 f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
             )
     notes = list(matched.warnings)
+    notes += [f"{asked[w]}: no batch norm was folded: {reason}" for w, reason in reasons.items()]
     if loss is not None and not metric.backward:
         notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
 
@@ -119,18 +145,20 @@ def analyse(
         for name in decomposed.idle
     ]
     bundles = tuple(bundle for bundle in bundles if bundle.name in decomposed.bundles)
-    size = _model_size(work, recording)
     return Analysis(
         work,
         loaded,
         recording,
         matched,
+        before,
+        folded,
         sites,
         bundles,
         calibrated,
         decomposed,
         examples,
         size,
+        _model_size(work, recording),
         notes,
     )
 

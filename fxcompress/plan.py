@@ -222,6 +222,13 @@ class BudgetOutcome(_Frozen):
         return None if self.bound is None else self.predicted - self.bound
 
 
+class Folded(_Frozen):
+    """A batch norm that is folded into the convolution before it: module paths of both."""
+
+    convolution: str
+    norm: str
+
+
 class Plan(_Frozen):
     """What is done to a model.
 
@@ -235,6 +242,7 @@ class Plan(_Frozen):
         budget: the budget and how it was met.
         sites: every matched site, in graph order.
         templates: of the forms that rules spelled out, by the names of these forms.
+        folded: batch norms that became part of the convolution before them.
         unmatched: every other operator with a weight, and why.
         model_before, model_after: sizes of the whole model.
         expanded: attention modules that were split into their projections.
@@ -254,6 +262,7 @@ class Plan(_Frozen):
     budget: BudgetOutcome
     sites: tuple[SitePlan, ...]
     templates: dict[str, Template] = {}
+    folded: tuple[Folded, ...] = ()
     unmatched: tuple[Unmatched, ...]
     model_before: Size
     model_after: Size

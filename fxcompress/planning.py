@@ -73,7 +73,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     whole = float(getattr(analysis.size, unit))
     limit = budget.keep * (dense if budget.of == "matched" else whole)
     if budget.of == "model":
-        limit -= whole - dense
+        limit -= float(getattr(analysis.folded_size, unit)) - dense
     _require_possible(candidates, bundles, limit, budget, whole)
     solve = allocate if rules.solver.allocation == "global" else allocate_uniform
     allocation = solve(candidates, limit, bundles)
@@ -121,10 +121,11 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         ),
         sites=sites,
         templates=_used_templates(analysis, sites),
+        folded=analysis.folded,
         unmatched=_unmatched(analysis),
         model_before=analysis.size,
-        model_after=analysis.size - saved,
-        before=summarize(analysis.recording.operators),
+        model_after=analysis.folded_size - saved,
+        before=summarize(analysis.before),
         earlier=history(analysis.model),
     )
     tick()

@@ -25,7 +25,8 @@ DAMPING = (1e-3, 1e-1)
 def match(weight: str, forms: tuple[str, ...]) -> Match:
     return Match(
         rule_id="r", weight=weight, operators=(weight,), op="linear", forms=forms, min_rank=1,
-        max_rank=None, multiple_of=1, min_saving=0.0, group=None, location="r.yaml:1", path=weight,
+        max_rank=None, multiple_of=1, min_saving=0.0, fold=False, group=None,
+        location="r.yaml:1", path=weight,
     )  # fmt: skip
 
 
@@ -49,7 +50,8 @@ class Case:
         self.sites = tuple(site(k, m, forms) for k, m in zip("qkv", WIDTHS, strict=True))
         self.a = random_spd(N)
         self.g = {k: random_spd(m) for k, m in zip("qkv", WIDTHS, strict=True)}
-        limits = Bundle("b", "r", "r.yaml:1", (), ("q", "k", "v"), ("joint",), 1, None, 1, 0.0)
+        words = ("b", "r", "r.yaml:1", (), ("q", "k", "v"), ("joint",))
+        limits = Bundle(*words, 1, None, 1, 0.0, False)
         joint = MappingProxyType({"joint": find_joint_form("joint")})
         self.bundle = SiteBundle("b", self.sites, joint, limits)
 

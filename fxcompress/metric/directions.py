@@ -1,9 +1,9 @@
 """The second pass of ``ekfac``: what every component of a weight is worth, measured.
 
 Leaving out the component ``c_i`` (an m x n matrix) of a weight costs, to second order and by
-itself, ``½ E[⟨∇W, c_i⟩²]`` per prediction.  With ``∇W = Σ_t g_t a_tᵀ`` over the positions of a sample and
-``c_i = Σ_q l_iq r_iqᵀ`` that is ``½ E[(Σ_t Σ_q (g_tᵀ l_iq)(r_iqᵀ a_t))²]``: products of k numbers a
-position, and no gradient of a weight is ever formed.
+itself, ``½ E[⟨∇W, c_i⟩²]`` per prediction.  With ``∇W = Σ_t g_t a_tᵀ`` over the positions of a
+sample and ``c_i = Σ_q l_iq r_iqᵀ`` that is ``½ E[(Σ_t Σ_q (g_tᵀ l_iq)(r_iqᵀ a_t))²]``: products of
+k numbers a position, and no gradient of a weight is ever formed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches
 from fxcompress.rewrite.attention import ProjectedAttention
+from fxcompress.rewrite.batch_norm import find_batch_norms, fold_batch_norms
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember
 from fxcompress.rewrite.skeleton import own_parameters, prepared, skeleton
@@ -16,6 +17,8 @@ __all__ = [
     "Provenance",
     "apply_plan",
     "empty_bodies",
+    "find_batch_norms",
+    "fold_batch_norms",
     "mismatches",
     "own_parameters",
     "prepared",

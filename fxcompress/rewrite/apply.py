@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
 from fxcompress.modules import shape_of
-from fxcompress.plan import Plan, SitePlan
+from fxcompress.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
+from fxcompress.rewrite.batch_norm import fold_batch_norms
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
@@ -39,7 +42,7 @@ def empty_bodies(plan: Plan, model: nn.Module) -> Bodies:
         plan: that fits the model (:func:`mismatches`).
         model: as it was before the rewrite; says what shapes, types and devices are.
     """
-    reference = prepared(model)  # sites are named in this tree
+    reference = _reference(model, plan)
 
     def shape(site: SitePlan) -> Any:
         found = shape_of(reference.get_submodule(site.name))
@@ -68,6 +71,7 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
         bodies: filled or empty.
     """
     names = [site.name for site in plan.rewritten]
+    fold_batch_norms(model, plan.folded)
     expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
         lift(model, only=names)
@@ -88,8 +92,14 @@ def _origin(site: SitePlan) -> Provenance:
 
 def mismatches(model: nn.Module, plan: Plan) -> str:
     """How ``model`` differs from what the plan was made for; empty if every site is there."""
-    reference = prepared(model)  # sites are named in this tree
-    problems = []
+    problems = [
+        f"it has no batch norm {pair.norm} after a convolution {pair.convolution}"
+        for pair in plan.folded
+        if not _foldable(model, pair)
+    ]
+    if problems:
+        return "; ".join(problems[:5])
+    reference = _reference(model, plan)
     for site in plan.rewritten:
         try:
             found = describe(shape_of(reference.get_submodule(site.name)))
@@ -101,6 +111,20 @@ def mismatches(model: nn.Module, plan: Plan) -> str:
             problems.append(f"{site.name} is {found}, the plan has {wanted}")
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
+
+
+def _reference(model: nn.Module, plan: Plan) -> nn.Module:
+    """The tree in which the sites of a plan are named."""
+    reference = prepared(model)
+    fold_batch_norms(reference, plan.folded)
+    return reference
+
+
+def _foldable(model: nn.Module, pair: Folded) -> bool:
+    """Whether both modules of a pair are there."""
+    modules = dict(model.named_modules())
+    convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
+    return isinstance(convolution, _ConvNd) and isinstance(norm, _BatchNorm)
 
 
 WITHOUT_BIAS = " without bias"

@@ -43,6 +43,7 @@ class Match:
         multiple_of: what ranks are a multiple of, the file's defaults merged in.
         min_saving: share of an operator's cost that a rewrite has to save to be made at all,
             the file's defaults merged in.
+        fold: whether a batch norm behind it is to be folded into it.
         group: name of the group whose sites get equal ranks, None without one.
         location: ``"file:line"`` of the rule.
         path: module path of the first operator.
@@ -57,6 +58,7 @@ class Match:
     max_rank: int | None
     multiple_of: int
     min_saving: float
+    fold: bool
     group: str | None
     location: str
     path: str
@@ -77,7 +79,7 @@ class Bundle:
         roles: the name in the pattern of each member (``("q", "k", "v")``; all alike for a
             ``group``).
         forms: joint forms to choose from, in the rule's order; never empty.
-        min_rank, max_rank, multiple_of, min_saving: as of :class:`Match`.
+        min_rank, max_rank, multiple_of, min_saving, fold: as of :class:`Match`.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Bundle:
     max_rank: int | None
     multiple_of: int
     min_saving: float
+    fold: bool
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,9 @@ class Rewrite(_Model):
     """Ranks are multiples of this."""
     group: Name | None = None
     """A name; sites of one group get equal ranks."""
+    fold_batch_norm: Flag = False
+    """Whether a batch norm that follows a convolution becomes part of it, whatever its rank; in
+    eval mode that changes nothing, in training it no longer normalizes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -26,6 +26,7 @@ class _Limits(TypedDict):
     max_rank: int | None
     multiple_of: int
     min_saving: float
+    fold: bool
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class Terms:
             "max_rank": given.max_rank if given else None,
             "multiple_of": (given and given.multiple_of) or defaults.multiple_of,
             "min_saving": defaults.min_saving if own_saving is None else own_saving,
+            "fold": given is not None and given.fold_batch_norm,
         }
 
 

@@ -1,0 +1,114 @@
+"""Fold a batch norm into the convolution before it.
+
+before::
+
+    h = conv(x; W, b)                              # read by the norm only
+    y = γ (h - μ) / √(σ² + ε) + β                  # batch norm in eval mode
+
+after::
+
+    y = conv(x; s W, s (b - μ) + β),  s = γ / √(σ² + ε)      # the norm becomes nn.Identity
+
+In eval mode both are the same function.  In training they are not: what is folded no longer
+normalizes by the batch, so a rule has to ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from fxcompress.graph.operator import Operator
+from fxcompress.graph.recorder import Recording
+from fxcompress.plan import Folded
+
+
+def find_batch_norms(
+    model: nn.Module, recording: Recording, weights: Collection[str]
+) -> tuple[tuple[Folded, ...], dict[str, str]]:
+    """The batch norms that can be folded into some convolutions.
+
+    Args:
+        model: as it was recorded.
+        recording: says which operator reads which value.
+        weights: of the convolutions that are asked about.
+
+    Returns:
+        The pairs, and for every other weight the reason why there is none.
+    """
+    operators = {operator.name: operator for operator in recording.operators}
+    found, reasons = [], {}
+    for operator in recording.operators:
+        if operator.weight not in weights:
+            continue
+        reason = _obstacle(model, recording, operator, operators)
+        if reason is None:
+            found.append(Folded(convolution=operator.path, norm=operators[operator.users[0]].path))
+        else:
+            reasons[str(operator.weight)] = reason
+    return tuple(found), reasons
+
+
+def _obstacle(
+    model: nn.Module,
+    recording: Recording,
+    convolution: Operator,
+    operators: Mapping[str, Operator],
+) -> str | None:
+    if not convolution.op.startswith("conv"):
+        return f"it is a {convolution.op}, not a convolution"
+    users = [operators[name] for name in convolution.users]
+    norms = [user for user in users if user.op == "batch_norm" and user.module]
+    if not norms:
+        return "no batch norm follows it"
+    if len(users) > 1:
+        return "its value is read by others than the batch norm"
+    norm = model.get_submodule(norms[0].path)
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return "the batch norm that follows has no running statistics"
+    if norms[0].weight is not None and len(recording.weights[norms[0].weight].aliases) > 1:
+        return "the batch norm that follows shares its parameters"
+    calls = [operator for operator in operators.values() if operator.path == norms[0].path]
+    if len(calls) > 1 or len(recording.weights[str(convolution.weight)].calls) > 1:
+        return "one of both is called several times"
+    return None
+
+
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
+    """Fold pairs found by :func:`find_batch_norms`; changes ``model``.
+
+    Parameters are replaced, not written: a skeleton shares them with the model it was made of.
+    """
+    for pair in pairs:
+        convolution: Any = model.get_submodule(pair.convolution)
+        norm: Any = model.get_submodule(pair.norm)
+        assert isinstance(convolution, _ConvNd)
+        learns = convolution.weight.requires_grad
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        scale = (variance + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -mean * scale
+        if convolution.bias is not None:
+            shift = shift + convolution.bias.double() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        weight = convolution.weight
+        channels = [-1, *(1 for _ in weight.shape[1:])]
+        if convolution.transposed:
+            scale = scale.reshape(convolution.groups, 1, -1).expand(
+                -1, weight.shape[0] // convolution.groups, -1
+            )
+            scale = scale.reshape(weight.shape[0], weight.shape[1], *(1 for _ in weight.shape[2:]))
+        else:
+            scale = scale.reshape(channels)
+        convolution.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), learns)
+        convolution.bias = nn.Parameter(shift.to(weight.dtype), learns)
+        owner, _, name = pair.norm.rpartition(".")
+        setattr(model.get_submodule(owner), name, nn.Identity())
