@@ -23,7 +23,7 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.metric import METRICS, Calibration, Loss, calibrate
+from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.plan import Folded, Size, history
 from fxcompress.report.progress import Progress
@@ -120,10 +120,11 @@ def analyse(
 
     if metric.directions:
         batches = [*batches]  # gone through twice
+    drawn = Draws(spec.output, spec.fisher, spec.seed)
     tick = show.stage("calibrate", total)
     calibrated = calibrate(
         work, sites, batches, metric,
-        output=spec.output, loss=loss, forward=forward, seed=spec.seed, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, tick=tick,
     )  # fmt: skip
 
     moments = dict(calibrated.moments)
@@ -136,7 +137,7 @@ def analyse(
         tick = show.stage("directions", total)
         energies = measure_directions(
             work, sites, wanted, batches,
-            output=spec.output, loss=loss, forward=forward, seed=spec.seed, tick=tick,
+            drawn=drawn, loss=loss, forward=forward, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, bundles, energies)
     notes += [

@@ -178,7 +178,11 @@ def _loaded(rules: Rules, keep: float | None) -> LoadedRules:
         return loaded
     if not (isinstance(keep, Real) and 0 < keep <= 1):
         raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}")
-    budget = loaded.rules.budget.model_copy(update={"keep": float(keep)})
+    budgets = loaded.rules.budgets
+    if len(budgets) > 1:
+        units = " and ".join(budget.unit for budget in budgets)
+        raise BudgetError(f"keep= stands for one budget, and the rules have two or more: {units}")
+    budget = budgets[0].model_copy(update={"keep": float(keep)})
     return replace(loaded, rules=loaded.rules.model_copy(update={"budget": budget}))
 
 

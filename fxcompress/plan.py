@@ -97,6 +97,8 @@ class SitePlan(_Frozen):
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
         energy: share of the squared singular values that is kept, in [0, 1].
         before, after: sizes of this operator; what a bundle shares counts for its first site.
+        seconds: measured time of this operator before and after, where a budget is about it;
+            that of a bundle counts for its first site.
         reason: why it stays dense; empty if it was rewritten.
         spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
             to the last.
@@ -123,6 +125,7 @@ class SitePlan(_Frozen):
     energy: float
     before: Size
     after: Size
+    seconds: tuple[float, float] | None = None
     reason: str = ""
     spectrum: tuple[float, ...] = ()
 
@@ -189,13 +192,34 @@ class NodeSummary(_Frozen):
     shape: tuple[int, ...] | None
 
 
+Unit = Literal["parameters", "macs", "bytes", "latency"]
+
+
+class Limit(_Frozen):
+    """A further budget that had to be met at the same time, and how it was.
+
+    Attributes:
+        keep, of, unit, limit, cost, dense, multiplier: as of :class:`BudgetOutcome`.
+        rule: the rule whose operators it is about, empty for all.
+    """
+
+    keep: float
+    of: Literal["matched", "model"]
+    unit: Unit
+    limit: float
+    cost: float
+    dense: float
+    multiplier: float | None
+    rule: str = ""
+
+
 class BudgetOutcome(_Frozen):
     """The budget and how it was met.
 
     Attributes:
         keep: fraction asked for.
         of: what it is a fraction of: all matched operators, or the whole model.
-        unit: ``"parameters"``, ``"macs"`` or ``"bytes"``.
+        unit: ``"parameters"``, ``"macs"``, ``"bytes"``, or ``"latency"`` (seconds).
         allocation: ``"global"`` or ``"uniform"``.
         limit: the budget for the matched operators, in the unit.
         cost: what their plan costs, never above the limit.
@@ -207,7 +231,7 @@ class BudgetOutcome(_Frozen):
 
     keep: float
     of: Literal["matched", "model"]
-    unit: Literal["parameters", "macs", "bytes"]
+    unit: Unit
     allocation: Literal["global", "uniform"]
     limit: float
     cost: float
@@ -220,6 +244,60 @@ class BudgetOutcome(_Frozen):
     def gap(self) -> float | None:
         """Duality gap, in the unit of the predicted loss."""
         return None if self.bound is None else self.predicted - self.bound
+
+
+class MeasuredSite(_Frozen):
+    """A site, or a bundle as a whole, rewritten alone in the dense model.
+
+    Attributes:
+        name: of the site or of the bundle.
+        sites: names of the sites that are rewritten: itself, or the members.
+        predicted: their predicted loss, in ``Plan.loss_unit``.
+        measured: KL to the dense model, in nats per prediction.
+        error: its standard error, from the differences between batches; None of one batch.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    predicted: float
+    measured: float
+    error: float | None
+
+
+class Fidelity(_Frozen):
+    """Predicted losses and measured ones, on data that the metric was not estimated on.
+
+    Attributes:
+        batches, predictions: how much data.
+        output: family of the output distribution.
+        sites: everything that is rewritten, bundles as one, in graph order.
+        measured, error: of the whole compressed model, as of :class:`MeasuredSite`.
+        rank_correlation: Spearman's, of predicted and measured over ``sites``; None if there are
+            fewer than three, or all alike.
+        ratio: median of measured / predicted over the sites that are above their noise; None if
+            there are none, or the predictions are not in nats.
+        warnings: where prediction and measurement part, and what to do about it.
+    """
+
+    batches: int
+    predictions: int
+    output: str
+    sites: tuple[MeasuredSite, ...]
+    measured: float
+    error: float | None
+    rank_correlation: float | None
+    ratio: float | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def singly(self) -> float:
+        """Measured KL of the sites one at a time, summed up."""
+        return math.fsum(one.measured for one in self.sites)
+
+    @property
+    def by_site(self) -> dict[str, MeasuredSite]:
+        """What was measured by the name of a site; the same for all members of a bundle."""
+        return {name: one for one in self.sites for name in one.sites}
 
 
 class Folded(_Frozen):
@@ -239,7 +317,8 @@ class Plan(_Frozen):
         metric: name of the metric.
         loss_unit: what predicted losses are measured in.
         calibration: what the metric was estimated on (batches, predictions, family, seed).
-        budget: the budget and how it was met.
+        budget: the budget and how it was met; the first of several.
+        limits: the other budgets, and those of single rules.
         sites: every matched site, in graph order.
         templates: of the forms that rules spelled out, by the names of these forms.
         folded: batch norms that became part of the convolution before them.
@@ -249,6 +328,7 @@ class Plan(_Frozen):
         before, after: the recorded graphs; ``after`` is empty until the model is rewritten.
         seconds: time spent per stage.
         warnings: what the user should know.
+        fidelity: predicted and measured losses, once :func:`fxcompress.measure` was called.
         earlier: the plans that were carried out before this one, oldest first, if the model given
             was a compressed one.
     """
@@ -260,6 +340,7 @@ class Plan(_Frozen):
     loss_unit: str
     calibration: dict[str, int | str]
     budget: BudgetOutcome
+    limits: tuple[Limit, ...] = ()
     sites: tuple[SitePlan, ...]
     templates: dict[str, Template] = {}
     folded: tuple[Folded, ...] = ()
@@ -271,6 +352,7 @@ class Plan(_Frozen):
     after: tuple[NodeSummary, ...] = ()
     seconds: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    fidelity: Fidelity | None = None
     earlier: tuple[Plan, ...] = ()
 
     @model_validator(mode="after")

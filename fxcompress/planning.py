@@ -9,18 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxcompress.analysis import Analysis
-from fxcompress.budget import (
-    Allocation,
-    Bundle,
-    Candidate,
-    Choice,
-    allocate,
-    allocate_uniform,
-    least_cost,
-)
-from fxcompress.errors import BudgetError
+from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
+from fxcompress.forms.target import Ranks
 from fxcompress.graph.operator import Operator
+from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS
 from fxcompress.parts import layers
 from fxcompress.plan import (
@@ -31,16 +24,18 @@ from fxcompress.plan import (
     Plan,
     SitePlan,
     Size,
+    Unit,
     Unmatched,
     history,
 )
+from fxcompress.pricing import Counted, Pricing, timed
 from fxcompress.report.progress import Progress
-from fxcompress.rules import Budget
 from fxcompress.sites import Site, SiteBundle, decoded, on_meta
+from fxcompress.solving import solve
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
-    """Choose a form and a rank, or neither, for every site, within the budget of the rules.
+    """Choose a form and a rank, or neither, for every site, within the budgets of the rules.
 
     Args:
         analysis: of the stages before.
@@ -48,35 +43,13 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         show: told of the stage.
 
     Raises:
-        BudgetError: the budget cannot be met; the message says the least that can.
+        BudgetError: the budgets cannot be met; the message says the least that can.
     """
+    pricings = _pricings(analysis, show)
     tick = show.stage("budget", None)
     rules = analysis.rules.rules
-    budget = rules.budget
-    unit = budget.unit
-    nothing: frozenset[str] = frozenset()
-    candidates = [
-        site.candidate(
-            analysis.decomposed.sites[site.name].losses, unit, excluded.get(site.name, nothing)
-        )
-        for site in analysis.sites
-    ]
-    bundles = [
-        bundle.options(
-            analysis.decomposed.bundles[bundle.name].losses,
-            unit,
-            excluded.get(bundle.name, nothing),
-        )
-        for bundle in analysis.bundles
-    ]
-    dense = sum(candidate.dense_cost for candidate in candidates)
-    whole = float(getattr(analysis.size, unit))
-    limit = budget.keep * (dense if budget.of == "matched" else whole)
-    if budget.of == "model":
-        limit -= float(getattr(analysis.folded_size, unit)) - dense
-    _require_possible(candidates, bundles, limit, budget, whole)
-    solve = allocate if rules.solver.allocation == "global" else allocate_uniform
-    allocation = solve(candidates, limit, bundles)
+    solution = solve(analysis, pricings, excluded)
+    allocation, (first, *more) = solution.allocation, solution.limits
     joint = {
         name: choice
         for bundle in analysis.bundles
@@ -94,8 +67,9 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         )
         for site in analysis.sites
     )
+    if "latency" in pricings:
+        sites = _with_seconds(sites, analysis, pricings["latency"])
     saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
-    glob = rules.solver.allocation == "global"
     planned = Plan(
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
@@ -108,17 +82,12 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
             "seed": rules.metric.seed,
         },
         budget=BudgetOutcome(
-            keep=budget.keep,
-            of=budget.of,
-            unit=unit,
+            **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
-            limit=limit,
-            cost=allocation.cost,
-            dense=dense,
-            multiplier=allocation.multiplier if glob else None,
             predicted=allocation.loss,
-            bound=allocation.bound if glob else None,
+            bound=solution.bound,
         ),
+        limits=tuple(more),
         sites=sites,
         templates=_used_templates(analysis, sites),
         folded=analysis.folded,
@@ -132,30 +101,44 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     return planned
 
 
-def _require_possible(
-    candidates: Sequence[Candidate],
-    bundles: Sequence[Bundle],
-    limit: float,
-    budget: Budget,
-    whole: float,
-) -> None:
-    """An error that names the least budget that can be met, if this one cannot."""
-    least = least_cost(candidates, bundles)
-    if least <= limit:
-        return
-    dense = sum(candidate.dense_cost for candidate in candidates)
-    base, needed, of = dense, least, "of the matched operators"
-    if budget.of == "model":
-        base, needed, of = whole, whole - dense + least, "of the model"
-    steps = math.ceil(1e4 * needed / base)
-    while steps / 1e4 * base < needed:  # rounding
-        steps += 1
-    raise BudgetError(
-        f"the budget cannot be met: keep {budget.keep:g} of {base:,.0f} {budget.unit} {of} allows "
-        f"{budget.keep * base:,.0f}, and these rules need at least {needed:,.0f} "
-        f"(keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, multiple_of) or match "
-        "more operators"
-    )
+def _pricings(analysis: Analysis, show: Progress) -> dict[Unit, Pricing]:
+    """What operators cost in the unit of every budget."""
+    pricings: dict[Unit, Pricing] = {}
+    for budget in analysis.rules.rules.budgets:
+        if budget.unit != "latency":
+            pricings[budget.unit] = Counted(budget.unit)
+        else:
+            tick = show.stage("latency", ROUNDS)
+            device = next(analysis.model.parameters()).device
+            table = Table(table_path())
+            pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
+    return pricings
+
+
+def _with_seconds(
+    sites: Sequence[SitePlan], analysis: Analysis, pricing: Pricing
+) -> tuple[SitePlan, ...]:
+    """The same with what every operator takes before and after."""
+    by_name = {site.name: site for site in analysis.sites}
+    bundles = {bundle.name: bundle for bundle in analysis.bundles}
+    told: set[str] = set()
+    out = []
+    for entry in sites:
+        site = by_name[entry.name]
+        before = after = pricing.dense(site)
+        if entry.bundle:
+            joint = pricing.joint(bundles[entry.bundle], *_at(entry))
+            after = 0.0 if entry.bundle in told else float(joint[0])
+            told.add(entry.bundle)
+        elif entry.form is not None:
+            after = float(pricing.single(site, *_at(entry))[0])
+        out.append(entry.model_copy(update={"seconds": (before, after)}))
+    return tuple(out)
+
+
+def _at(entry: SitePlan) -> tuple[str, Ranks]:
+    form, rank = entry.choice
+    return form, np.array([rank], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxcompress.budget import Bundle as BudgetBundle
-from fxcompress.budget import Candidate, Option, permitted_ranks
+from fxcompress.budget import permitted_ranks
 from fxcompress.forms import (
     ConvShape,
     Form,
@@ -25,14 +24,14 @@ from fxcompress.forms import (
     find_form,
     find_joint_form,
 )
-from fxcompress.forms.target import Losses, Ranks
+from fxcompress.forms.target import Ranks
 from fxcompress.graph.recorder import Recording, Weight
 from fxcompress.modules import shape_of
 from fxcompress.plan import ZERO, Size
 from fxcompress.rules import Match, MatchResult
 from fxcompress.rules.result import Bundle
 
-Unit = Literal["parameters", "macs", "bytes"]
+CountUnit = Literal["parameters", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Site:
 
     def size(self, form: str, rank: Rank) -> Size:
         """The same at a rank of a form that the site may take by itself."""
-        counts = _counts(self.forms[form], self.shape, np.array([rank], dtype=np.int64))
+        counts = self.counts(form, np.array([rank], dtype=np.int64))
         return Size(**{unit: int(count[0]) for unit, count in counts.items()})
 
     def ranks(self, form: str) -> Ranks:
@@ -85,27 +84,14 @@ class Site:
         fits = chosen.misfit(self.shape) is None
         return _permitted(full, self.match) if fits else _permitted(full, self.match)[:0]
 
-    def candidate(
-        self,
-        losses: Mapping[str, Losses],
-        unit: Unit,
-        excluded: Collection[str],
-    ) -> Candidate:
-        """The site as the budget sees it, without the forms in ``excluded``.
-
-        Args:
-            losses: form -> predicted loss at each of its :meth:`ranks`.
-            unit: of the budget.
-            excluded: forms that are not to be chosen.
-        """
-        dense = float(getattr(self.dense_size(), unit))
-        options = []
-        for name, form in self.forms.items():
-            if name not in excluded:
-                ranks = self.ranks(name)
-                cost = _counts(form, self.shape, ranks)[unit]
-                options += _worthwhile(name, ranks, losses[name], cost, dense, self.match)
-        return Candidate(self.name, dense, tuple(options), self.match.group)
+    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
+        """Cost at ranks of a form in every unit that is counted, biases included."""
+        chosen, biases = self.forms[form], _biases([self.shape])
+        return {
+            "parameters": chosen.parameters(self.shape, ranks) + biases,
+            "macs": chosen.macs(self.shape, ranks),
+            "bytes": chosen.bytes(self.shape, ranks) + biases * self.shape.dtype.itemsize,
+        }
 
 
 @dataclass(frozen=True)
@@ -136,19 +122,14 @@ class SiteBundle:
             return np.empty(0, dtype=np.int64)
         return _permitted(chosen.full_rank(self.shapes), self.match)
 
-    def options(
-        self, losses: Mapping[str, Losses], unit: Unit, excluded: Collection[str]
-    ) -> BudgetBundle:
-        """The bundle as the budget sees it; arguments as of :meth:`Site.candidate`."""
-        dense = sum(float(getattr(site.dense_size(), unit)) for site in self.sites)
-        options = []
-        for name, form in self.forms.items():
-            if name not in excluded:
-                ranks = self.ranks(name)
-                cost = _joint_counts(form, self.shapes, ranks)[unit]
-                options += _worthwhile(name, ranks, losses[name], cost, dense, self.match)
-        names = tuple(site.name for site in self.sites)
-        return BudgetBundle(self.name, names, tuple(options))
+    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
+        """Cost of all sites together at ranks of a joint form, as :meth:`Site.counts`."""
+        chosen, biases = self.forms[form], _biases(self.shapes)
+        return {
+            "parameters": chosen.parameters(self.shapes, ranks) + biases,
+            "macs": chosen.macs(self.shapes, ranks),
+            "bytes": chosen.bytes(self.shapes, ranks) + biases * self.shapes[0].dtype.itemsize,
+        }
 
     def sizes(self, form: str, rank: int, body: JointBody) -> tuple[Size, ...]:
         """Size of every site at a rank of a joint form; what is shared counts for the first.
@@ -158,8 +139,7 @@ class SiteBundle:
             rank: of ``body``.
             body: of the form, with or without values.
         """
-        ranks = np.array([rank], dtype=np.int64)
-        counts = _joint_counts(self.forms[form], self.shapes, ranks)
+        counts = self.counts(form, np.array([rank], dtype=np.int64))
         rest = [
             _head_size(head, shape)
             for head, shape in zip(body.heads[1:], self.shapes[1:], strict=True)
@@ -186,27 +166,6 @@ def on_meta(shape: Any) -> Any:
 
 def _biases(shapes: Sequence[Shape]) -> int:
     return sum(shape.out_features for shape in shapes if shape.bias)
-
-
-def _counts(form: Form, shape: Shape, ranks: Ranks) -> dict[Unit, Ranks]:
-    """Cost at each rank in every unit, biases included."""
-    biases = _biases([shape])
-    return {
-        "parameters": form.parameters(shape, ranks) + biases,
-        "macs": form.macs(shape, ranks),
-        "bytes": form.bytes(shape, ranks) + biases * shape.dtype.itemsize,
-    }
-
-
-def _joint_counts(
-    form: JointForm, shapes: Sequence[LinearShape], ranks: Ranks
-) -> dict[Unit, Ranks]:
-    biases = _biases(shapes)
-    return {
-        "parameters": form.parameters(shapes, ranks) + biases,
-        "macs": form.macs(shapes, ranks),
-        "bytes": form.bytes(shapes, ranks) + biases * shapes[0].dtype.itemsize,
-    }
 
 
 PAIRS = 16
@@ -246,22 +205,6 @@ def encoded(ranks: Ranks) -> Ranks:
 def decoded(full_rank: Rank, code: int) -> Rank:
     """The rank, or the pair, that a number stands for."""
     return code if isinstance(full_rank, int) else (code >> _SHIFT, code & ((1 << _SHIFT) - 1))
-
-
-def _worthwhile(
-    name: str, ranks: Ranks, loss: Losses, cost: Ranks, dense: float, match: Match | Bundle
-) -> list[Option]:
-    """The option of a form at the ranks that save enough, if there are any.
-
-    Ranks at which a form loses more than at a lower one are left out, too: truncation never
-    does, but other projections may in a metric that they are not made for.
-    """
-    worth = (cost <= (1 - match.min_saving) * dense) & np.isfinite(loss)
-    if ranks.ndim == 1:
-        worth &= loss <= np.minimum.accumulate(loss)
-    if not worth.any():
-        return []
-    return [Option(name, encoded(ranks[worth]), loss[worth], cost[worth].astype(np.float64))]
 
 
 def gather_sites(

@@ -22,11 +22,13 @@ LAYERS = [
     {"errors"},
     {"graph", "budget", "forms"},
     {"rules", "metric", "plan", "modules"},
-    {"report", "rewrite", "sites", "parts"},
-    {"decomposition"},
-    {"analysis"},
+    {"report", "rewrite", "sites", "parts", "latency"},
+    {"decomposition", "fidelity"},
+    {"analysis", "pricing"},
+    {"solving"},
     {"planning"},
     {"compile", "compare", "io"},
+    {"measure"},
     {"cli"},
 ]
 """The order of the package, the ground first: parts of it by name, file or folder."""

@@ -36,6 +36,7 @@ from fxcompress.budget.problem import (
 )
 from fxcompress.budget.solver import allocate
 from fxcompress.budget.uniform import allocate_uniform
+from fxcompress.budget.within import Resource, Together, allocate_within
 
 __all__ = [
     "Allocation",
@@ -43,8 +44,11 @@ __all__ = [
     "Candidate",
     "Choice",
     "Option",
+    "Resource",
+    "Together",
     "allocate",
     "allocate_uniform",
+    "allocate_within",
     "least_cost",
     "permitted_ranks",
 ]

@@ -88,7 +88,7 @@ def sites_of(candidates: Sequence[Candidate]) -> list[Site]:
 
 
 def _site(members: tuple[Candidate, ...]) -> Site:
-    options = members[0].options if len(members) == 1 else _common_options(members)
+    options = members[0].options if len(members) == 1 else common_options(members)
     top: tuple[str, int] | None = None
     top_cost = math.fsum(member.dense_cost for member in members)
     for option in options:
@@ -119,8 +119,12 @@ def _site(members: tuple[Candidate, ...]) -> Site:
     )
 
 
-def _common_options(members: tuple[Candidate, ...]) -> tuple[Option, ...]:
-    """The options of a group: at each form and rank all members have, the sums over them."""
+def common_options(members: tuple[Candidate, ...]) -> tuple[Option, ...]:
+    """The options of a group: at each form and rank all members have, the sums over them.
+
+    Raises:
+        BudgetError: they have none in common.
+    """
     if not any(member.options for member in members):
         return ()
     merged = []

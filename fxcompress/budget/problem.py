@@ -63,8 +63,8 @@ class Option:
     Attributes:
         form: name of the factorization form (``"low_rank"``, ``"pivoted"``, ...).
         ranks: shape ``(k,)``, int64, at least 1, strictly increasing; may be empty.
-        loss: shape ``(k,)``, float64: predicted loss at each rank, in nats; finite, >= 0,
-            non-increasing.
+        loss: shape ``(k,)``, float64: predicted loss at each rank, in nats; finite, >= 0.  It need
+            not fall with the rank: forms with two ranks encode both in one number.
         cost: shape ``(k,)``, float64: cost at each rank, in the budget's unit; finite, >= 0,
             of any shape in the rank (linear, concave, with steps).
     """
@@ -216,6 +216,4 @@ def _problem(option: Option) -> str | None:
         return f"ranks must be at least 1, not {option.ranks[0]}"
     if np.any(option.ranks[1:] <= option.ranks[:-1]):
         return "ranks must be strictly increasing"
-    if np.any(option.loss[1:] > option.loss[:-1]):
-        return "loss must not increase with the rank"
     return None

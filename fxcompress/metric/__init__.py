@@ -15,6 +15,7 @@ from fxcompress.metric.kfac import KFAC
 from fxcompress.metric.metric import Factor, Metric
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.passes import Draws
 from fxcompress.metric.spectrum import decompose
 
 METRICS: dict[str, Metric] = {
@@ -24,6 +25,7 @@ METRICS: dict[str, Metric] = {
 __all__ = [
     "METRICS",
     "Calibration",
+    "Draws",
     "Factor",
     "Loss",
     "Metric",

@@ -20,8 +20,8 @@ from fxcompress.metric.moments import (
     Moments,
     Statistic,
 )
-from fxcompress.metric.output import Loss, OutputKind
-from fxcompress.metric.passes import InputKey, SiteFacts, input_key, run_pass
+from fxcompress.metric.output import Loss
+from fxcompress.metric.passes import DRAWS, Draws, InputKey, SiteFacts, input_key, run_pass
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
@@ -48,17 +48,16 @@ def calibrate(
     batches: Iterable[Any],
     metric: Metric,
     *,
-    output: OutputKind = "auto",
+    drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
-    seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Gather the moments that ``metric`` needs at every site.
 
     Args:
         metric: says which statistics are needed.
-        model, sites, batches, output, loss, forward, seed, tick: as of
+        model, sites, batches, drawn, loss, forward, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Raises:
@@ -69,7 +68,7 @@ def calibrate(
     sums = _Sums(model, sites, metric.needs, metric.backward)
     passed = run_pass(
         model, sites, batches, sums,
-        output=output, loss=loss, forward=forward, seed=seed, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, tick=tick,
     )  # fmt: skip
     moments = sums.finish(passed.predictions)
     return Calibration(moments, passed.batches, passed.predictions, passed.kind)

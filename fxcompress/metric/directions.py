@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
-from fxcompress.metric.output import Loss, OutputKind
-from fxcompress.metric.passes import SiteFacts, run_pass
+from fxcompress.metric.output import Loss
+from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
 from fxcompress.metric.rows import BLOCK, conv_rows
 from fxcompress.metric.split import SplitTruncations
@@ -82,17 +82,16 @@ def measure_directions(
     wanted: Mapping[str, Mapping[str, Components]],
     batches: Iterable[Any],
     *,
-    output: OutputKind = "auto",
+    drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
-    seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Tensor]:
     """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
 
     Args:
         wanted: site name -> any key -> components.
-        model, sites, batches, output, loss, forward, seed, tick: as of
+        model, sites, batches, drawn, loss, forward, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Returns:
@@ -104,7 +103,7 @@ def measure_directions(
     visitor = _Products(wanted)
     passed = run_pass(
         model, [site for site in sites if wanted.get(site.name)], batches, visitor,
-        output=output, loss=loss, forward=forward, seed=seed, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, tick=tick,
     )  # fmt: skip
     return {key: total / passed.predictions for key, total in visitor.squares.items()}
 

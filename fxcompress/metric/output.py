@@ -1,9 +1,15 @@
-"""The output distribution of a model, and labels sampled from it.
+"""The output distribution of a model: which tensors are predictions, and of what family.
 
-The Fisher metric needs ``∇ log p(y|x)`` with y drawn from the model itself (the true Fisher;
-labels of the data would give the empirical one, another matrix).  For each family the
-gradient with respect to the model's output is known in closed form, so no loss graph is
-built: :func:`sampled_gradient` returns the tensor to start the backward pass from.
+=============  =========================================  ==========================
+family         output f, shape                            log p(y|f)
+=============  =========================================  ==========================
+categorical    logits (..., C), images (batch, C, ...)    log softmax(f)_y
+bernoulli      logits of yes (..., D), independent        Σ_d log sigmoid(±f_d)
+gaussian       values (..., D), unit variance             -½ ‖y - f‖²
+=============  =========================================  ==========================
+
+A *prediction* is one such row.  A model with several outputs predicts all of them, independently
+of one another: the divergences add up, and so do the Fishers.
 """
 
 from __future__ import annotations
@@ -12,162 +18,194 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
 
-OutputKind = Literal["auto", "categorical", "bernoulli", "gaussian"]
+Family = Literal["categorical", "bernoulli", "gaussian"]
+
+OutputKind = Literal["auto", "categorical", "bernoulli", "gaussian"] | Mapping[str, Family]
+"""A family, or the families of several outputs by name (``"logits"``) or place (``"0"``)."""
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, batch)``: the negative log-likelihood of every prediction, unreduced."""
 
+_LOGITS = ("logits", "prediction_logits", "logits_per_image")
+_VALUES = ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output")
+_SPANS = ("start_logits", "end_logits")
+
 
 @dataclass(frozen=True, eq=False)
-class OutputGradient:
-    """Where a backward pass starts.
+class Head:
+    """One tensor of predictions.
 
     Attributes:
-        tensor: part of the model's output.
-        gradient: of the summed negative log-likelihood with respect to it, same shape.
-        predictions: how many predictions the batch holds (tokens, images, ...).
-        kind: the family that was used.
+        name: field of the output, or its place in a tuple; empty for a plain tensor.
+        tensor: as the model returned it.
+        family: what it means.
     """
 
+    name: str
     tensor: Tensor
-    gradient: Tensor
-    predictions: int
-    kind: str
+    family: Family
+
+    @property
+    def classes(self) -> int:
+        """The dimension of classes or values: 1 of images (batch, C, ...), else the last."""
+        return 1 if self.family == "categorical" and self.tensor.dim() >= 4 else -1
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of its shape as (..., C); one number a sample as (batch, 1)."""
+        if tensor.dim() == 1:
+            return tensor[:, None]
+        return tensor.movedim(self.classes, -1)
+
+    def like(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`, in the tensor's type."""
+        if self.tensor.dim() == 1:
+            return rows[:, 0].to(self.tensor.dtype)
+        return rows.movedim(-1, self.classes).to(self.tensor.dtype)
+
+    def real(self, mask: Tensor | None) -> Tensor | None:
+        """Which rows count (...): those that a mask (batch, positions) fits; None for all."""
+        rows = self.rows(self.tensor)
+        if mask is None or rows.dim() < 3 or rows.shape[:2] != mask.shape:
+            return None
+        mask = mask.to(rows.device)
+        return mask.reshape(*mask.shape, *(1,) * (rows.dim() - 3)).expand(rows.shape[:-1])
+
+    def predictions(self, mask: Tensor | None) -> int:
+        """How many rows count."""
+        real = self.real(mask)
+        rows = self.rows(self.tensor)
+        return rows[..., 0].numel() if real is None else int(real.sum())
 
 
-def main_output(output: Any) -> tuple[Tensor, str]:
-    """The tensor that carries a model's predictions, and its family.
+def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
+    """The tensors that carry a model's predictions.
 
-    A Hugging Face output is asked for ``logits`` (categorical), then for
-    ``last_hidden_state`` or an embedding (Gaussian).  A plain tensor, or the first tensor of a
-    tuple, counts as logits: declare ``metric: {output: gaussian}`` for a regression.
+    ``auto`` asks a Hugging Face output for ``logits`` (categorical), for ``start_logits`` and
+    ``end_logits``, then for ``last_hidden_state`` or an embedding (Gaussian).  A plain tensor, or
+    the first tensor of a tuple, counts as logits: declare ``metric: {output: gaussian}`` for a
+    regression, and ``{output: {"0": categorical, "1": gaussian}}`` for several outputs.
 
     Raises:
-        CalibrationError: no floating-point tensor is to be found.
+        CalibrationError: no floating-point tensor is to be found, or not the one that was
+            declared; values that are not finite; or what the family makes no sense of.
     """
+    found = _declared(output, kind) if isinstance(kind, Mapping) else _detected(output, kind)
+    for head in found:
+        _require_sense(head)
+    return found
+
+
+def _detected(output: Any, kind: str) -> list[Head]:
+    def head(name: str, tensor: Tensor, family: Family) -> Head:
+        return Head(name, tensor, family if kind == "auto" else kind)  # type: ignore[arg-type]
+
     if isinstance(output, Tensor) and output.is_floating_point():
-        return output, "categorical"
-    if isinstance(output, Mapping) or hasattr(output, "logits"):
-        fields = output if isinstance(output, Mapping) else vars(output)
-        for name in ("logits", "prediction_logits", "logits_per_image"):
-            if isinstance(fields.get(name), Tensor):
-                return fields[name], "categorical"
-        for name in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output"):
-            if isinstance(fields.get(name), Tensor):
-                return fields[name], "gaussian"
-        values = list(fields.values())
-    else:
-        values = list(output) if isinstance(output, (tuple, list)) else []
-    for value in values:
+        return [head("", output, "categorical")]
+    fields = _fields(output)
+    for name in _LOGITS:
+        if isinstance(fields.get(name), Tensor):
+            return [head(name, fields[name], "categorical")]
+    if all(isinstance(fields.get(name), Tensor) for name in _SPANS):
+        return [head(name, fields[name], "categorical") for name in _SPANS]
+    for name in _VALUES:
+        if isinstance(fields.get(name), Tensor):
+            return [head(name, fields[name], "gaussian")]
+    for name, value in fields.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value, "categorical"
+            return [head(name, value, "categorical")]
     raise CalibrationError(
         f"no predictions found in the model's output of type {type(output).__name__}; "
         "pass loss=lambda output, batch: ... (one negative log-likelihood per prediction)"
     )
 
 
-def class_dimension(tensor: Tensor) -> int:
-    """Where the classes lie: dimension 1 of images (batch, classes, ...), else the last."""
-    return 1 if tensor.dim() >= 4 else -1
+def _declared(output: Any, kinds: Mapping[str, Family]) -> list[Head]:
+    fields = {"0": output} if isinstance(output, Tensor) else _fields(output)
+    found = []
+    for name, family in kinds.items():
+        value = fields.get(name)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            known = ", ".join(n for n, each in fields.items() if isinstance(each, Tensor))
+            raise CalibrationError(
+                f"metric: {{output: ...}} names '{name}', and the model's output has no such "
+                f"tensor of floating type; it has: {known or 'none'}"
+            )
+        found.append(Head(name, value, family))
+    return found
 
 
-def sampled_gradient(
-    output: Any, kind: OutputKind, mask: Tensor | None, generator: torch.Generator
-) -> OutputGradient:
-    """Draw labels from the model's own distribution and differentiate their likelihood.
-
-    Args:
-        output: what the model returned.
-        kind: the family, or ``"auto"`` (see :func:`main_output`).
-        mask: (batch, positions) real positions; the others make no prediction.
-        generator: the source of the labels.
-
-    Raises:
-        CalibrationError: no predictions, or none that is finite, or none that leaves a choice.
-    """
-    tensor, found = main_output(output)
-    kind = found if kind == "auto" else kind  # type: ignore[assignment]
-    detached = tensor.detach().float()
-    if not bool(detached.isfinite().all()):
-        raise CalibrationError("the model's output has NaN or infinite values")
-    _require_predictions(detached, kind)
-    width = detached.shape[-1] if detached.dim() > 1 else 1
-    if kind == "gaussian":
-        # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
-        gradient = _normal(detached, generator)
-        predictions = detached.numel() // max(width, 1)
-        dim = -1
-    elif kind == "bernoulli":
-        p = detached.sigmoid()
-        gradient = p - torch.bernoulli(p, generator=generator)
-        predictions = detached.numel() // max(width, 1)
-        dim = -1
-    else:
-        dim = class_dimension(detached)
-        p = detached.softmax(dim).movedim(dim, -1)
-        flat = p.reshape(-1, p.shape[-1])
-        labels = torch.multinomial(flat, 1, generator=generator)
-        flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
-        gradient = flat.reshape(p.shape).movedim(-1, dim)
-        predictions = len(flat)
-    if mask is not None and dim == -1 and gradient.shape[:2] == mask.shape:
-        gradient = gradient * mask[..., None].to(gradient.device)
-        per_position = predictions // max(mask.numel(), 1)
-        predictions = int(mask.sum()) * max(per_position, 1)
-    return OutputGradient(tensor, gradient.to(tensor.dtype), predictions, kind)
+def _fields(output: Any) -> dict[str, Any]:
+    """The parts of an output by name, or by place."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, tuple | list):
+        return {str(place): value for place, value in enumerate(output)}
+    return dict(vars(output)) if hasattr(output, "__dict__") else {}
 
 
-def loss_gradient(output: Any, batch: Any, loss: Loss) -> OutputGradient:
-    """Start from the user's own loss: its labels are the data's (the empirical Fisher).
-
-    Raises:
-        CalibrationError: the loss fails, is reduced to a scalar, not finite, or not
-            differentiable.
-    """
-    try:
-        value = loss(output, batch)
-    except Exception as error:
-        raise CalibrationError(
-            f"loss(output, batch) failed: {type(error).__name__}: {error}\nIt is given what the "
-            f"model returned ({type(output).__name__}) and the whole batch "
-            f"({type(batch).__name__})"
-        ) from error
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        raise CalibrationError(
-            "loss(output, batch) must return one value per prediction (reduction='none'), "
-            "not a single number: the Fisher metric needs to know what it is a mean of"
-        )
-    if not value.requires_grad:
-        raise CalibrationError(
-            "loss(output, batch) returned a tensor without a gradient: it has to be computed "
-            "from the output, without detach(), argmax() or no_grad()"
-        )
-    if not bool(value.isfinite().all()):
-        raise CalibrationError("loss(output, batch) returned NaN or infinite values")
-    return OutputGradient(value, torch.ones_like(value), value.numel(), "loss")
-
-
-def _require_predictions(logits: Tensor, kind: str) -> None:
+def _require_sense(head: Head) -> None:
     """Outputs that the family makes no sense of would pass for layers without influence."""
-    if logits.dim() == 0:
+    tensor, where = head.tensor, f" {head.name}" if head.name else ""
+    if not bool(tensor.isfinite().all()):
+        raise CalibrationError(f"the model's output{where} has NaN or infinite values")
+    if tensor.dim() == 0:
         raise CalibrationError(
             "the model returned a single number (its own loss?), not predictions: pass a "
             "forward= that returns the logits, or loss="
         )
-    if kind == "categorical" and (logits.dim() == 1 or logits.shape[class_dimension(logits)] == 1):
+    if head.family != "categorical":
+        return
+    if tensor.dim() == 1 or tensor.shape[head.classes] == 1:
+        what = "has no dimension of samples" if tensor.dim() == 1 else "has one class only"
         raise CalibrationError(
-            f"the model's output of shape {tuple(logits.shape)} is taken for logits, and has "
-            + ("no dimension of samples" if logits.dim() == 1 else "one class only")
-            + ": declare what it is, metric: {output: bernoulli} for yes or no, "
+            f"the model's output{where} of shape {tuple(tensor.shape)} is taken for logits, and "
+            f"{what}: declare what it is, metric: {{output: bernoulli}} for yes or no, "
             "metric: {output: gaussian} for a regression"
         )
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+def divergence(
+    dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
+) -> tuple[float, int]:
+    """KL divergence from a model's predictions to another's.
+
+    Args:
+        dense: what the dense model returned.
+        other: what the other model returned on the same batch.
+        kind: the families of the outputs.
+        mask: (batch, positions) real positions; the others make no prediction.
+
+    Returns:
+        The sum over predictions, in nats, and how many there are.
+
+    Raises:
+        CalibrationError: as :func:`heads`; or the outputs differ in shape.
+    """
+    total, predictions = 0.0, 0
+    for p, q in zip(heads(dense, kind), heads(other, kind), strict=True):
+        if p.tensor.shape != q.tensor.shape:
+            raise CalibrationError(
+                f"the outputs have shapes {tuple(p.tensor.shape)} and {tuple(q.tensor.shape)}"
+            )
+        each = _row_divergence(p.family, p.rows(p.tensor).double(), q.rows(q.tensor).double())
+        real = p.real(mask)
+        total += float((each if real is None else each[real]).sum())
+        predictions = max(predictions, p.predictions(mask))
+    return total, predictions
+
+
+def _row_divergence(family: Family, p: Tensor, q: Tensor) -> Tensor:
+    """KL of each row (..., C) to (...), from logits or values, float64."""
+    if family == "gaussian":
+        return 0.5 * (p - q).square().sum(-1)
+    if family == "categorical":
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
+    no = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    return (yes + no).sum(-1)

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
 from fxcompress.forms.shape import Shape
-from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model, to_device
-from fxcompress.metric.output import (
-    Loss,
-    OutputGradient,
-    OutputKind,
-    loss_gradient,
-    sampled_gradient,
+from fxcompress.graph.inputs import (
+    Forward,
+    device_of,
+    output_mask,
+    padding_mask,
+    run_model,
+    to_device,
 )
+from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
 
 class SiteFacts(Protocol):
@@ -75,6 +77,24 @@ class Visitor(Protocol):
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What the outputs of a model mean, and where the labels of its predictions come from.
+
+    Attributes:
+        output: the families of the outputs.
+        fisher: how the mean over labels is taken.
+        seed: of all that is drawn.
+    """
+
+    output: OutputKind = "auto"
+    fisher: FisherKind = "sampled"
+    seed: int = 0
+
+
+DRAWS = Draws()
+
+
+@dataclass(frozen=True)
 class Passed:
     """How a pass went.
 
@@ -95,10 +115,9 @@ def run_pass(
     batches: Iterable[Any],
     visitor: Visitor,
     *,
-    output: OutputKind = "auto",
+    drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
-    seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -108,10 +127,9 @@ def run_pass(
         sites: each ``name`` is the path of a module.
         batches: see :mod:`fxcompress.graph.inputs`; gone through once.
         visitor: is shown the values.
-        output: family of the output distribution.
-        loss: the user's own negative log-likelihood instead of sampled labels.
+        drawn: what the outputs mean, and where labels come from.
+        loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
-        seed: of the sampled labels.
         tick: called after every batch.
 
     Raises:
@@ -119,7 +137,7 @@ def run_pass(
             finite (naming the site and the batch); a site that no data reached.
     """
     session = _Session(model, sites, visitor)
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
     count = predictions = 0
     kind = "none"
     with session.attached():
@@ -129,16 +147,16 @@ def run_pass(
                 result = _forward(model, batch, forward, count)
                 if visitor.backward:
                     with _named(count):
-                        batch = to_device(batch, device_of(model)) if loss else batch
-                        start = (
-                            loss_gradient(result, batch, loss)
-                            if loss
-                            else sampled_gradient(result, output, session.mask, generator)
-                        )
-                        _backward(start)
-                        visitor.end()
-                    predictions += start.predictions
-                    kind = start.kind
+                        starts = backward_starts(
+                            result, to_device(batch, device_of(model)), kind=drawn.output,
+                            fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
+                            generator=generator,
+                        )  # fmt: skip
+                        for at, start in enumerate(starts.passes):
+                            _backward(start, again=at + 1 < len(starts.passes))
+                            visitor.end()
+                    predictions += starts.predictions
+                    kind = starts.kind
             count += 1
             tick()
     if not count:
@@ -179,14 +197,17 @@ def _named(index: int) -> Iterator[None]:
         raise CalibrationError(f"on calibration batch {index}: {error}") from error
 
 
-def _backward(start: OutputGradient) -> None:
-    if not start.tensor.requires_grad:
+def _backward(start: Start, again: bool) -> None:
+    if not any(tensor.requires_grad for tensor in start.tensors):
         raise CalibrationError(
             "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
             "pass a forward= that does not, or choose metric: {kind: activation}"
         )
     try:
-        torch.autograd.backward(start.tensor, start.gradient)
+        pairs = zip(start.tensors, start.gradients, strict=True)
+        needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+        tensors, gradients = zip(*needed, strict=True)
+        torch.autograd.backward(tensors, gradients, retain_graph=again)
     except CalibrationError:
         raise
     except Exception as error:

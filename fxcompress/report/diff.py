@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from fxcompress.plan import Plan, SitePlan
-from fxcompress.report.fold import Group, Row, fold_blocks, fold_paths
+from fxcompress.plan import Fidelity, Plan, SitePlan
+from fxcompress.report.fold import Group, Row, child_name, fold_blocks, fold_paths
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
 from fxcompress.report.summary import (
     budget_lines,
+    fidelity_lines,
     graph_lines,
     model_name,
     operator_changes,
@@ -64,7 +65,7 @@ class Diff:
         plan = self.plan
         head = f"{model_name(plan)}: {rewritten_text(plan)}"
         sections = [[f"{head} (rules {plan.rules}, metric {plan.metric})"]]
-        sections += [_group_lines(group, loss_label(plan.loss_unit)) for group in self.groups]
+        sections += [_group_lines(group, plan) for group in self.groups]
         if plan.expanded:
             sections.append(
                 [
@@ -75,7 +76,8 @@ class Diff:
         if self.unchanged:
             sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
         sections.append(totals_lines(plan))
-        sections.append([*budget_lines(plan), predicted_line(plan), *graph_lines(plan)])
+        losses = [predicted_line(plan), *fidelity_lines(plan)]
+        sections.append([*budget_lines(plan), *losses, *graph_lines(plan)])
         if self.groups:
             sections.append([LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -88,9 +90,11 @@ class Diff:
             {"model_class": ..., "totals": [{"unit": "parameters", "of": "model", ...}, ...],
              "sites": [{"name": "model.layers.0.mlp.up_proj", "rank": 96, ...}, ...],
              "unmatched": [...], "graph": {"before": 1123, "after": 1543, "operators": {...}}}
+
+        With ``"fidelity"`` once :func:`fxcompress.measure` was called.
         """
         plan = self.plan
-        return {
+        found: dict[str, Any] = {
             "model_class": plan.model_class,
             "rules": plan.rules,
             "metric": plan.metric,
@@ -122,6 +126,9 @@ class Diff:
             },
             "warnings": list(plan.warnings),
         }
+        if plan.fidelity is not None:
+            found["fidelity"] = plan.fidelity.model_dump(mode="json")
+        return found
 
     def to_html(self) -> str:
         """One page that needs nothing else: styles, scripts and drawings are inside."""
@@ -169,12 +176,21 @@ def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
     return [list(axis) for axis in zip(*(site.ranks for site in sites), strict=True)]
 
 
-def _group_lines(group: Group, label: str) -> list[str]:
+def measured_text(row: Row, fidelity: Fidelity) -> str:
+    """``0.0005..0.0044``; that of a bundle stands beside its first site, ``with q_proj`` else."""
+    found = [fidelity.by_site[site.name] for site in row.sites]
+    first = found[0].sites[0]
+    if first != row.sites[0].name:
+        return f"with {child_name(first)}"
+    return span((one.measured for one in found), loss)
+
+
+def _group_lines(group: Group, plan: Plan) -> list[str]:
     lines = group_title(group)
     rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
         partners = [other.name for other in group.rows if _together(other, row)]
-        lines += _row_lines(row, label, partners)
+        lines += _row_lines(row, _losses_text(row, plan), partners)
         if rule != following:
             lines.append(rule)
     return lines
@@ -185,7 +201,15 @@ def _together(one: Row, other: Row) -> bool:
     return bool(one.sites[0].bundle) and one.sites[0].bundle == other.sites[0].bundle
 
 
-def _row_lines(row: Row, label: str, partners: Sequence[str]) -> list[str]:
+def _losses_text(row: Row, plan: Plan) -> str:
+    """``KL 0.0004..0.0031``, ``KL 0.0004..0.0031, measured 0.0005..0.0044``."""
+    text = f"{loss_label(plan.loss_unit)} {span((site.predicted for site in row.sites), loss)}"
+    if plan.fidelity is None:
+        return text
+    return f"{text}, measured {measured_text(row, plan.fidelity)}"
+
+
+def _row_lines(row: Row, losses: str, partners: Sequence[str]) -> list[str]:
     site = row.sites[0]
     name = row.name or "(itself)"
     before = counts(site.before.parameters for site in row.sites)
@@ -195,18 +219,17 @@ def _row_lines(row: Row, label: str, partners: Sequence[str]) -> list[str]:
         notes.append(f"called {span(calls, short)} times")
     what = site_text(site) + (", bias" if site.bias else "")
     after = counts(site.after.parameters for site in row.sites)
-    predicted = f"{label} {span((site.predicted for site in row.sites), loss)}"
     lines = [_line("-", name, what, before, ", ".join(notes))]
     layers = [at for at, part in enumerate(site.parts) if part.path]
     if not layers:
-        lines.append(_line("+", name, str(site.form), after, f"{predicted}  {ranks_text(row)}"))
+        lines.append(_line("+", name, str(site.form), after, f"{losses}  {ranks_text(row)}"))
         return lines
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]
-    cells: dict[int, tuple[str, ...]] = {last: (after, predicted)}
+    cells: dict[int, tuple[str, ...]] = {last: (after, losses)}
     if not site.bundle or site.parts[first].path.startswith(SHARED):
         ranks = ranks_text(row)
-        cells[first] = (after, f"{predicted}  {ranks}") if first == last else (ranks,)
+        cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
         if not is_layer:

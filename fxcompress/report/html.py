@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib.resources import files
@@ -10,9 +11,10 @@ from operator import add
 
 from jinja2 import Environment, StrictUndefined
 
-from fxcompress.plan import ZERO, Plan, SitePlan, Size
+from fxcompress.plan import ZERO, MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import summary
-from fxcompress.report.quantities import count, loss, loss_label, percent, short
+from fxcompress.report.quantities import count, loss, loss_label, percent, short, with_error
+from fxcompress.report.scatter import SIDE, fidelity_scatter
 from fxcompress.report.unchanged import Unchanged, site_text
 
 WIDTH, HEIGHT = 560, 190
@@ -45,12 +47,14 @@ class Branch:
         label: path relative to the branch above (``"model.layers"`` if nothing branches off).
         path: full path.
         sites: every site at or below it.
+        measured: what was measured of them.
     """
 
     label: str
     path: str
     site: SitePlan | None = None
     sites: list[SitePlan] = field(default_factory=list)
+    measured: list[MeasuredSite] = field(default_factory=list)
     children: dict[str, Branch] = field(default_factory=dict)
 
 
@@ -71,6 +75,7 @@ class Line:
     before: Size
     after: Size
     predicted: float
+    measured: float | None
     plot: Plot | None
     sort: tuple[float, ...]
 
@@ -81,7 +86,7 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(count=count, short=short, loss=loss, site_text=site_text)
-    environment.globals.update(percent=percent)
+    environment.globals.update(percent=percent, with_error=with_error)
     source = files("fxcompress.report").joinpath("diff.html.j2").read_text("utf-8")
     return environment.from_string(source).render(
         plan=plan,
@@ -89,10 +94,14 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         rewritten=summary.rewritten_text(plan),
         label=loss_label(plan.loss_unit),
         budget=[*summary.budget_lines(plan), summary.predicted_line(plan)],
+        fidelity=plan.fidelity,
+        fidelity_lines=summary.fidelity_lines(plan),
+        scatter=fidelity_scatter(plan),
+        side=SIDE,
         graph=summary.graph_lines(plan),
         totals=summary.totals(plan),
         unit_text=summary.UNIT_TEXT,
-        lines=tree_lines(plan.sites),
+        lines=tree_lines(plan.sites, None if plan.fidelity is None else plan.fidelity.by_site),
         unchanged=unchanged,
         text=text,
         width=WIDTH,
@@ -100,35 +109,46 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
     )
 
 
-def tree_lines(sites: tuple[SitePlan, ...]) -> list[Line]:
+def tree_lines(
+    sites: tuple[SitePlan, ...], measured: Mapping[str, MeasuredSite] | None = None
+) -> list[Line]:
     """The module tree of the sites, depth first, in graph order.
 
     It is open down to the first module that branches, so thirty blocks are thirty rows.
+
+    Args:
+        sites: of a plan.
+        measured: by name of the site; None if nothing was.  A bundle's counts for its first site.
     """
     root = Branch("", "")
     for site in sites:
+        one = None if measured is None else measured.get(site.name)
+        own = [one] if one is not None and one.sites[0] == site.name else []
         branch = root
         branch.sites.append(site)
         for component in site.name.split("."):
             path = f"{branch.path}.{component}" if branch.path else component
             branch = branch.children.setdefault(component, Branch(component, path))
             branch.sites.append(site)
+            branch.measured += own
         if branch.site is not None:  # a second weight of the same module
             branch = branch.children.setdefault(site.weight, Branch(site.weight, site.weight))
             branch.sites.append(site)
         branch.site = site
     lines: list[Line] = []
-    _descend(root, lines, None, 0, True)
+    _descend(root, lines, None, 0, True, measured is not None)
     return lines
 
 
-def _descend(above: Branch, lines: list[Line], key: int | None, depth: int, opened: bool) -> None:
+def _descend(
+    above: Branch, lines: list[Line], key: int | None, depth: int, opened: bool, measured: bool
+) -> None:
     children = [_shortened(child) for child in above.children.values()]
     for child in children:
         alone = opened and len(children) == 1
-        line = _line(child, len(lines), key, depth, alone)
+        line = _line(child, len(lines), key, depth, alone, measured)
         lines.append(line)
-        _descend(child, lines, line.key, depth + 1, alone)
+        _descend(child, lines, line.key, depth + 1, alone, measured)
 
 
 def _shortened(branch: Branch) -> Branch:
@@ -141,11 +161,14 @@ def _shortened(branch: Branch) -> Branch:
     return branch
 
 
-def _line(branch: Branch, key: int, above: int | None, depth: int, opened: bool) -> Line:
+def _line(
+    branch: Branch, key: int, above: int | None, depth: int, opened: bool, with_measured: bool
+) -> Line:
     sites, site = branch.sites, branch.site
     before = reduce(add, (one.before for one in sites), ZERO)
     after = reduce(add, (one.after for one in sites), ZERO)
     predicted = math.fsum(one.predicted for one in sites)
+    measured = math.fsum(one.measured for one in branch.measured)
     ratios = [one.rank_share for one in sites]
     ratio = sum(ratios) / len(ratios)
     rewritten = sum(one.form is not None for one in sites)
@@ -171,8 +194,14 @@ def _line(branch: Branch, key: int, above: int | None, depth: int, opened: bool)
         before=before,
         after=after,
         predicted=predicted,
+        measured=measured if branch.measured else None,
         plot=None if site is None else spectrum_plot(site),
-        sort=(key, ratio, kept, *(value for pair in sizes for value in pair), predicted),
+        sort=(
+            *(key, ratio, kept),
+            *(value for pair in sizes for value in pair),
+            predicted,
+            *((measured,) if with_measured else ()),
+        ),
     )
 
 

@@ -17,6 +17,15 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def amount(number: float, unit: str) -> str:
+    """A cost in the unit of a budget: an exact count, or a time.
+
+    >>> amount(884_736, "macs"), amount(0.0123, "latency")
+    ('884,736', '12.3 ms')
+    """
+    return f"{1e3 * number:.3g} ms" if unit == "latency" else count(number)
+
+
 def short(number: float) -> str:
     """A count to three digits: ``203k``, ``1.07M``.
 
@@ -45,6 +54,11 @@ def loss(number: float) -> str:
 def percent(part: float, whole: float) -> str:
     """``84.2%``; a dash where there is no whole."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A measured loss and its relative standard error, if there is one: ``0.0031 ± 2.1%``."""
+    return f"{loss(value)} ± {percent(error, value)}" if error and value else loss(value)
 
 
 def span(values: Iterable[float], write: Callable[[float], str]) -> str:

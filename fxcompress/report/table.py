@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fxcompress.plan import Plan
-from fxcompress.report.diff import group_title, ranks_of, unchanged_lines
+from fxcompress.plan import Fidelity, Plan
+from fxcompress.report.diff import group_title, measured_text, ranks_of, unchanged_lines
 from fxcompress.report.fold import Row, fold_blocks
 from fxcompress.report.quantities import loss, loss_label, span, sparkline
 from fxcompress.report.summary import (
     budget_lines,
+    fidelity_lines,
     model_name,
     predicted_line,
     rewritten_text,
@@ -15,6 +16,7 @@ from fxcompress.report.summary import (
 )
 from fxcompress.report.unchanged import site_text, unchanged
 
+WIDTHS = (17, 17, 9, 13, 16, 16)
 BARS = 12
 """Bars of a sparkline here at most, so that a line keeps to 100 columns."""
 
@@ -38,13 +40,15 @@ def plan_table(plan: Plan) -> str:
     if plan.calibration:
         facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
         head.append(f"calibration: {facts}")
-    sections = [head, [*budget_lines(plan), predicted_line(plan)], totals_lines(plan)]
+    lines = [*budget_lines(plan), predicted_line(plan), *fidelity_lines(plan)]
+    sections = [head, lines, totals_lines(plan)]
     groups = fold_blocks(plan.rewritten)
     if groups:
         label = loss_label(plan.loss_unit)
-        lines = [_columns("site", "operator", "form", "kept", label, "rank")]
+        extra = () if plan.fidelity is None else ("measured KL",)
+        lines = [_columns("site", "operator", "form", "kept", label, *extra, "rank")]
         for group in groups:
-            lines += [*group_title(group), *(_row(row) for row in group.rows)]
+            lines += [*group_title(group), *(_row(row, plan.fidelity) for row in group.rows)]
         sections.append(lines)
     rest = unchanged(plan)
     if rest:
@@ -54,7 +58,7 @@ def plan_table(plan: Plan) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, fidelity: Fidelity | None) -> str:
     site = row.sites[0]
     name = row.name or "(itself)"
     axes = ranks_of(row.sites)
@@ -71,9 +75,13 @@ def _row(row: Row) -> str:
         str(site.form),
         span(kept, "{:.1f}%".format) if kept else "-",
         span((one.predicted for one in row.sites), loss),
+        *(() if fidelity is None else (measured_text(row, fidelity),)),
         text if min(ranks) == max(ranks) else f"{text} {sparkline(ranks, BARS)}",
     )
 
 
-def _columns(name: str, what: str, form: str, kept: str, predicted: str, rank: str) -> str:
-    return f"{name:17} {what:17} {form:9} {kept:13} {predicted:16} {rank}".rstrip()
+def _columns(*cells: str) -> str:
+    """Seven of them if there is a measured loss, the ranks last; six without."""
+    *others, rank = cells
+    padded = (f"{cell:{width}}" for cell, width in zip(others, WIDTHS, strict=False))
+    return " ".join([*padded, rank]).rstrip()

@@ -71,8 +71,24 @@ class Budget(_Model):
     """The fraction that remains."""
     of: Literal["matched", "model"] = "matched"
     """Of what: the operators that the rules match, or the whole model."""
-    unit: Literal["parameters", "macs", "bytes"] = "parameters"
-    """What is counted."""
+    unit: Literal["parameters", "macs", "bytes", "latency"] = "parameters"
+    """What is counted; latency is measured on this machine, operator by operator."""
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.unit == "latency" and self.of == "model":
+            message = "latency is measured for the matched operators only: leave 'of' out"
+            raise PydanticCustomError("wrong-place", message)
+        return self
+
+
+def _different(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    """One budget per unit and whole."""
+    seen = {(budget.unit, budget.of) for budget in budgets}
+    if len(seen) < len(budgets):
+        message = "two budgets are about the same unit: keep the tighter one"
+        raise PydanticCustomError("duplicate-budget", message)
+    return budgets
 
 
 class Damping(_Model):
@@ -91,8 +107,18 @@ class Metric(_Model):
     """Which distance; kfac is the Fisher metric in its Kronecker form."""
     damping: Damping = Damping()
     """Added to each factor's eigenvalues, relative to their mean."""
-    output: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
-    """What the outputs of the model mean."""
+    output: Annotated[
+        Annotated[Literal["auto", "categorical", "bernoulli", "gaussian"], Tag("one")]
+        | Annotated[
+            dict[Text, Literal["categorical", "bernoulli", "gaussian"]],
+            Field(min_length=1),
+            Tag("several"),
+        ],
+        Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
+    ] = "auto"
+    """What the outputs of the model mean; of several outputs, by name or place ("0")."""
+    fisher: Literal["sampled", "exact", "empirical"] = "sampled"
+    """Where labels come from: drawn from the model, all of them (few classes), or the data's."""
     seed: Whole = 0
     """Of the draws from the model's predictions."""
 
@@ -312,6 +338,8 @@ class Rewrite(_Model):
     """Ranks are multiples of this."""
     group: Name | None = None
     """A name; sites of one group get equal ranks."""
+    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    """The share that remains at most of what this rule matches, in the unit of every budget."""
     fold_batch_norm: Flag = False
     """Whether a batch norm that follows a convolution becomes part of it, whatever its rank; in
     eval mode that changes nothing, in training it no longer normalizes."""
@@ -469,8 +497,14 @@ class RuleSet(_Model):
 
     version: Literal[1] = 1
     """Of the rule language."""
-    budget: Budget
-    """How much of the model may remain."""
+    budget: Annotated[
+        Annotated[Budget, Tag("one")]
+        | Annotated[
+            tuple[Budget, ...], Field(min_length=1), AfterValidator(_different), Tag("several")
+        ],
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+    ]
+    """How much of the model may remain; a list of budgets has to be met at once."""
     metric: Metric = Metric()
     """The distance that decides which components of a weight count."""
     solver: Solver = Solver()
@@ -481,3 +515,8 @@ class RuleSet(_Model):
     """The rules."""
     tests: tuple[Case, ...] = ()
     """What the rules match and miss; run by 'fxcompress test'."""
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets that have to be met at once."""
+        return (self.budget,) if isinstance(self.budget, Budget) else self.budget

@@ -203,9 +203,6 @@ def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
     trap = misread(entry, value, wanted) if wanted is not None else None
     if trap is not None:
         return trap
-    if isinstance(value, list) and key == "budget":
-        message = "several budgets are not supported by this version"
-        return Diagnostic("not-supported", message, entry.best)
     hint = ""
     if kind == "tuple_type" and isinstance(value, str):
         hint = 'put it into a list: ["..."]'

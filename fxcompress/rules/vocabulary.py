@@ -120,7 +120,7 @@ LATER_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "rewrite": frozenset({"permutation"}),
         "budget": frozenset({"device", "batch"}),
-        "metric": frozenset({"loss", "empirical"}),
+        "metric": frozenset({"loss"}),
         "solver": frozenset({"rounds", "schedule", "steps", "learning_rate"}),
     }
 )
@@ -128,7 +128,6 @@ LATER_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
 
 LATER_VALUES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "unit": frozenset({"latency"}),
         "output": frozenset({"loss"}),
         "tied": frozenset({"share", "untie", "once", "joint"}),
     }

@@ -341,8 +341,8 @@ def test_malformed_bundles_are_named(bundles: list[Bundle], message: str) -> Non
 
 
 def test_a_malformed_option_names_the_bundle() -> None:
-    with pytest.raises(ValueError, match="bundle 'b', option 'joint': loss must not increase"):
-        Bundle("b", ("q",), (option("joint", [1.0, 2.0], [1.0, 2.0]),))
+    with pytest.raises(ValueError, match="bundle 'b', option 'joint': loss must be finite"):
+        Bundle("b", ("q",), (option("joint", [np.inf, 2.0], [1.0, 2.0]),))
 
 
 def test_a_bundle_without_members_is_rejected() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.forms import ConvShape, Shape
-from fxcompress.metric import METRICS, calibrate
+from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.directions import components, measure_directions
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.quadratic import Whiteners, quadratic
@@ -89,13 +89,15 @@ def test_the_diagonal_of_the_fisher(case: str) -> None:
     model, batch = network(case)
     site = Site("layer", shape_of(model.layer))
     each = torch.stack([*gradients(model, batch)])
-    found = calibrate(model, [site], [batch], EVERYTHING, seed=SEED).moments["layer"]
+    found = calibrate(model, [site], [batch], EVERYTHING, drawn=Draws(seed=SEED)).moments["layer"]
     expected = each.square().mean(0)
     expected = expected if isinstance(site.shape, ConvShape) else expected[0]
     # The probabilities are rounded to float32 where gradients start.
     bound = 2e-6 * float(expected.max())
     torch.testing.assert_close(found.entries, expected, rtol=0, atol=bound)
-    rows = calibrate(model, [site], [batch], METRICS["diagonal"], seed=SEED).moments["layer"]
+    rows = calibrate(model, [site], [batch], METRICS["diagonal"], drawn=Draws(seed=SEED)).moments[
+        "layer"
+    ]
     torch.testing.assert_close(rows.weight, expected.mean(-1), rtol=0, atol=bound)
 
 
@@ -118,7 +120,7 @@ def test_kfac_is_exact_for_one_sample_and_one_position(case: str) -> None:
     draws = 40
     batches = [batch.repeat(draws, *(1,) * (batch.dim() - 1))]
     each = torch.stack([*gradients(model, batches[0])])
-    found = calibrate(model, [site], batches, EVERYTHING, seed=SEED).moments["layer"]
+    found = calibrate(model, [site], batches, EVERYTHING, drawn=Draws(seed=SEED)).moments["layer"]
     assert found.input is not None
     assert found.output is not None
     groups = each.shape[1]
@@ -138,7 +140,7 @@ def test_factors_are_means_over_patches(case: str) -> None:
     layer = model.layer
     site = Site("layer", shape_of(layer))
     assert isinstance(site.shape, ConvShape)
-    found = calibrate(model, [site], [batch, batch[:1]], METRICS["kfac"], seed=SEED)
+    found = calibrate(model, [site], [batch, batch[:1]], METRICS["kfac"], drawn=Draws(seed=SEED))
     moments = found.moments["layer"]
     # a_t for every output position: the gradient of y_t with respect to the weight.
     patches = []
@@ -170,13 +172,13 @@ def test_directions_are_measured_along_the_dense_components(case: str, view: Any
     model, batch = network(case)
     site = Site("layer", shape_of(model.layer))
     kfac = METRICS["kfac"]
-    moments = calibrate(model, [site], [batch], kfac, seed=SEED).moments["layer"]
+    moments = calibrate(model, [site], [batch], kfac, drawn=Draws(seed=SEED)).moments["layer"]
     weight = canonical_weight(model.layer).detach()
     found = quadratic(kfac, site.shape, moments, Whiteners((1e-3, 1e-1))).truncations(weight, view)
     these = components(found)
     assert these is not None
     measured = measure_directions(
-        model, [site], {"layer": {view: these}}, [batch[:3], batch[3:]], seed=SEED
+        model, [site], {"layer": {view: these}}, [batch[:3], batch[3:]], drawn=Draws(seed=SEED)
     )["layer", view]
     dense = torch.einsum("gmkq,gkqn->gkmn", these.left, these.right)
     total = dense.sum(1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
-from fxcompress.metric import METRICS, calibrate
+from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import GramSum
-from fxcompress.metric.output import sampled_gradient
+from fxcompress.metric.starts import backward_starts
 from fxcompress.modules import shape_of
 
 ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
@@ -112,7 +112,9 @@ def test_moments_equal_autograd_label_by_label(shape: tuple[int, ...]) -> None:
     model, batches = model_and_data(*shape)
     names = ["first", "second"]
     expected = reference(model, names, batches, seed=3)
-    found = calibrate(model, [target(model, name) for name in names], batches, ALL, seed=3)
+    found = calibrate(
+        model, [target(model, name) for name in names], batches, ALL, drawn=Draws(seed=3)
+    )
     assert found.kind == "categorical"
     assert found.predictions == 3 * batches[0].numel() // shape[-1]
     for name in names:
@@ -152,18 +154,28 @@ def test_a_weight_used_twice_is_summed_before_squaring() -> None:
         assert model.core.weight.grad is not None
         expected += model.core.weight.grad.square().mean(1)
     model.zero_grad()
-    found = calibrate(model, [target(model, "core", calls=2)], [batch], METRICS["diagonal"], seed=0)
+    found = calibrate(
+        model, [target(model, "core", calls=2)], [batch], METRICS["diagonal"], drawn=Draws(seed=0)
+    )
     moment = found.moments["core"].weight
     torch.testing.assert_close(moment, expected / 10, rtol=0, atol=2e-6 * float(expected.max()))
+
+
+def sampled(output: Tensor, kind: Any, generator: torch.Generator) -> Tensor:
+    """Gradients at the output for labels drawn from it."""
+    starts = backward_starts(
+        output, None, kind=kind, fisher="sampled", loss=None, mask=None, generator=generator
+    )
+    ((gradient,),) = (start.gradients for start in starts.passes)
+    return gradient.double()
 
 
 def test_labels_are_drawn_from_the_model() -> None:
     """E[g gᵀ] over draws is the Fisher of the softmax, diag(p) - p pᵀ."""
     torch.manual_seed(0)
     logits = torch.tensor([[1.0, -0.5, 0.2, 2.0]]).repeat(200_000, 1)
-    start = sampled_gradient(logits, "auto", None, torch.Generator().manual_seed(1))
     p = logits[0].softmax(-1).double()
-    g = start.gradient.double()
+    g = sampled(logits, "auto", torch.Generator().manual_seed(1))
     exact = torch.diag(p) - torch.outer(p, p)
     # Entries are means of 200,000 variables of magnitude at most 1: five standard errors.
     assert float((g.T @ g / len(g) - exact).abs().max()) < 5 / 200_000**0.5
@@ -173,11 +185,11 @@ def test_labels_are_drawn_from_the_model() -> None:
 def test_sampled_gradient_of_the_other_families() -> None:
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(50_000, 2, generator=generator)
-    gaussian = sampled_gradient(f, "gaussian", None, generator).gradient.double()
+    gaussian = sampled(f, "gaussian", generator)
     cov = gaussian.T @ gaussian / len(gaussian)
     assert float((cov - torch.eye(2)).abs().max()) < 5 * 2**0.5 / 50_000**0.5
     constant = torch.full((50_000, 1), 0.7)
-    bernoulli = sampled_gradient(constant, "bernoulli", None, generator).gradient.double()
+    bernoulli = sampled(constant, "bernoulli", generator)
     p = float(constant[0].sigmoid())
     assert abs(float(bernoulli.square().mean()) - p * (1 - p)) < 5 * 0.5 / 50_000**0.5
     assert abs(float(bernoulli.mean())) < 5 * 0.5 / 50_000**0.5
@@ -186,7 +198,9 @@ def test_sampled_gradient_of_the_other_families() -> None:
 def test_same_seed_same_moments_other_seed_others() -> None:
     model, batches = model_and_data(4, 7, 5)
     sites = [target(model, "first")]
-    runs = [calibrate(model, sites, batches, METRICS["kfac"], seed=s) for s in (0, 0, 1)]
+    runs = [
+        calibrate(model, sites, batches, METRICS["kfac"], drawn=Draws(seed=s)) for s in (0, 0, 1)
+    ]
     first, again, other = (run.moments["first"].output for run in runs)
     assert first is not None
     assert torch.equal(first, again)

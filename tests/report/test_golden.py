@@ -7,7 +7,7 @@ import pytest
 
 from fxcompress.plan import Plan
 from fxcompress.report import diff_plan
-from tests.report.plans import llama, parts, plan, shared, site, unmatched
+from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,7 +74,24 @@ def all_unmatched() -> Plan:
     return plan([], others, model_class="Net")
 
 
-CASES = [llama, a_site_left_dense, gpt2, no_layers, nothing_rewritten, all_unmatched, shared]
+def measured_llama() -> Plan:
+    return measured(a_site_left_dense())
+
+
+def measured_shared() -> Plan:
+    """Together with warnings: the whole loses more than its sites."""
+    made = measured(shared())
+    assert made.fidelity is not None
+    notes = ("the sites interact", "predicted losses are too low")
+    return made.model_copy(
+        update={"fidelity": made.fidelity.model_copy(update={"warnings": notes})}
+    )
+
+
+CASES = [
+    *(llama, a_site_left_dense, gpt2, no_layers, nothing_rewritten, all_unmatched, shared),
+    *(measured_llama, measured_shared),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -6,7 +6,8 @@ import pytest
 from fxcompress.plan import Plan
 from fxcompress.report import diff_plan
 from fxcompress.report.html import DECADES, HEIGHT, WIDTH, spectrum_plot, tree_lines
-from tests.report.plans import llama, plan, site, unmatched
+from fxcompress.report.scatter import SIDE, fidelity_scatter
+from tests.report.plans import llama, measured, plan, shared, site, unmatched
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -118,6 +119,7 @@ def test_everything_hostile_is_escaped() -> None:
             "expanded": (HOSTILE,),
         }
     )
+    nasty = measured(nasty)
     source = diff_plan(nasty).to_html()
     assert "<script>alert" not in source
     assert "<img" not in source
@@ -184,3 +186,79 @@ def test_no_cut_where_it_stays_dense_and_no_plot_without_values() -> None:
     assert dense.cut is None
     assert spectrum_plot(site("a", 3, 3, 1)) is None
     assert spectrum_plot(site("a", 3, 3, 1, spectrum=(0.0, 0.0))) is None
+
+
+# ---- measured losses ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_against(compressed: Plan) -> Page:
+    return Page(diff_plan(measured(compressed)).to_html())
+
+
+def test_measured_losses_have_a_column_and_a_drawing(held_against: Page, compressed: Plan) -> None:
+    columns = [int(str(one["data-at"])) for one in held_against.all("button") if "data-at" in one]
+    assert columns == list(range(11))
+    found = measured(compressed).fidelity
+    assert found is not None
+    lines = {line.path: line for line in tree_lines(compressed.sites, found.by_site)}
+    rows = [str(one["data-sort"]) for one in held_against.all("tr") if "data-sort" in one]
+    for row, line in zip(rows, lines.values(), strict=True):
+        assert float(row.split(" ")[10]) == pytest.approx(line.measured or 0.0)
+    assert lines["model.layers"].measured == pytest.approx(found.singly)
+    assert lines["model.layers.1.mlp.up_proj"].measured is None  # left dense
+    marks = [one for one in held_against.all("circle") if one.get("class") == "mark"]
+    assert len(marks) == len(found.sites)
+    assert len(held_against.all("svg")) == len(compressed.sites) + 1
+    assert f"rank correlation of predicted and measured {found.rank_correlation:.2f}" in (
+        held_against.text
+    )
+
+
+def test_a_page_without_measurement_says_nothing_of_one(page: Page, compressed: Plan) -> None:
+    assert "measured" not in page.text.lower()
+    assert not [one for one in page.all("section") if one.get("id") == "fidelity"]
+    assert fidelity_scatter(compressed) is None
+    assert [line.measured for line in tree_lines(compressed.sites)] == [None] * len(
+        tree_lines(compressed.sites)
+    )
+
+
+def test_identifiers_hold_with_a_measurement(held_against: Page) -> None:
+    test_identifiers_are_unique_and_references_hold(held_against)
+
+
+def test_a_bundle_counts_once_in_the_tree() -> None:
+    made = measured(shared())
+    assert made.fidelity is not None
+    lines = {line.path: line for line in tree_lines(made.sites, made.fidelity.by_site)}
+    block = "model.layers.0.self_attn"
+    assert lines[f"{block}.k_proj"].measured is None
+    both = [lines[f"{block}.{name}"].measured or 0.0 for name in ("q_proj", "o_proj")]
+    assert lines[block].measured == pytest.approx(sum(both))
+    text = Page(diff_plan(made).to_html()).text
+    assert text.count(f"{block}.q_proj, {block}.k_proj, {block}.v_proj together") == 3
+
+
+def test_the_scatter_has_equality_on_its_diagonal() -> None:
+    sites = [site(f"h.{i}.fc", 8, 8, 2, predicted=p) for i, p in enumerate((1e-4, 1e-2, 0.0))]
+    made = measured(plan(sites))
+    assert made.fidelity is not None
+    ones = [
+        one.model_copy(update={"measured": value, "error": 0.1 * value})
+        for one, value in zip(made.fidelity.sites, (1e-4, 1e-3, 0.0), strict=True)
+    ]
+    exact = made.model_copy(
+        update={"fidelity": made.fidelity.model_copy(update={"sites": tuple(ones)})}
+    )
+    drawn = fidelity_scatter(exact)
+    assert drawn is not None
+    assert drawn.diagonal
+    assert drawn.x == drawn.y
+    assert [(mark.x, mark.y) for mark in drawn.marks] == [(0, 0), (SIDE, SIDE / 2), (0, 0)]
+    assert drawn.marks[1].low < SIDE / 2 < drawn.marks[1].high
+    assert drawn.marks[1].text == "h.1.fc: predicted 0.0100, measured 0.0010 ± 10.0%"
+    other = fidelity_scatter(exact.model_copy(update={"loss_unit": "squared error"}))
+    assert other is not None
+    assert not other.diagonal
+    assert (other.x.low, other.x.high, other.y.low, other.y.high) == (-4, -2, -4, -3)

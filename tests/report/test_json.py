@@ -1,8 +1,8 @@
 import json
 
-from fxcompress.plan import SitePlan
+from fxcompress.plan import Fidelity, SitePlan
 from fxcompress.report import diff_plan
-from tests.report.plans import llama, plan, site
+from tests.report.plans import llama, measured, plan, site
 
 
 def test_round_trip() -> None:
@@ -42,3 +42,10 @@ def test_graph_counts_the_operators_that_change() -> None:
         "after": 14,
         "operators": {"linear": [8, 14], "embedding": [1, 0]},
     }
+
+
+def test_what_was_measured_is_there_once_it_was() -> None:
+    made = measured(llama(layers=2))
+    entry = diff_plan(made).to_json()["fidelity"]
+    assert Fidelity.model_validate(json.loads(json.dumps(entry))) == made.fidelity
+    assert "fidelity" not in diff_plan(llama(layers=2)).to_json()

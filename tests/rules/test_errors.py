@@ -185,23 +185,31 @@ CASES = {
         "   defaults: {tied: skp}\n"
         "                    ^^^ did you mean 'skip'?",
     ),
-    "later: latency": (
-        "budget: {keep: 0.8, unit: latency}\nrules:\n" + RULE,
-        "r.yaml:1:27 error[not-supported]: unit 'latency' is not supported by this version\n"
-        "   budget: {keep: 0.8, unit: latency}\n"
-        "                             ^^^^^^^ one of: parameters, macs, bytes",
+    "latency of the model": (
+        "budget: {keep: 0.8, of: model, unit: latency}\nrules:\n" + RULE,
+        "r.yaml:1:1 error[wrong-place]: latency is measured for the matched operators only: leave "
+        "'of' out\n"
+        "   budget: {keep: 0.8, of: model, unit: latency}\n"
+        "   ^^^^^^",
+    ),
+    "budgets of one unit": (
+        "budget: [{keep: 0.8}, {keep: 0.5}]\nrules:\n" + RULE,
+        "r.yaml:1:1 error[duplicate-budget]: two budgets are about the same unit: keep the tighter "
+        "one\n"
+        "   budget: [{keep: 0.8}, {keep: 0.5}]\n"
+        "   ^^^^^^",
+    ),
+    "one of several budgets": (
+        "budget: [{keep: 0.8}, {keep: 0.5, unit: mac}]\nrules:\n" + RULE,
+        "r.yaml:1:41 error[unknown-value]: unknown unit 'mac'\n"
+        "   budget: [{keep: 0.8}, {keep: 0.5, unit: mac}]\n"
+        "                                           ^^^ did you mean 'macs'?",
     ),
     "later: rounds": (
         "solver: {rounds: 1}\n" + HEAD + RULE,
         "r.yaml:1:10 error[not-supported]: 'rounds' is not supported by this version\n"
         "   solver: {rounds: 1}\n"
         "            ^^^^^^",
-    ),
-    "later: budgets": (
-        "budget: [{keep: 0.8}]\nrules:\n" + RULE,
-        "r.yaml:1:1 error[not-supported]: several budgets are not supported by this version\n"
-        "   budget: [{keep: 0.8}]\n"
-        "   ^^^^^^",
     ),
     "trap: alias": (
         rule("node: {op: linear, name: *.mlp}"),

@@ -1,0 +1,257 @@
+"""How long operators take on this machine: a table of measured times, kept between runs.
+
+What is timed is the forward pass of one operator (dense, or the body of a form at some ranks) on
+an input of the size that it met in the recorded example, in evaluation mode, on the model's
+device, with the number of threads that torch has.  Times between measured ranks are interpolated.
+
+Timings on a shared machine swing, so all operators are gone through in turn, :data:`ROUNDS` times,
+and the least time of each counts: what it takes when nothing disturbs it.  Times of a rank that
+come out longer than those of a higher one stay so; the solver has no use for smooth costs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fxcompress.forms import ConvShape, EmbeddingShape, Form, JointBody, JointForm, Shape
+from fxcompress.forms.convolution import bare_convolution
+from fxcompress.forms.form import bare_linear
+from fxcompress.forms.target import Rank, Ranks
+
+ROUNDS = 7
+"""Times that every operator is measured."""
+
+LEAST = 1e-3
+"""Seconds of one measurement at least: a fast operator is called as often as that takes."""
+
+GRID = 7
+"""Ranks of a form that are measured; for two ranks, the square of the next number."""
+
+PAIR_GRID = 4
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operator, or several on one input, to be timed.
+
+    Attributes:
+        shapes: of the operators that stand there now, with the sizes of their inputs.
+        form: of the body that is timed in their place; None for the one operator itself.
+        rank: of the body.
+    """
+
+    shapes: tuple[Shape, ...]
+    form: Form | JointForm | None = None
+    rank: Rank | None = None
+
+    @property
+    def key(self) -> str:
+        """What its time is kept under."""
+        words: list[object] = [f"{s}{', bias' if s.bias else ''}" for s in self.shapes]
+        words += [str(self.shapes[0].dtype).removeprefix("torch."), _sizes(self.shapes[0])]
+        if self.form is not None:
+            words += [self.form.name, self.rank]
+        return " | ".join(map(str, words))
+
+
+class Table:
+    """Measured times by operator.
+
+    Args:
+        path: where they are kept; None to forget them.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._all: dict[str, dict[str, float]] = {}
+        if path is not None and path.exists():
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+                self._all = {key: dict(value) for key, value in known.items()}
+            except (OSError, ValueError, TypeError, AttributeError):
+                self._all = {}  # a table that cannot be read is measured again
+
+    def measure(
+        self, entries: Iterable[Entry], device: torch.device, tick: Callable[[], None]
+    ) -> Mapping[str, float]:
+        """Seconds of each entry, by its key; those that are not in the table are measured.
+
+        Args:
+            entries: to look up.
+            device: that they run on.
+            tick: called after every round.
+        """
+        known = self._all.setdefault(machine(device), {})
+        missing = {entry.key: entry for entry in entries if entry.key not in known}
+        if missing:
+            known.update(_measured(missing, device, tick))
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = self.path.with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(self._all, indent=1), encoding="utf-8")
+                partial.replace(self.path)  # at once: nothing half-written is ever read
+        return known
+
+
+def table_path() -> Path:
+    """Where times are kept: ``fxcompress/latency.json`` in the user's cache directory."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(root) / "fxcompress" / "latency.json"
+
+
+def machine(device: torch.device) -> str:
+    """What times hold for: the processor or GPU, threads, and the version of torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(
+            (ln.partition(":")[2].strip() for ln in lines if ln.startswith("model name")), name
+        )
+    threads = torch.get_num_threads()
+    return f"{device.type}: {name}, {threads} threads, torch {torch.__version__}"
+
+
+def rank_grid(ranks: Ranks) -> Ranks:
+    """The ranks that are measured: from the first to the last, spaced evenly."""
+    if ranks.ndim == 1:
+        places = np.linspace(0, len(ranks) - 1, min(GRID, len(ranks))).round().astype(int)
+        return cast("Ranks", ranks[np.unique(places)])
+    firsts, seconds = (_few(np.unique(ranks[:, axis])) for axis in (0, 1))
+    pairs = np.meshgrid(firsts, seconds, indexing="ij")
+    return np.stack(pairs, -1).reshape(-1, 2)
+
+
+def _few(ranks: Ranks) -> Ranks:
+    places = np.linspace(0, len(ranks) - 1, min(PAIR_GRID, len(ranks))).round().astype(int)
+    return cast("Ranks", ranks[np.unique(places)])
+
+
+def entries_for(shapes: tuple[Shape, ...], form: Form | JointForm, ranks: Ranks) -> list[Entry]:
+    """What has to be measured for a form of one operator, or of several."""
+    return [Entry(shapes, form, _rank(row)) for row in rank_grid(ranks)]
+
+
+def interpolated(
+    times: Mapping[str, float],
+    shapes: tuple[Shape, ...],
+    form: Form | JointForm,
+    permitted: Ranks,
+    ranks: Ranks,
+) -> Seconds:
+    """Seconds at some of the permitted ranks, linear between those that were measured."""
+    if not len(permitted):
+        return np.empty(0)
+    grid = rank_grid(permitted)
+    measured = np.array([times[entry.key] for entry in entries_for(shapes, form, permitted)])
+    if ranks.ndim == 1:
+        return cast("Seconds", np.interp(ranks, grid, measured))
+    firsts, seconds = np.unique(grid[:, 0]), np.unique(grid[:, 1])
+    square = measured.reshape(len(firsts), len(seconds))
+    rows = np.stack([np.interp(ranks[:, 1], seconds, line) for line in square])
+    place = np.interp(ranks[:, 0], firsts, np.arange(len(firsts)))
+    low = np.floor(place).astype(int)
+    high = np.minimum(low + 1, len(firsts) - 1)
+    at = np.arange(len(ranks))
+    share = place - low
+    return cast("Seconds", (1 - share) * rows[low, at] + share * rows[high, at])
+
+
+def _rank(row: Any) -> Rank:
+    return int(row) if np.ndim(row) == 0 else (int(row[0]), int(row[1]))
+
+
+@torch.inference_mode()
+def _measured(
+    entries: Mapping[str, Entry], device: torch.device, tick: Callable[[], None]
+) -> dict[str, float]:
+    least: dict[str, float] = {}
+    for _ in range(ROUNDS):
+        for key, entry in entries.items():
+            module, inputs = _built(entry, device)
+            seconds = sum(_time(module, each, device) for each in inputs)
+            least[key] = min(seconds, least.get(key, seconds))
+        tick()
+    return least
+
+
+class _Together(nn.Module):
+    """All operators of a joint body, one after the other."""
+
+    def __init__(self, body: JointBody) -> None:
+        super().__init__()
+        self.shared = body.shared
+        self.heads = nn.ModuleList(body.heads)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        values = self.shared(x)
+        return [head(x, *values) for head in self.heads]
+
+
+@torch.no_grad()
+def _built(entry: Entry, device: torch.device) -> tuple[nn.Module, Sequence[Tensor]]:
+    shapes = [replace(shape, device=device) for shape in entry.shapes]
+    shape: Any = shapes[0]
+    module: nn.Module
+    if isinstance(entry.form, JointForm):
+        assert isinstance(entry.rank, int)
+        module = _Together(entry.form.empty(shapes, entry.rank))  # type: ignore[arg-type]
+    elif entry.form is not None:
+        module = entry.form.empty(shape, entry.rank)
+    elif isinstance(shape, ConvShape):
+        module = bare_convolution(shape)
+    elif isinstance(shape, EmbeddingShape):
+        module = nn.Embedding(
+            shape.in_features, shape.out_features, dtype=shape.dtype, device=device
+        )
+    else:
+        module = bare_linear(shape.in_features, shape.out_features, shape.bias, shape)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02)
+    return module.eval(), [_input(shape, size) for size in _sizes(shape)]
+
+
+def _sizes(shape: Shape) -> Sequence[tuple[int, ...]]:
+    return shape.inputs if isinstance(shape, ConvShape) else [(shape.rows,)]
+
+
+def _input(shape: Shape, size: tuple[int, ...]) -> Tensor:
+    if isinstance(shape, EmbeddingShape):
+        return torch.randint(shape.in_features, size, device=shape.device)
+    size = (size[0], shape.in_features, *size[1:])
+    return torch.randn(size, device=shape.device).to(shape.dtype)
+
+
+def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:
+    """Seconds of one call; the fastest of three measurements of at least :data:`LEAST`."""
+    calls = 1
+    while True:
+        start = _now(device)
+        for _ in range(calls):
+            module(inputs)
+        seconds = _now(device) - start
+        if seconds >= LEAST:
+            return seconds / calls
+        calls = max(2 * calls, int(1.2 * calls * LEAST / max(seconds, 1e-9)))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,222 @@
+"""``measure``: the KL divergence that every rewritten site causes by itself, beside the prediction.
+
+before::
+
+    dense model:   ... → up → act → down → ...        # outputs p
+
+for each site in turn::
+
+    copy of it:    ... → up → act → down' → ...       # down' as in the compressed model, outputs q
+
+``KL(p ‖ q)`` per prediction is what the plan predicted for ``down``.  Modules are exchanged in a
+copy that shares the parameters; the models themselves are only read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import length_hint
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxcompress.analysis import _iterator, working_copy
+from fxcompress.compile import FxcompressWarning
+from fxcompress.errors import CalibrationError, RewriteError
+from fxcompress.fidelity import assess, units
+from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model
+from fxcompress.metric.output import Family, OutputKind, divergence, heads
+from fxcompress.plan import Fidelity, Plan, attach_plan, history, plan_of
+from fxcompress.report.progress import stages
+from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
+from fxcompress.rewrite.replace import replace_module
+
+Exchange = Sequence[tuple[nn.Module, nn.Module]]
+"""Modules of the dense model, each with what takes its place."""
+
+
+def measure(
+    model: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Any],
+    *,
+    output: OutputKind = "auto",
+    forward: Forward | None = None,
+    progress: bool | None = None,
+) -> Fidelity:
+    """Measure what every rewritten site loses by itself, and the compressed model as a whole.
+
+    It takes a forward pass for each site and batch.  Afterwards the plan of ``small`` holds the
+    result, so that ``plan_of(small)``, ``diff(model, small)`` and ``save(small, ...)`` have it.
+
+    Args:
+        model: the dense model, as it was given to :func:`fxcompress.compile`; only read.
+        small: what :func:`fxcompress.compile` or :func:`fxcompress.load` returned.
+        batches: as for calibration, but other data; gone through once.
+        output: family of the output distribution, as in the rules; by default the one that the plan
+            was made for.  Of several outputs it has to be given.
+        forward: ``forward(model, batch)``, for batches of another kind.
+        progress: show progress on stderr; by default if that is a terminal.
+
+    Returns:
+        Predicted and measured losses, their rank correlation, and warnings where they part.
+
+    Raises:
+        RewriteError: ``small`` carries no plan, nothing is rewritten in it, or ``model`` is not
+            what the plan was made for.
+        CalibrationError: no batches, or a batch on which a model fails or is not finite.
+    """
+    plan = plan_of(small)
+    _require_pair(model, small, plan)
+    kind = _family(output, plan)
+    with torch.inference_mode(False), torch.no_grad(), stages(progress) as show:
+        dense = working_copy(model)
+        fold_batch_norms(dense, plan.folded)
+        compressed = skeleton(small)
+        for each in (dense, compressed):
+            nn.Module.train(each, False)  # torch.export forbids .eval() on what it returns
+        replacements = _replacements(model, compressed, plan)
+        exchanges = {
+            name: [(dense.get_submodule(site), replacements[site]) for site in sites]
+            for name, sites in units(plan).items()
+        }
+        runs = len(exchanges) + 2
+        total = length_hint(batches) * runs or None
+        tick = show.stage("measure", total)
+        found = [
+            _measure_batch(dense, compressed, exchanges, batch, index, kind, forward, tick)
+            for index, batch in enumerate(_iterator("batches", batches))
+        ]
+    if not sum(batch.predictions for batch in found):
+        raise CalibrationError(
+            "there is nothing to measure on: the iterable of batches was empty or exhausted, or "
+            "its batches hold no predictions; pass a list of batches or a fresh DataLoader"
+        )
+    fidelity = assess(
+        plan,
+        np.array([batch.singly for batch in found]),
+        np.array([batch.whole for batch in found]),
+        np.array([batch.predictions for batch in found]),
+        found[0].output,
+    )
+    attach_plan(small, plan.model_copy(update={"fidelity": fidelity}))
+    for note in fidelity.warnings:
+        warnings.warn(note, FxcompressWarning, stacklevel=2)
+    return fidelity
+
+
+def _require_pair(model: nn.Module, small: nn.Module, plan: Plan) -> None:
+    """Check that ``small`` is the compressed form of ``model``."""
+    problems = mismatches(model, plan)
+    if len(history(model)) != len(plan.earlier):
+        problems = "it is compressed itself: pass the model that was given to compile"
+    if problems:
+        raise RewriteError(f"the plan was made for another model than this one: {problems}")
+    if not plan.rewritten:
+        raise RewriteError("nothing is rewritten in the compressed model, so nothing can be lost")
+    devices = device_of(model), device_of(small)
+    if devices[0] != devices[1]:
+        raise RewriteError(
+            f"the models are on two devices, {devices[0]} and {devices[1]}: move one of them"
+        )
+
+
+def _family(output: OutputKind, plan: Plan) -> OutputKind:
+    """The family asked for, or else that of the calibration, which may have had none."""
+    planned = plan.calibration.get("output", "none")
+    if output != "auto" or planned in ("none", "loss"):
+        return output
+    for family in get_args(Family):
+        if family == planned:
+            return cast(Family, family)
+    raise CalibrationError(
+        f"the plan was made for several outputs ({planned}): name them as in the rules, "
+        'output={"0": "categorical", ...}'
+    )
+
+
+def _replacements(model: nn.Module, compressed: nn.Module, plan: Plan) -> Mapping[str, nn.Module]:
+    """The rewritten layer of every site.
+
+    In an fx graph there are none, only nodes.  They come from a tree of the same modules that is
+    rewritten by facades, with the parameters of the compressed model.
+    """
+    names = [site.name for site in plan.rewritten]
+    if not isinstance(compressed, fx.GraphModule):
+        return {name: compressed.get_submodule(name) for name in names}
+    tree = nn.Module()
+    for name, child in working_copy(model)._modules.items():
+        tree.add_module(name, child)
+    fold_batch_norms(tree, plan.folded)
+    apply_plan(tree, plan.model_copy(update={"folded": ()}), empty_bodies(plan, model))
+    nn.Module.train(tree, False)
+    found = {name: tree.get_submodule(name) for name in names}
+    for site in plan.rewritten:
+        facade: Any = found[site.name]
+        values = compressed.get_submodule(site.name).state_dict()
+        (facade if site.bundle else facade.body).load_state_dict(values, assign=True)
+    return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """KL on one batch, in nats over all its predictions: of every exchange, and of the whole."""
+
+    singly: list[float]
+    whole: float
+    predictions: int
+    output: str
+
+
+def _measure_batch(
+    dense: nn.Module,
+    compressed: nn.Module,
+    exchanges: Mapping[str, Exchange],
+    batch: Any,
+    index: int,
+    kind: OutputKind,
+    forward: Forward | None,
+    tick: Callable[[], None],
+) -> _Batch:
+    def run(model: nn.Module, what: str) -> Any:
+        try:
+            result = run_model(model, batch, forward)
+        except Exception as error:
+            raise CalibrationError(
+                f"the {what} rejected batch {index}: {type(error).__name__}: {error}"
+            ) from error
+        tick()
+        return result
+
+    def lost(model: nn.Module, what: str) -> tuple[float, int]:
+        result = run(model, what)
+        try:
+            return divergence(reference, result, kind, mask)
+        except CalibrationError as error:
+            raise CalibrationError(f"on batch {index}, the {what}: {error}") from error
+
+    mask = padding_mask(batch)
+    reference = run(dense, "dense model")
+    singly = []
+    for name, exchange in exchanges.items():
+        with _exchanged(dense, exchange):
+            singly.append(lost(dense, f"model with only {name} rewritten")[0])
+    whole, predictions = lost(compressed, "compressed model")
+    families = dict.fromkeys(head.family for head in heads(reference, kind))
+    return _Batch(singly, whole, predictions, ", ".join(families))
+
+
+@contextmanager
+def _exchanged(model: nn.Module, exchange: Exchange) -> Iterator[None]:
+    for old, new in exchange:
+        replace_module(model, old, new)
+    try:
+        yield
+    finally:
+        for old, new in exchange:
+            replace_module(model, new, old)

@@ -1,0 +1,225 @@
+"""Measured times: what is measured, what is interpolated, what is kept, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress import latency
+from fxcompress.forms import Form, LinearShape, find_form
+from fxcompress.forms.convolution import convolution_shape
+from fxcompress.latency import Entry, Table, entries_for, interpolated, rank_grid, table_path
+
+CPU = torch.device("cpu")
+LINEAR = LinearShape(64, 48, True, rows=10)
+
+
+def no_tick() -> None: ...
+
+
+def test_a_larger_operator_takes_longer(tmp_path: Path) -> None:
+    shapes = [LinearShape(n, n, False, rows=256) for n in (64, 512)]
+    entries = [Entry((shape,)) for shape in shapes]
+    times = Table(None).measure(entries, CPU, no_tick)
+    small, large = (times[entry.key] for entry in entries)
+    assert 0 < small < large  # 64 times the work
+
+
+def test_the_operator_that_is_timed_is_the_real_one() -> None:
+    """Of a convolution and of bodies: outputs have the size that they have in the model."""
+    conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
+    shape = latency.replace(convolution_shape(conv), inputs=((2, 9, 7), (1, 5, 5)))
+    module, inputs = latency._built(Entry((shape,)), CPU)
+    assert [tuple(each.shape) for each in inputs] == [(2, 3, 9, 7), (1, 3, 5, 5)]
+    assert module(inputs[0]).shape == conv(inputs[0]).shape
+    body, _ = latency._built(Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU)
+    assert body(inputs[1]).shape == conv(inputs[1]).shape
+    joint = Entry((LINEAR, LINEAR), fxcompress.forms.find_joint_form("joint"), 5)
+    module, (x,) = latency._built(joint, CPU)
+    assert [tuple(out.shape) for out in module(x)] == [(10, 48), (10, 48)]
+
+
+def test_keys_tell_apart_what_takes_different_times() -> None:
+    conv = convolution_shape(nn.Conv2d(4, 4, 3))
+    low = find_form("low_rank")
+    entries = [
+        Entry((LINEAR,)),
+        Entry((latency.replace(LINEAR, rows=11),)),
+        Entry((latency.replace(LINEAR, bias=False),)),
+        Entry((latency.replace(LINEAR, dtype=torch.bfloat16),)),
+        Entry((LINEAR,), low, 3),
+        Entry((LINEAR,), low, 4),
+        Entry((LINEAR,), find_form("pivoted"), 3),
+        Entry((conv,)),
+        Entry((latency.replace(conv, inputs=((1, 5, 5),)),)),
+        Entry((latency.replace(conv, stride=(2, 2)),)),
+        Entry((latency.replace(conv, groups=2),)),
+    ]
+    assert len({entry.key for entry in entries}) == len(entries)
+
+
+def test_times_between_measured_ranks_are_interpolated() -> None:
+    ranks = np.arange(1, 42)
+    form = find_form("low_rank")
+    grid = rank_grid(ranks)
+    assert len(grid) == latency.GRID
+    assert {1, 41} <= set(grid.tolist())
+    times = {
+        entry.key: 3.0 + 0.5 * float(str(entry.rank))
+        for entry in entries_for((LINEAR,), form, ranks)
+    }
+    np.testing.assert_allclose(interpolated(times, (LINEAR,), form, ranks, ranks), 3 + 0.5 * ranks)
+
+
+def test_pairs_of_ranks_are_interpolated_too() -> None:
+    pairs = np.stack(np.meshgrid(np.arange(1, 17), np.arange(2, 33, 2), indexing="ij"), -1)
+    pairs = pairs.reshape(-1, 2)
+    shape = convolution_shape(nn.Conv2d(16, 32, 3))
+    form = find_form("tucker2", "conv2d")
+    times = {}
+    for entry in entries_for((shape,), form, pairs):
+        assert isinstance(entry.rank, tuple)
+        first, second = entry.rank
+        times[entry.key] = 1.0 + 2 * first + 3 * second + 0.25 * first * second
+    found = interpolated(times, (shape,), form, pairs, pairs)
+    a, b = pairs.T
+    np.testing.assert_allclose(found, 1 + 2 * a + 3 * b + 0.25 * a * b)  # bilinear: exact
+
+
+def test_the_table_is_kept_and_nothing_is_measured_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache" / "latency.json"
+    entry = Entry((LINEAR,))
+    first = Table(path).measure([entry], CPU, no_tick)[entry.key]
+    assert json.loads(path.read_text())[latency.machine(CPU)][entry.key] == first
+    monkeypatch.setattr(latency, "_measured", None)
+    assert Table(path).measure([entry], CPU, no_tick)[entry.key] == first
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)  # another machine, as far as times go
+        with pytest.raises(TypeError):
+            Table(path).measure([entry], CPU, no_tick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00"])
+def test_a_table_that_cannot_be_read_is_measured_again(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    path.write_text(text)
+    entry = Entry((LINEAR,))
+    assert Table(path).measure([entry], CPU, no_tick)[entry.key] > 0
+    assert latency.machine(CPU) in json.loads(path.read_text())
+
+
+def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert table_path() == tmp_path / "fxcompress" / "latency.json"
+
+
+# ---- in the compiler ------------------------------------------------------------------
+
+RULES = """
+version: 1
+budget: {keep: 0.7, unit: latency}
+rules:
+  - id: all
+    match: {node: {op: linear}}
+    rewrite: {any_of: [low_rank, pivoted]}
+"""
+
+
+class Slow(Form):
+    """Few parameters, and slower than the layer it replaces."""
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Times by a formula instead of a clock: a call costs 1, a multiply-accumulate 1e-6."""
+    asked: list[str] = []
+
+    def measured(entries: dict[str, Entry], device: torch.device, tick: object) -> dict[str, float]:
+        asked.extend(entries)
+        out = {}
+        for key, entry in entries.items():
+            (shape,) = entry.shapes
+            if entry.form is None:
+                out[key] = 1 + 1e-6 * shape.macs
+            else:
+                calls = {"low_rank": 2, "pivoted": 4}[entry.form.name]
+                macs = int(entry.form.macs(shape, np.array([entry.rank]))[0])
+                out[key] = calls + 1e-6 * macs
+        return out
+
+    monkeypatch.setattr(latency, "_measured", measured)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked
+
+
+def network() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 64), nn.Linear(64, 8))
+    return model, [torch.randn(500, 64) for _ in range(2)]
+
+
+def test_a_budget_of_time(made_up: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(RULES)
+    model, batches = network()
+    small = fxcompress.compile(model, path, batches)
+    plan = fxcompress.plan_of(small)
+    wide, back, head = plan.sites
+    dense = sum(1 + 1e-6 * 500 * n for n in (64 * 2048, 64 * 2048, 64 * 8))
+    assert plan.budget.dense == pytest.approx(dense)
+    assert plan.budget.cost <= 0.7 * dense
+    assert plan.budget.unit == "latency"
+    # The head is too small to be worth another call, whatever it would save in parameters.
+    assert head.form is None
+    assert {wide.form, back.form} <= {"low_rank", None}
+    assert any(site.form for site in (wide, back))
+    assert wide.seconds is not None
+    assert wide.seconds[0] == pytest.approx(1 + 1e-6 * 500 * 64 * 2048)
+    assert plan.budget.cost == pytest.approx(sum(site.seconds[1] for site in plan.sites))
+    text = str(fxcompress.diff(model, small))
+    assert "keep 0.7 of the matched operators' measured time" in text
+    assert " ms" in text
+
+
+def test_measured_once_for_two_runs(made_up: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(RULES)
+    model, batches = network()
+    first = fxcompress.plan(model, path, batches)
+    count = len(made_up)
+    assert count
+    assert fxcompress.plan(model, path, batches).sites == first.sites
+    assert len(made_up) == count
+
+
+def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table says of the chosen bodies is what they take, within the noise of a clock."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "rules.yaml"
+    path.write_text(RULES)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 768)).eval()
+    batches = [torch.randn(256, 768)]
+    small = fxcompress.compile(model, path, batches)
+    plan = fxcompress.plan_of(small)
+    assert plan.rewritten
+    least = {"dense": float("inf"), "small": float("inf")}
+    with torch.inference_mode():
+        for _ in range(30):
+            for name, each in (("dense", model), ("small", small)):
+                start = time.perf_counter()
+                each(batches[0])
+                least[name] = min(least[name], time.perf_counter() - start)
+    assert least["small"] < least["dense"]
