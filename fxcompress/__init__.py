@@ -18,7 +18,9 @@ from fxcompress.errors import (
 )
 from fxcompress.forms import register_form
 from fxcompress.io import load, save
+from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
+from fxcompress.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -36,8 +38,10 @@ __all__ = [
     "diff",
     "explain",
     "load",
+    "measure",
     "plan",
     "plan_of",
     "register_form",
     "save",
+    "sweep",
 ]

@@ -86,6 +86,10 @@ def compile(
     out: Annotated[Path, typer.Option("--out", "-o", help="directory to save to")],
     data: Data = None,
     keep: Keep = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option("--measure", help="other data, to measure what every site loses"),
+    ] = None,
     sequences: Sequences = 64,
     length: Length = 512,
 ) -> None:
@@ -97,6 +101,9 @@ def compile(
     small = fxcompress.compile(
         dense, rules, load_data(data, model, sequences, length), keep=keep, progress=True
     )
+    if held_out is not None:
+        batches = load_data(held_out, model, sequences, length)
+        fxcompress.measure(dense, small, batches or (), progress=True)
     fxcompress.save(small, out)
     difference = fxcompress.diff(dense, small)
     (out / "diff.txt").write_text(f"{difference}\n", encoding="utf-8")
@@ -121,6 +128,36 @@ def plan(
         load_model(model), rules, load_data(data, model, sequences, length), keep=keep
     )
     typer.echo(made.model_dump_json(indent=1) if as_json else str(made))
+
+
+@app.command()
+def sweep(
+    rules: Rules,
+    model: Model,
+    data: Data = None,
+    keeps: Annotated[
+        str, typer.Option(help="what to keep: 0.9,0.7,0.5, or first:last:step")
+    ] = "0.9:0.3:0.1",
+    evaluate: Annotated[
+        str | None,
+        typer.Option(help="file.py:function from a model to a number, or several by name"),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with a plot to this file")] = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
+    as_json: Json = False,
+) -> None:
+    """Show what many budgets come to, from one calibration."""
+    made = fxcompress.sweep(
+        load_model(model),
+        rules,
+        load_data(data, model, sequences, length),
+        keeps=_keeps(keeps),
+        evaluate=None if evaluate is None else _resolve(evaluate, "--evaluate"),
+    )
+    if html is not None:
+        html.write_text(made.to_html(), encoding="utf-8")
+    typer.echo(json.dumps(made.to_json(), indent=1) if as_json else str(made))
 
 
 @app.command()
@@ -295,6 +332,21 @@ def load_data(source: str | None, model: str, sequences: int, length: int) -> It
     if count < sequences:
         typer.secho(f"{source} gives {count} sequences, not {sequences}", err=True, fg="yellow")
     return [{"input_ids": part} for part in ids[: count * length].view(count, length).split(2)]
+
+
+def _keeps(text: str) -> list[float]:
+    """``0.9,0.7`` or ``0.9:0.3:0.1``, ends included."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        first, last, step = (float(part) for part in text.split(":"))
+        count = round(abs(first - last) / step)
+        sign = 1 if last > first else -1
+        return [round(first + sign * step * at, 9) for at in range(count + 1)]
+    except (ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(
+            f"--keeps {text!r} is neither numbers (0.9,0.7,0.5) nor first:last:step (0.9:0.3:0.1)"
+        ) from error
 
 
 def _first(batches: Iterable[Any]) -> Any:

@@ -88,7 +88,7 @@ def compile(
         BudgetError: the budget cannot be met; the message says the least that can.
         RewriteError: the rewritten model does not run.
     """
-    loaded = _loaded(rules, keep)
+    loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
         rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
@@ -114,7 +114,7 @@ def plan(
 
     Arguments and errors as there.
     """
-    loaded = _loaded(rules, keep)
+    loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
         planned = make_plan(analysis, {}, show)
@@ -150,7 +150,7 @@ def explain(
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
-    loaded = _loaded(rules, keep)
+    loaded = with_keep(read_rules(rules), keep)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
         raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")
@@ -168,12 +168,25 @@ def explain(
     return Explanation.of(analysis.matched, dense, rule=rule)
 
 
-def _loaded(rules: Rules, keep: float | None) -> LoadedRules:
+def read_rules(rules: Rules) -> LoadedRules:
+    """A rule file, a preset or a rule set, checked.
+
+    Raises:
+        RuleError: it is none of these, or cannot be used.
+    """
     if not isinstance(rules, (str, PathLike, RuleSet, LoadedRules)):
         raise RuleError(
             f"rules must be a file, the name of a preset or a RuleSet, not a {type(rules).__name__}"
         )
-    loaded = rules if isinstance(rules, LoadedRules) else load_rules(rules)
+    return rules if isinstance(rules, LoadedRules) else load_rules(rules)
+
+
+def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
+    """The same rules with another fraction to keep.
+
+    Raises:
+        BudgetError: it is no fraction, or the rules have several budgets.
+    """
     if keep is None:
         return loaded
     if not (isinstance(keep, Real) and 0 < keep <= 1):
@@ -181,7 +194,7 @@ def _loaded(rules: Rules, keep: float | None) -> LoadedRules:
     budgets = loaded.rules.budgets
     if len(budgets) > 1:
         units = " and ".join(budget.unit for budget in budgets)
-        raise BudgetError(f"keep= stands for one budget, and the rules have two or more: {units}")
+        raise BudgetError(f"keep= stands for one budget, and the rules have several: {units}")
     budget = budgets[0].model_copy(update={"keep": float(keep)})
     return replace(loaded, rules=loaded.rules.model_copy(update={"budget": budget}))
 

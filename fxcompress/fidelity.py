@@ -143,8 +143,8 @@ def _warnings(fidelity: Fidelity, clear: Sequence[MeasuredSite]) -> list[str]:
             "predicted and measured losses rank the sites differently (correlation "
             f"{correlation:.2f} over {len(clear)} sites above their noise): the metric is a bad "
             "guide here. Try more calibration data, data like those measured on, metric kind kfac "
-            "if it is another one, with few classes fisher: exact and damping: {output: 1.0e-3}, or "
-            "smaller cuts"
+            "if it is another one, fisher: exact and damping: {output: 1.0e-3} where classes are "
+            "few, or smaller cuts"
         )
     if ratio is not None and ratio < 1 / APART:
         notes.append(

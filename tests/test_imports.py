@@ -28,7 +28,7 @@ LAYERS = [
     {"solving"},
     {"planning"},
     {"compile", "compare", "io"},
-    {"measure"},
+    {"measure", "sweep"},
     {"cli"},
 ]
 """The order of the package, the ground first: parts of it by name, file or folder."""
