@@ -83,7 +83,7 @@ def analyse(
     metric = METRICS[spec.kind]
     work = working_copy(model)
     _require_values(work)
-    examples = [] if examples is None else list(_iterator("examples", examples))
+    examples = [] if examples is None else list(iterate("examples", examples))
     first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
 
     tick = show.stage("record", None)
@@ -212,7 +212,7 @@ def _batches(
             )
         return None, [], 0
     total = length_hint(calibration) or None
-    iterator = _iterator("calibration", calibration)
+    iterator = iterate("calibration", calibration)
     try:
         first = next(iterator)
     except StopIteration:
@@ -223,7 +223,7 @@ def _batches(
     return first, itertools.chain([first], iterator), total
 
 
-def _iterator(name: str, batches: Iterable[Any]) -> Iterator[Any]:
+def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
     """Over batches, and not over the rows of one."""
     if not isinstance(batches, (Tensor, Mapping, str, bytes)):
         try:

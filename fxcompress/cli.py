@@ -101,10 +101,11 @@ def compile(
     small = fxcompress.compile(
         dense, rules, load_data(data, model, sequences, length), keep=keep, progress=True
     )
+    fxcompress.save(small, out)
     if held_out is not None:
         batches = load_data(held_out, model, sequences, length)
         fxcompress.measure(dense, small, batches or (), progress=True)
-    fxcompress.save(small, out)
+        fxcompress.save(small, out)  # again, with what was measured
     difference = fxcompress.diff(dense, small)
     (out / "diff.txt").write_text(f"{difference}\n", encoding="utf-8")
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis import _iterator, working_copy
+from fxcompress.analysis import iterate, working_copy
 from fxcompress.compile import FxcompressWarning
 from fxcompress.errors import CalibrationError, RewriteError
 from fxcompress.fidelity import assess, units
@@ -90,7 +90,7 @@ def measure(
         tick = show.stage("measure", total)
         found = [
             _measure_batch(dense, compressed, exchanges, batch, index, kind, forward, tick)
-            for index, batch in enumerate(_iterator("batches", batches))
+            for index, batch in enumerate(iterate("batches", batches))
         ]
     if not sum(batch.predictions for batch in found):
         raise CalibrationError(

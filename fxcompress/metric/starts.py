@@ -93,7 +93,9 @@ def backward_starts(
     if loss is not None:
         return _from_loss(output, batch, loss, mask)
     found = heads(output, kind)
-    name = ", ".join(dict.fromkeys(head.family for head in found))
+    named = isinstance(kind, Mapping)
+    words = (f"{head.name} {head.family}" if named else head.family for head in found)
+    name = ", ".join(dict.fromkeys(words))
     if fisher == "exact":
         passes = [start for head in found for start in _exact(head, mask, generator)]
         return Starts(passes, max(head.predictions(mask) for head in found), name)

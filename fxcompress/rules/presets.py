@@ -1,7 +1,7 @@
 """Rule files that ship with the package and are used by name.
 
 >>> preset_names()
-('decoder', 'encoder', 'every-linear')
+('convolutional', 'decoder', 'encoder', 'every-linear', 'speech', 'vision-transformer')
 """
 
 from __future__ import annotations

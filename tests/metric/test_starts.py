@@ -87,7 +87,7 @@ def test_several_outputs_are_independent() -> None:
     kind = {"logits": "categorical", "boxes": "gaussian"}
     found = starts(output, kind=kind)
     assert found.predictions == 5
-    assert found.kind == "categorical, gaussian"
+    assert found.kind == "logits categorical, boxes gaussian"
     (start,) = found.passes
     assert [tuple(g.shape) for g in start.gradients] == [(5, 3), (5, 4)]
     exact = starts(output, kind=kind, fisher="exact")

@@ -137,6 +137,8 @@ REAL = [
     ),
     ("bert", "encoder", {"heads-stay": 2, "encoder-linears": 12}),
     ("wav2vec2", "speech", {"ends-stay": 2, "attention-inputs": 6, "stack-linears": 6}),
+    ("resnet", "convolutional", {"stem-stays": 1, "head-stays": 1, "kernels": 16, "pointwise": 3}),
+    ("convnext", "convolutional", {"stem-stays": 1, "kernels": 3, "depthwise": 4, "linears": 8}),
     ("whisper", "speech", {"attention-inputs": 16, "stack-linears": 16}),
 ]
 
