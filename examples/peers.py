@@ -380,7 +380,8 @@ def tucker_vbmf(model: nn.Module, keep: float, example: Tensor) -> nn.Module:
     found = []
     for layer in wide:
         w = layer.module.weight.detach()
-        found.append((vbmf_rank(w.transpose(0, 1).flatten(1)), vbmf_rank(w.flatten(1))))
+        pair = (vbmf_rank(w.transpose(0, 1).flatten(1)), vbmf_rank(w.flatten(1)))
+        found.append((max(1, pair[0]), max(1, pair[1])))
 
     def ranks(share: float) -> list[tuple[int, int]]:
         scale = 8 * share  # up to eight times what VBMF finds, where the budget allows it
