@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,9 @@ Sequences = Annotated[int, typer.Option(min=1, help="how many sequences to cut f
 Length = Annotated[int, typer.Option(min=1, help="tokens in each of them")]
 Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for other programs")]
+
+MOST_KEEPS = 1000
+"""Budgets in one sweep; more come from a mistyped step."""
 
 
 Modules = Annotated[
@@ -149,16 +153,22 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Show what many budgets come to, from one calibration."""
+    fractions = _keeps(keeps)
+    measure = None if evaluate is None else _function(evaluate, "--evaluate")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--html {html}: {html.parent} is not a directory")
     made = fxcompress.sweep(
         load_model(model),
         rules,
         load_data(data, model, sequences, length),
-        keeps=_keeps(keeps),
-        evaluate=None if evaluate is None else _resolve(evaluate, "--evaluate"),
+        keeps=fractions,
+        evaluate=measure,
     )
     if html is not None:
         html.write_text(made.to_html(), encoding="utf-8")
     typer.echo(json.dumps(made.to_json(), indent=1) if as_json else str(made))
+    if not made.complete:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -336,14 +346,19 @@ def load_data(source: str | None, model: str, sequences: int, length: int) -> It
 
 
 def _keeps(text: str) -> list[float]:
-    """``0.9,0.7`` or ``0.9:0.3:0.1``, ends included."""
+    """``0.9,0.7`` or ``0.9:0.3:0.1``, both ends included if the steps meet the second."""
     try:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
         first, last, step = (float(part) for part in text.split(":"))
-        count = round(abs(first - last) / step)
-        sign = 1 if last > first else -1
-        return [round(first + sign * step * at, 9) for at in range(count + 1)]
+        steps = abs(last - first) / abs(step)
+        if steps >= MOST_KEEPS:
+            raise typer.BadParameter(
+                f"--keeps {text!r} is more than {MOST_KEEPS} budgets: take larger steps"
+            )
+        signed = math.copysign(step, last - first)
+        # A step that misses the end by a rounding error only does not miss it.
+        return [round(first + signed * at, 9) for at in range(math.floor(steps + 1e-6) + 1)]
     except (ValueError, ZeroDivisionError) as error:
         raise typer.BadParameter(
             f"--keeps {text!r} is neither numbers (0.9,0.7,0.5) nor first:last:step (0.9:0.3:0.1)"
@@ -369,11 +384,17 @@ def _reading(what: str) -> Iterator[None]:
 
 def _call(source: str, option: str) -> Any:
     """What a function of the user returns."""
+    function = _function(source, option)
+    with _reading(f"{option} {source}"):
+        return function()
+
+
+def _function(source: str, option: str) -> Callable[..., Any]:
+    """A function of the user."""
     function = _resolve(source, option)
     if not callable(function):
         raise typer.BadParameter(f"{option} {source!r} is a {type(function).__name__}, no function")
-    with _reading(f"{option} {source}"):
-        return function()
+    return function  # type: ignore[no-any-return]
 
 
 def _resolve(source: str, option: str) -> Any:

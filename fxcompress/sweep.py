@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from fxcompress.analysis import analyse
+from fxcompress.analysis import Analysis, analyse
 from fxcompress.compile import Rules, read_rules, rewrite, with_keep
 from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
+from fxcompress.plan import attach_plan
 from fxcompress.planning import make_plan
 from fxcompress.report.progress import stages
 from fxcompress.report.sweep import Point, Sweep
+from fxcompress.rules import LoadedRules
 
-M = TypeVar("M", bound=nn.Module)
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -47,45 +48,91 @@ def sweep(
             :func:`fxcompress.compile`.
         keeps: fractions that replace ``budget.keep`` of the rules.
         evaluate: from a model to a number, or several by name; the dense model is evaluated, too.
-            Without it nothing is rewritten.
+            What it is given is as :func:`fxcompress.compile` returns it, plan included, and only
+            kept until the next.  Without it nothing is rewritten.
 
     Returns:
         One point for every keep, largest first.  One that cannot be met says so.  Interrupted by
-        the keyboard, what was done until then.
+        the keyboard once there is a point, what was done until then, ``complete`` false.
 
     Raises:
         RuleError, RecordError, CalibrationError, RewriteError: as of :func:`fxcompress.compile`.
         BudgetError: a keep is not a fraction, or none can be met.
+        TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
-    loaded = [with_keep(read_rules(rules), keep) for keep in sorted(set(keeps), reverse=True)]
-    if not loaded:
-        raise BudgetError("a sweep needs at least one keep")
+    loaded = _by_keep(read_rules(rules), keeps)
     points: list[Point] = []
-    with torch.inference_mode(False), stages(progress) as show:
-        analysis = analyse(model, loaded[0], calibration, examples, loss, forward, show)
-        dense = {} if evaluate is None else _values(evaluate(model))
-        try:
-            for each in loaded:
-                keep = each.rules.budgets[0].keep
+    dense: dict[str, float] = {}
+    try:
+        with torch.inference_mode(False), stages(progress) as show:
+            first = next(iter(loaded.values()))
+            analysis = analyse(model, first, calibration, examples, loss, forward, show)
+            shared = dict(show.seconds)
+            if evaluate is not None:
+                show.stage("evaluate", None)
+                dense = _values(evaluate(model))
+            tick = show.stage("sweep", len(loaded))
+            for keep, each in loaded.items():
                 now = replace(analysis, rules=replace(analysis.rules, rules=each.rules))
-                try:
-                    if evaluate is None:
-                        points.append(Point(keep, make_plan(now, {}, show)))
-                    else:
-                        small, planned = rewrite(model, now, forward, show)
-                        show.stage("evaluate", None)
-                        points.append(Point(keep, planned, _values(evaluate(small))))
-                except BudgetError as error:
-                    points.append(Point(keep, None, reason=str(error)))
-        except KeyboardInterrupt:
-            if not points:
-                raise
+                points.append(_point(keep, model, now, evaluate, forward, shared))
+                if points[-1].plan is not None and points[-1].values.keys() != dense.keys():
+                    raise ValueError(
+                        f"evaluate must return the same names for every model: {[*dense]} for the "
+                        f"dense one, {[*points[-1].values]} at keep {keep:g}"
+                    )
+                tick()
+    except KeyboardInterrupt:
+        if not points:
+            raise
     if all(point.plan is None for point in points):
         raise BudgetError(points[0].reason)
     return Sweep(tuple(points), dense, complete=len(points) == len(loaded))
 
 
+def _by_keep(rules: LoadedRules, keeps: Iterable[float]) -> dict[float, LoadedRules]:
+    """The rules with every budget, largest first, each once."""
+    if not isinstance(keeps, Iterable):
+        raise BudgetError(f"keeps must be several fractions; for a single one, keeps=({keeps!r},)")
+    loaded = [with_keep(rules, keep) for keep in keeps]
+    if not loaded:
+        raise BudgetError("a sweep needs at least one keep")
+    by_keep = {each.rules.budgets[0].keep: each for each in loaded}
+    return dict(sorted(by_keep.items(), reverse=True))
+
+
+def _point(
+    keep: float,
+    model: nn.Module,
+    analysis: Analysis,
+    evaluate: Evaluate | None,
+    forward: Forward | None,
+    shared: Mapping[str, float],
+) -> Point:
+    """What ``compile`` makes of one budget, or ``plan`` if there is nothing to evaluate.
+
+    Its stages are not shown one by one, so that the bar of the sweep can tell how long is left.
+    """
+    with stages(enabled=False) as own:
+        try:
+            if evaluate is None:
+                planned = make_plan(analysis, {}, own)
+                planned = planned.model_copy(update={"warnings": tuple(analysis.notes)})
+            else:
+                small, planned = rewrite(model, analysis, forward, own)
+        except BudgetError as error:
+            return Point(keep, None, reason=str(error))
+    planned = planned.model_copy(update={"seconds": {**shared, **own.seconds}})
+    if evaluate is None:
+        return Point(keep, planned)
+    attach_plan(small, planned)
+    return Point(keep, planned, _values(evaluate(small)))
+
+
 def _values(found: float | Mapping[str, float]) -> dict[str, float]:
-    if isinstance(found, Mapping):
-        return {str(name): float(value) for name, value in found.items()}
-    return {"value": float(found)}
+    named = found if isinstance(found, Mapping) else {"value": found}
+    try:
+        return {str(name): float(value) for name, value in named.items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"evaluate must return a number, or numbers by name, not {found!r}"
+        ) from error

@@ -8,7 +8,7 @@ The groups are independent of one another: a Fisher block each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -135,10 +135,12 @@ class Kronecker:
     Attributes:
         inputs: whitens A, over inputs or patches.
         outputs: whitens G.
+        splits: those of the one weight that it is asked about; Tucker-2 shares one.
     """
 
     inputs: Whitener
     outputs: Whitener | BlockWhitener
+    splits: dict[View, SplitTruncations] = field(default_factory=dict)
 
     @property
     def null(self) -> bool:
@@ -153,11 +155,11 @@ class Kronecker:
         """Approximations of a weight (m x n), or (m x n x kernel)."""
         if view == "matrix":
             return decompose_whitened(weight.flatten(1), self.inputs, self.outputs)
-        if view == "tucker2":
-            return TuckerTruncations(
-                SplitTruncations.of(weight, self.inputs, self.outputs, "input")
-            )
-        return SplitTruncations.of(weight, self.inputs, self.outputs, view)
+        key: View = "input" if view == "tucker2" else view
+        if key not in self.splits:
+            self.splits[key] = SplitTruncations.of(weight, self.inputs, self.outputs, key)
+        found = self.splits[key]
+        return TuckerTruncations(found) if view == "tucker2" else found
 
 
 @dataclass(frozen=True, eq=False)

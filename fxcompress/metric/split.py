@@ -7,14 +7,18 @@ couple both sides, and there is no closed form.  So:
 1. *Subspace.*  With ``A ≈ A_C ⊗ A_Q / tr A`` (partial traces) there is one: the right singular
    vectors of ``(L_G ⊗ L_Q)ᵀ W L_C`` give the b_i.
 2. *Fit.*  Given b_1, ..., b_r the best a_1, ..., a_r in ``G ⊗ A`` itself are a projection of W
-   onto the patches ``b_i ⊗ e_q``: orthogonal in whitened coordinates, whatever G is.  With an
-   orthonormal basis Z of these (QR, in the order of i) the projections for all r are nested,
-   so that ``½ Σ_{i>r} ‖L_Gᵀ W L_A Z_i‖²`` is the loss at every rank: exact in A, not increasing,
-   0 at full rank.
+   onto the patches ``b_i ⊗ e_q``: orthogonal in whitened coordinates, whatever G is.  With
+   ``E A Eᵀ = Λ Λᵀ`` for these patches E (Cholesky, in the order of i) the projections for all r
+   are nested: with ``T = W A Eᵀ Λ⁻ᵀ`` the loss at every rank is ``½ Σ_{i>r} ‖L_Gᵀ T_i‖²``: exact in
+   A, not increasing, 0 at full rank.
+
+E is ``B ⊗ I``, so that nothing larger than A is ever formed, and the products with A cost less than
+its factorization.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -32,18 +36,18 @@ class SplitTruncations:
     Attributes:
         weight: in the order of the view (m x c x q), float64.
         inputs: whitens A, patches in the order (n, k_1, ..., k_d).
-        outputs: whitens G.
         order: the place in a patch of every (c, q), (c·q).
+        outputs: whitens G.
         basis: rows b_i (k x c), float64.
-        coordinates: ``L_Gᵀ W L_A Z`` (m x k x q), float64.
+        coordinates: ``L_Gᵀ T`` (m x k x q), float64.
         sigma: root of the loss that each b_i carries (k), float64; not sorted.
         dtype: of the factors that are handed out.
     """
 
     weight: Tensor
     inputs: Whitener
-    outputs: Whitener | BlockWhitener
     order: Tensor
+    outputs: Whitener | BlockWhitener
     basis: Tensor
     coordinates: Tensor
     sigma: Tensor
@@ -62,27 +66,27 @@ class SplitTruncations:
             raise ValueError("the weight is not finite")
         arranged, order = arrange(weight.detach().to(torch.float64), view)
         m, c, q = arranged.shape
-        columns, rows = _partial_factors(inputs, order, (c, q))
+        moments = _moments(inputs, order, arranged.shape[1:])
+        columns, rows = _partial_factors(moments)
         half = outputs.into(arranged.flatten(1)).reshape(m, c, q)
         matrix = rows.into(half.permute(2, 0, 1).flatten(1)).reshape(q * m, c)
         basis = columns.out_of(_row_space(columns.into(matrix.T).T).T).T
-        found = SplitTruncations(
+        plain = SplitTruncations(
             arranged,
             inputs,
-            outputs,
             order,
+            outputs,
             basis,
             basis.new_zeros(0),
             basis.new_zeros(0),
             torch.promote_types(weight.dtype, torch.float32),
         )
-        z, _ = torch.linalg.qr(found.patches(len(basis)))
-        whitened = inputs.into(found.natural(half.flatten(1).T)).T
-        coordinates = (whitened @ z).reshape(m, len(basis), q)
+        fitted, _ = plain.fit(len(basis))
+        coordinates = outputs.into(fitted).reshape(m, len(basis), q)
         if inputs.null or outputs.null:
             coordinates = torch.zeros_like(coordinates)
         sigma = coordinates.square().sum((0, 2)).sqrt()
-        return replace(found, coordinates=coordinates, sigma=sigma)
+        return replace(plain, coordinates=coordinates, sigma=sigma)
 
     def losses(self, ranks: Ranks) -> Losses:
         """Predicted loss at each of these ranks."""
@@ -92,11 +96,27 @@ class SplitTruncations:
         """(m x r x q) and (r x c)."""
         assert isinstance(rank, int)
         m, _, q = self.weight.shape
-        z, triangle = torch.linalg.qr(self.patches(rank))
-        # W ≈ (W L_A Z) R⁻ᵀ (b ⊗ e), from L_Aᵀ (b ⊗ e)ᵀ = Z R.
-        whitened = self.inputs.into(self.natural(self.weight.flatten(1).T)).T
-        left = torch.linalg.solve_triangular(triangle, (whitened @ z).T, upper=True).T
+        fitted, lower = self.fit(rank)
+        # W ≈ T Λ⁻¹ E.
+        left = torch.linalg.solve_triangular(lower.T, fitted.T, upper=True).T
         return left.reshape(m, rank, q).to(self.dtype), self.basis[:rank].to(self.dtype)
+
+    def fit(self, rank: int) -> tuple[Tensor, Tensor]:
+        """T (m x r·q), those of one i together, and Λ (r·q x r·q)."""
+        q = self.weight.shape[2]
+        basis = self.basis[:rank]
+        moments = _moments(self.inputs, self.order, self.weight.shape[1:])
+        if moments is None:
+            # The patches are orthonormal in q, so only the b_i have to be made so.
+            lower = torch.kron(_cholesky(basis @ basis.T), torch.eye(q).to(basis))
+            product = torch.einsum("mcq,ic->miq", self.weight, basis).flatten(1)
+        else:
+            # E A, (r·q x c·q), in the two orders of patches.
+            above = torch.einsum("ic,cqdp->iqdp", basis, moments)
+            gram = torch.einsum("iqdp,jd->iqjp", above, basis)
+            lower = _cholesky(gram.reshape(rank * q, rank * q))
+            product = self.weight.flatten(1) @ above.reshape(rank * q, -1).T
+        return torch.linalg.solve_triangular(lower, product.T, upper=False).T, lower
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Left (m x k x q) and right (k x q x c·q) whose products are what each b_i adds.
@@ -105,48 +125,51 @@ class SplitTruncations:
         """
         m, c, q = self.weight.shape
         rank = len(self.basis)
-        z, triangle = torch.linalg.qr(self.patches(rank))
-        whitened = self.inputs.into(self.natural(self.weight.flatten(1).T)).T
-        # Z = L_Aᵀ Eᵀ R⁻¹ for patches E: the rows of R⁻ᵀ E are orthonormal once whitened.
+        fitted, lower = self.fit(rank)
         eye = torch.eye(q, dtype=self.basis.dtype, device=self.basis.device)
-        plain = torch.einsum("ic,qp->cqip", self.basis, eye).reshape(c * q, rank * q)
-        right = torch.linalg.solve_triangular(triangle.T, self.natural(plain).T, upper=False)
+        patches = torch.einsum("ic,qp->iqcp", self.basis, eye).reshape(rank * q, c * q)
+        right = torch.empty_like(patches)
+        right[:, self.order] = torch.linalg.solve_triangular(lower, patches, upper=False)
         return (
-            (whitened @ z).reshape(m, rank, q).to(self.dtype),
+            fitted.reshape(m, rank, q).to(self.dtype),
             right.reshape(rank, q, c * q).to(self.dtype),
         )
 
-    def patches(self, rank: int) -> Tensor:
-        """Whitened patches ``L_Aᵀ (b_i ⊗ e_q)`` for i < r (c·q x r·q), those of one i together."""
-        _, c, q = self.weight.shape
-        eye = torch.eye(q, dtype=self.basis.dtype, device=self.basis.device)
-        plain = torch.einsum("ic,qp->cqip", self.basis[:rank], eye)
-        return self.inputs.into(self.natural(plain.reshape(c * q, rank * q)))
 
-    def natural(self, rows: Tensor) -> Tensor:
-        """Rows in the order (c, q), put into the order in which A has patches."""
-        out = torch.empty_like(rows)
-        out[self.order] = rows
-        return out
+def _cholesky(matrix: Tensor) -> Tensor:
+    """A Cholesky factor; of a matrix that is singular by rounding, of one slightly above it."""
+    mean = float(matrix.diagonal().mean())
+    for shift in (0.0, 1e-14, 1e-12, 1e-10):
+        shifted = matrix.clone()
+        shifted.diagonal().add_(shift * mean)
+        found = torch.linalg.cholesky_ex(shifted)
+        if not bool(found.info):
+            lower: Tensor = found.L
+            return lower
+    raise ValueError("the second moments of the patches are not positive semi-definite")
 
 
-def _partial_factors(
-    inputs: Whitener, order: Tensor, sizes: tuple[int, int]
-) -> tuple[Whitener, Whitener]:
+def _moments(inputs: Whitener, order: Tensor, sizes: Sequence[int]) -> Tensor | None:
+    """A in the order of a view (c x q x c x q); None for the identity."""
+    if inputs.matrix is None:
+        if inputs.scale is None:
+            return None
+        whole = torch.diag(inputs.scale.square())
+    else:
+        whole = inputs.matrix
+    return whole[order][:, order].reshape(*sizes, *sizes)
+
+
+def _partial_factors(moments: Tensor | None) -> tuple[Whitener, Whitener]:
     """Whiteners of the partial traces A_C (c x c) and A_Q (q x q) of A.
 
     Their scale is arbitrary: it does not change a subspace.
     """
-    if inputs.plain:
+    if moments is None:
         return Whitener(), Whitener()
-    eye = torch.eye(len(order), dtype=torch.float64, device=order.device)
-    root = inputs.colour(eye)[order].reshape(*sizes, -1)
-    by_position = root.transpose(0, 1)
-    columns = root.new_zeros(sizes[0], sizes[0])
-    for part in by_position:
-        columns.addmm_(part, part.T)
-    flat = by_position.flatten(1)
-    return whitener(columns, 0.0), whitener(flat @ flat.T, 0.0)
+    columns = torch.einsum("cqdq->cd", moments)
+    rows = torch.einsum("cqcp->qp", moments)
+    return whitener(columns, 0.0), whitener(rows, 0.0)
 
 
 def _row_space(matrix: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Whitener:
         lower: L as a triangular matrix (Cholesky), or None.
         root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
         scale: √ of a diagonal factor (d), or None.  All three None: the identity.
+        matrix: the damped factor itself, if it was one; None for a diagonal one or the identity.
         null: the factor is zero; products are those of the identity, and every singular
             value in these coordinates counts as zero.
     """
@@ -37,6 +38,7 @@ class Whitener:
     lower: Tensor | None = None
     root: tuple[Tensor, Tensor] | None = None
     scale: Tensor | None = None
+    matrix: Tensor | None = None
     null: bool = False
 
     @property
@@ -127,7 +129,8 @@ def whitener(factor: Tensor | None, damping: float) -> Whitener:
     if damping >= FLOOR:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
-            return Whitener(lower=lower)
+            return Whitener(lower=lower, matrix=damped)
     values, vectors = torch.linalg.eigh(damped)
     values = values.clamp_min(FLOOR * mean)
-    return Whitener(root=(vectors * values.sqrt(), vectors * values.rsqrt()))
+    floored = (vectors * values) @ vectors.T
+    return Whitener(root=(vectors * values.sqrt(), vectors * values.rsqrt()), matrix=floored)
