@@ -83,7 +83,7 @@ def test_the_tutorial_has_all_its_steps() -> None:
         "template.yaml",
         "tested.yaml",
     ]
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
 
 
 def test_the_error_of_a_template_is_the_one_shown() -> None:
