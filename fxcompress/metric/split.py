@@ -108,8 +108,9 @@ class SplitTruncations:
         moments = _moments(self.inputs, self.order, self.weight.shape[1:])
         if moments is None:
             # The patches are orthonormal in q, so only the b_i have to be made so.
-            lower = torch.kron(_cholesky(basis @ basis.T), torch.eye(q).to(basis))
-            product = torch.einsum("mcq,ic->miq", self.weight, basis).flatten(1)
+            triangle = _cholesky(basis @ basis.T).contiguous()
+            lower = torch.kron(triangle, torch.eye(q).to(triangle))
+            product = torch.einsum("mcq,ic->miq", self.weight, basis).reshape(-1, rank * q)
         else:
             # E A, (r·q x c·q), in the two orders of patches.
             above = torch.einsum("ic,cqdp->iqdp", basis, moments)

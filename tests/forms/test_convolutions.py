@@ -19,7 +19,7 @@ from fxcompress.forms.convolution import convolution_shape
 from fxcompress.forms.shape import ConvShape
 from fxcompress.forms.target import Rank
 from fxcompress.metric.quadratic import Grouped, Kronecker
-from fxcompress.metric.whiten import whitener
+from fxcompress.metric.whiten import Whitener, whitener
 from tests.convolutions import CASES, build, data, dense_loss, factors
 
 NAMES = ("channel", "channel_input", "spatial", "tucker2", "pivoted", "low_rank")
@@ -260,3 +260,23 @@ def test_whatever_pytorch_accepts(words: dict[str, Any], draw: st.DataObject) ->
         body = form.empty(shape, full)
         form.fill(body, form.factors(target, full), layer.bias)
         torch.testing.assert_close(body(x), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows_only", [False, True], ids=["euclidean", "diagonal"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_metrics_without_an_input_factor(case: str, name: str, rows_only: bool) -> None:
+    torch.manual_seed(0)
+    layer = build(CASES[case])
+    form, shape = form_for(name, layer)
+    weight = shape.canonical(layer.weight)
+    a = torch.eye(shape.group_in * shape.taps).double().repeat(shape.groups, 1, 1)
+    scale = torch.rand(shape.groups, shape.group_out).double() + 0.1
+    g = torch.diag_embed(scale if rows_only else torch.ones_like(scale))
+    outputs = [whitener(each, 0.0) if rows_only else Whitener() for each in scale]
+    target = Target(weight, Grouped(tuple(Kronecker(Whitener(), each) for each in outputs)))
+    for rank in some_ranks(form.full_rank(shape)):
+        product = form.product(shape, form.factors(target, rank))
+        (loss,) = form.losses(target, np.array([rank]))
+        assert loss == pytest.approx(dense_loss(product - weight, a, g), rel=1e-8, abs=1e-12)

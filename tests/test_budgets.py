@@ -1,0 +1,167 @@
+"""Several budgets at once, and budgets of single rules, through the whole compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcompress
+
+
+class Net(nn.Module):
+    """Early layers have the multiply-accumulates, late ones the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Conv2d(4, 16, 3, padding=1)
+        self.middle = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.late = nn.Conv2d(32, 96, 3, stride=2, padding=1)
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.late(torch.relu(self.middle(torch.relu(self.early(x))))))
+        return self.head(h.mean((2, 3)))
+
+
+def setting() -> tuple[Net, list[Tensor]]:
+    torch.manual_seed(0)
+    return Net().eval(), [torch.randn(8, 4, 16, 16) for _ in range(3)]
+
+
+def rules(tmp_path: Path, budget: str, early: str = "") -> Path:
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        f"""
+version: 1
+budget: {budget}
+rules:
+  - id: early
+    match: {{node: {{op: conv2d, name: "{{early,middle}}"}}}}
+    rewrite: {{any_of: [channel, channel_input, spatial, tucker2, pivoted]{early}}}
+  - id: rest
+    match: {{node: {{op: [conv2d, linear]}}}}
+    rewrite: {{any_of: [channel_input, spatial, pivoted]}}
+"""
+    )
+    return path
+
+
+def total(plan: fxcompress.Plan, unit: str, rule: str | None = None) -> tuple[int, int]:
+    sites = [site for site in plan.sites if rule in (None, site.rule)]
+    return (
+        sum(getattr(site.before, unit) for site in sites),
+        sum(getattr(site.after, unit) for site in sites),
+    )
+
+
+def test_parameters_and_macs_at_once(tmp_path: Path) -> None:
+    model, batches = setting()
+    both = rules(tmp_path, "[{keep: 0.6}, {keep: 0.5, unit: macs}]")
+    small = fxcompress.compile(model, both, batches)
+    plan = fxcompress.plan_of(small)
+    for unit, keep in (("parameters", 0.6), ("macs", 0.5)):
+        before, after = total(plan, unit)
+        assert after <= keep * before
+    (macs,) = plan.limits
+    assert (plan.budget.unit, macs.unit) == ("parameters", "macs")
+    assert plan.budget.cost == total(plan, "parameters")[1]
+    assert macs.cost == total(plan, "macs")[1]
+    assert plan.budget.bound is not None
+    assert plan.budget.bound <= plan.budget.predicted
+    # Each alone exceeds the other's, or both would not be needed here.
+    alone = fxcompress.plan(model, rules(tmp_path, "{keep: 0.6}"), batches)
+    before, after = total(alone, "macs")
+    assert after > 0.5 * before
+    assert alone.budget.predicted <= plan.budget.predicted
+    text = str(fxcompress.diff(model, small))
+    assert "budget: keep 0.6 of the matched operators' parameters" in text
+    assert "and: keep 0.5 of the matched operators' MACs" in text
+    torch.testing.assert_close(small(batches[0]).shape, model(batches[0]).shape)
+
+
+def test_a_budget_of_one_rule(tmp_path: Path) -> None:
+    model, batches = setting()
+    free = fxcompress.plan(model, rules(tmp_path, "{keep: 0.7}"), batches)
+    bound = fxcompress.plan(model, rules(tmp_path, "{keep: 0.7}", ", keep: 0.4"), batches)
+    before, after = total(free, "parameters", "early")
+    assert after > 0.4 * before
+    before, after = total(bound, "parameters", "early")
+    assert after <= 0.4 * before
+    (limit,) = bound.limits
+    assert (limit.rule, limit.keep, limit.dense) == ("early", 0.4, before)
+    assert limit.cost == after
+    whole, kept = total(bound, "parameters")
+    assert kept <= 0.7 * whole
+    assert "keep 0.4 of the operators' of rule early parameters" in str(bound)
+
+
+def test_what_cannot_be_met_together(tmp_path: Path) -> None:
+    model, batches = setting()
+    path = rules(tmp_path, "[{keep: 0.9}, {keep: 0.001, unit: macs}]")
+    with pytest.raises(fxcompress.BudgetError, match=r"keep 0.001 of .* macs"):
+        fxcompress.plan(model, path, batches)
+    path = rules(tmp_path, "{keep: 0.9}", ", keep: 0.001")
+    with pytest.raises(fxcompress.BudgetError, match="rule early cannot be met"):
+        fxcompress.plan(model, path, batches)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words", "message"),
+    [
+        ("[{keep: 0.6}, {keep: 0.5, unit: macs}]", {"keep": 0.5}, "keep= stands for one budget"),
+        ("[{keep: 0.6}, {keep: 0.5, unit: macs}]", {"uniform": True}, "choose allocation: global"),
+    ],
+)
+def test_what_is_for_one_budget_only(
+    budget: str, words: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model, batches = setting()
+    path = rules(tmp_path, budget)
+    if words.pop("uniform", False):
+        path.write_text(path.read_text() + "solver: {allocation: uniform}\n")
+    with pytest.raises(fxcompress.BudgetError, match=message):
+        fxcompress.plan(model, path, batches, **words)
+
+
+@pytest.mark.parametrize(
+    "metric", ["euclidean", "diagonal", "elementwise", "activation", "kfac", "ekfac"]
+)
+def test_every_metric_on_convolutions_and_an_embedding(metric: str, tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(60, 24)
+            self.conv = nn.Conv1d(24, 32, 3, padding=1, groups=2)
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.conv(self.words(x).transpose(1, 2)))
+            return self.head(h.mean(2))
+
+    torch.manual_seed(0)
+    model, batches = Mixed().eval(), [torch.randint(60, (16, 9)) for _ in range(4)]
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        f"""
+version: 1
+budget: {{keep: 0.5}}
+metric: {{kind: {metric}, fisher: exact}}
+rules:
+  - {{id: words, match: {{node: {{op: embedding}}}}, rewrite: {{form: embedding}}}}
+  - id: rest
+    match: {{node: {{op: [conv1d, linear]}}}}
+    rewrite: {{any_of: [channel, channel_input, tucker2, low_rank, pivoted]}}
+"""
+    )
+    small = fxcompress.compile(model, path, batches)
+    plan = fxcompress.plan_of(small)
+    before, after = total(plan, "parameters")
+    assert after <= 0.5 * before
+    assert sum(p.numel() for p in small.parameters()) == plan.model_after.parameters
+    assert {site.op for site in plan.rewritten} >= {"embedding"}
+    assert small.words.weight.shape == (60, 24)
+    assert bool(small(batches[0]).isfinite().all())
