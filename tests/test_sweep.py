@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxcompress
-from fxcompress.cli import app
+from fxcompress.cli import _keeps, app
 from tests.small import data, net, rules
 
 KEEPS = (0.9, 0.6, 0.45)
@@ -31,13 +29,17 @@ def counting() -> tuple[list[int], Any]:
     return passes, forward
 
 
+def untimed(plan: fxcompress.Plan) -> fxcompress.Plan:
+    return plan.model_copy(update={"seconds": {}})
+
+
 def test_every_point_is_what_its_budget_gives_alone() -> None:
     found = fxcompress.sweep(net(), rules(), data(), keeps=KEEPS)
     assert [point.keep for point in found.points] == sorted(KEEPS, reverse=True)
     for keep in KEEPS:
         alone = fxcompress.plan(net(), rules(), data(), keep=keep)
-        assert found.plans[keep].sites == alone.sites
-        assert found.plans[keep].budget == alone.budget
+        assert untimed(found.plans[keep]) == untimed(alone)
+        assert found.plans[keep].seconds.keys() == alone.seconds.keys()
     predicted = [point.plan.budget.predicted for point in found.points if point.plan]
     assert predicted == sorted(predicted)
     assert predicted[0] < predicted[-1]
@@ -58,7 +60,11 @@ def test_evaluation_of_the_rewritten_models() -> None:
     def evaluate(small: nn.Module) -> dict[str, float]:
         seen.append(small)
         size = float(sum(p.numel() for p in small.parameters()))
-        return {"size": size, "first": float(small(data()[0])[0, 0])}
+        first = float(small(data()[0])[0, 0].detach())
+        with torch.no_grad():  # what becomes of one model is nothing to the next
+            for parameter in small.parameters() if small is not model else ():
+                parameter.zero_()
+        return {"size": size, "first": first}
 
     found = fxcompress.sweep(model, rules(), data(), keeps=KEEPS, evaluate=evaluate)
     assert seen[0] is model
@@ -67,8 +73,10 @@ def test_evaluation_of_the_rewritten_models() -> None:
         assert point.plan is not None
         assert point.values["size"] == point.plan.model_after.parameters
         alone = fxcompress.compile(net(), rules(), data(), keep=keep)
-        assert point.values["first"] == float(alone(data()[0])[0, 0])
-    assert "size" in str(found)
+        assert point.values["first"] == float(alone(data()[0])[0, 0].detach())
+        assert untimed(point.plan) == untimed(fxcompress.plan_of(alone))
+    for point, small in zip(found.points, seen[1:], strict=True):
+        assert fxcompress.plan_of(small) is point.plan
 
 
 def test_a_budget_that_cannot_be_met_is_a_point_that_says_so() -> None:
@@ -76,14 +84,41 @@ def test_a_budget_that_cannot_be_met_is_a_point_that_says_so() -> None:
     first, second = found.points
     assert first.plan is not None
     assert second.plan is None
-    assert "cannot be met" in second.reason
-    assert "cannot be met" in str(found)
+    with pytest.raises(fxcompress.BudgetError) as alone:
+        fxcompress.plan(net(), rules(), data(), keep=0.001)
+    assert second.reason == str(alone.value)
+    assert "at least" in second.reason
     with pytest.raises(fxcompress.BudgetError, match="cannot be met"):
         fxcompress.sweep(net(), rules(), data(), keeps=(0.001, 0.002))
 
 
-@pytest.mark.parametrize("keeps", [(), (0.5, 0.0), (1.5,)])
-def test_keeps_that_are_none(keeps: tuple[float, ...]) -> None:
+def test_an_error_of_the_evaluation_is_no_budget_that_cannot_be_met() -> None:
+    def evaluate(small: nn.Module) -> float:
+        raise fxcompress.BudgetError("of the user's own")
+
+    with pytest.raises(fxcompress.BudgetError, match="of the user's own"):
+        fxcompress.sweep(net(), rules(), data(), keeps=(0.5,), evaluate=evaluate)
+
+
+def test_what_is_evaluated_must_be_numbers_and_the_same_ones() -> None:
+    with pytest.raises(TypeError, match="number, or numbers by name, not 'good'"):
+        fxcompress.sweep(net(), rules(), data(), keeps=(0.5,), evaluate=lambda m: "good")  # type: ignore[arg-type,return-value]
+    names = iter(["a", "b"])
+    with pytest.raises(ValueError, match=r"\['a'\] for the dense one, \['b'\] at keep 0.5"):
+        fxcompress.sweep(net(), rules(), data(), keeps=(0.5,), evaluate=lambda m: {next(names): 1})
+
+
+def test_notes_reach_every_plan() -> None:
+    found = fxcompress.sweep(
+        net(), rules(metric="euclidean"), data(), keeps=(0.8, 0.5), loss=lambda out, batch: out
+    )
+    for plan in found.plans.values():
+        assert ["makes no use of it" in note for note in plan.warnings] == [True]
+    assert str(found).count("makes no use of it") == 1
+
+
+@pytest.mark.parametrize("keeps", [(), (0.5, 0.0), (1.5,), 0.5, (0.5, "0.3"), (float("nan"),)])
+def test_keeps_that_are_none(keeps: Any) -> None:
     with pytest.raises(fxcompress.BudgetError, match="keep"):
         fxcompress.sweep(net(), rules(), data(), keeps=keeps)
 
@@ -101,55 +136,16 @@ def test_interrupted_it_returns_what_is_done() -> None:
     assert [point.keep for point in found.points] == [0.9]
     assert not found.complete
     assert "interrupted" in str(found)
+    calls[:] = [1]  # now before the first point, when there is nothing to return
+    with pytest.raises(KeyboardInterrupt):
+        fxcompress.sweep(net(), rules(), data(), keeps=KEEPS, evaluate=evaluate)
 
 
-class Page(HTMLParser):
-    """Collects tags, and what they refer to outside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.outside: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.outside += [str(value) for key, value in attrs if key in ("src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_page_and_the_json() -> None:
-    found = fxcompress.sweep(
-        net(), rules(), data(), keeps=KEEPS, evaluate=lambda m: {"a<b": 0.5, "c": 1.0}
-    )
-    page = Page()
-    page.feed(found.to_html())
-    assert not page.open
-    assert not page.outside
-    assert page.tags.count("svg") == 3
-    assert page.tags.count("circle") == 3 * len(KEEPS)
-    assert "a&lt;b" in found.to_html()
-    plain = json.loads(json.dumps(found.to_json()))
-    assert [point["keep"] for point in plain["points"]] == sorted(KEEPS, reverse=True)
-    assert plain["points"][0]["values"] == {"a<b": 0.5, "c": 1.0}
-    assert plain["points"][0]["after"]["parameters"] == found.plans[0.9].model_after.parameters
-
-
-def test_places_on_the_plot() -> None:
-    found = fxcompress.sweep(net(), rules(), data(), keeps=KEEPS, evaluate=lambda m: 2.0)
-    predicted, value = found.curves()
-    heights = [y for _, y, _ in predicted.marks]
-    assert heights == sorted(heights, reverse=True)  # loss rises as less is kept
-    exponents = [float(text) for _, text in predicted.rows]
-    assert all(math.log10(each).is_integer() for each in exponents)
-    assert value.dense == value.marks[0][1]
+def test_progress_counts_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    fxcompress.sweep(net(), rules(), data(), keeps=KEEPS, evaluate=lambda m: 1.0, progress=True)
+    stages = [line.split()[:2] for line in capsys.readouterr().err.splitlines()]
+    assert [name for name, _ in stages][-3:] == ["decompose", "evaluate", "sweep"]
+    assert stages[-1] == ["sweep", "3/3"]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -160,13 +156,59 @@ def test_the_command(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     shown = [line.split()[0] for line in run.output.splitlines() if line.strip()]
     assert [first for first in shown if first.startswith("0.")] == ["0.8", "0.6", "0.4"]
-    assert all(len(line) <= 120 for line in run.output.splitlines())
+    assert all(len(line) <= 100 for line in run.output.splitlines())
     assert page.read_text().startswith("<!doctype html>")
     plain = CliRunner().invoke(app, [*words, "--json"])
     assert [p["keep"] for p in json.loads(plain.output)["points"]] == [0.8, 0.6, 0.4]
-    wrong = CliRunner().invoke(app, [*words[:-1], "many"])
-    assert wrong.exit_code == 2
-    assert "neither numbers" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--keeps", "many", "neither numbers"),
+        ("--keeps", "0.9:0.3:0", "neither numbers"),
+        ("--keeps", "0.9:nan:0.1", "neither numbers"),
+        ("--keeps", "inf:0.3:0.1", "more than 1000 budgets"),
+        ("--keeps", "0.9:0.3:1e-9", "more than 1000 budgets"),
+        ("--html", "nowhere/page.html", "is not a directory"),
+        ("--evaluate", "examples/tiny.py:torch", "no function"),
+        ("--evaluate", "examples/tiny.py:nothing", "nothing"),
+    ],
+)
+def test_what_the_command_refuses_before_any_work(option: str, value: str, message: str) -> None:
+    words = ["sweep", "examples/tiny.yaml", "--model", "examples/tiny.py:missing"]
+    run = CliRunner().invoke(app, [*words, option, value])
+    assert run.exit_code == 2
+    assert message in " ".join(run.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "keeps"),
+    [
+        ("0.9,0.5", [0.9, 0.5]),
+        ("0.9:0.6:0.1", [0.9, 0.8, 0.7, 0.6]),
+        ("0.6:0.9:0.1", [0.6, 0.7, 0.8, 0.9]),
+        ("0.9:0.6:-0.1", [0.9, 0.8, 0.7, 0.6]),
+        ("0.9:0.65:0.1", [0.9, 0.8, 0.7]),
+        ("0.5:0.5:0.1", [0.5]),
+    ],
+)
+def test_steps(text: str, keeps: list[float]) -> None:
+    assert _keeps(text) == keeps
+
+
+def test_the_command_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(
+        "calls = []\ndef judge(model):\n    calls.append(model)\n"
+        "    if len(calls) == 3: raise KeyboardInterrupt\n    return 1.0\n"
+    )
+    page = tmp_path / "sweep.html"
+    words = ["sweep", "examples/tiny.yaml", "--model", "examples/tiny.py:model"]
+    words += ["--data", "examples/tiny.py:data", "--evaluate", f"{tmp_path}/judge.py:judge"]
+    run = CliRunner().invoke(app, [*words, "--keeps", "0.8,0.6", "--html", str(page)])
+    assert run.exit_code == 130
+    assert "interrupted" in run.output
+    assert "interrupted" in page.read_text()
 
 
 def test_random_numbers_are_left_alone() -> None:

@@ -125,7 +125,7 @@ class Sweep:
             ],
             table,
             impossible,
-            [f"predicted {loss_label(plan.loss_unit)}: {plan.loss_unit}"],
+            [f"predicted {loss_label(plan.loss_unit)} is in {plan.loss_unit}"],
         ]
         if self.warnings:
             sections.append(["warnings:", *(f"  {warning}" for warning in self.warnings)])
@@ -260,7 +260,7 @@ def _curve(title: str, values: Mapping[float, float], dense: float | None) -> Cu
         title=title,
         marks=tuple((x(k), y(v), f"keep {k:g}: {v:.6g}") for k, v in finite.items()),
         rows=rows,
-        columns=tuple((x(at / 10), percent(at, 10)) for at in range(left, 11)),
+        columns=tuple((x(at / 10), f"{10 * at}%") for at in range(left, 11)),
         dense=None if level is None else y(level),
         note=f"not finite at keep {missing}" if missing else "",
     )

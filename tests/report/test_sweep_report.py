@@ -1,0 +1,170 @@
+"""A sweep as text, page and JSON, from plans made up for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from fxcompress.plan import Plan
+from fxcompress.report.sweep import HEIGHT, WIDTH, Curve, Point, Sweep
+from tests.report.plans import llama
+from tests.report.test_html import Page
+
+REASON = "the budget cannot be met: these rules need at least 9,999 (keep: 0.0369); raise keep"
+
+
+def planned(keep: float, predicted: float, **changed: Any) -> Plan:
+    made = llama(layers=2, rewritten=True)
+    budget = made.budget.model_copy(update={"keep": keep, "predicted": predicted})
+    return made.model_copy(update={"budget": budget, **changed})
+
+
+def made(
+    values: Mapping[float, Mapping[str, float]], dense: Mapping[str, float], complete: bool = True
+) -> Sweep:
+    """Predicted losses are 1e-3, 1e-2, ... by falling keep; below 0.1 it is impossible."""
+    points = [
+        Point(keep, planned(keep, 10.0 ** (at - 3)), values[keep])
+        if keep >= 0.1
+        else Point(keep, None, reason=REASON)
+        for at, keep in enumerate(values)
+    ]
+    return Sweep(tuple(points), dense, complete)
+
+
+TWO = {
+    0.9: {"a<b": 0.5, "perplexity": 20.0},
+    0.6: {"a<b": 0.25, "perplexity": 2e4},
+    0.3: {"a<b": 0.0, "perplexity": math.inf},
+    0.05: {},
+}
+DENSE = {"a<b": 0.75, "perplexity": 10.0}
+
+
+@pytest.fixture(scope="module")
+def swept() -> Sweep:
+    return made(TWO, DENSE)
+
+
+def curve(values: Mapping[float, float], dense: float) -> Curve:
+    """Of a measured value alone."""
+    return made({keep: {"x": value} for keep, value in values.items()}, {"x": dense}).curves()[1]
+
+
+def test_a_row_for_every_budget(swept: Sweep) -> None:
+    lines = str(swept).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    head, dense, *rows = lines[3:8]
+    assert head.split()[-2:] == ["a<b", "perplexity"]
+    assert dense.split()[0] == "dense"
+    assert dense.split()[-2:] == ["0.75", "10"]
+    assert [row.split()[0] for row in rows] == ["0.9", "0.6", "0.3"]
+    assert [row.split()[-3:] for row in rows] == [
+        ["0.0010", "0.5", "20"],
+        ["0.0100", "0.25", "20000"],
+        ["0.1000", "0", "inf"],
+    ]
+    size = swept.plans[0.9].model_after.parameters
+    assert f"{size:,}" in rows[0]
+    ends = {len(line) for line in (head, dense, *rows)}
+    assert len(ends) == 1  # columns are aligned to the right
+
+
+def test_what_is_impossible_says_what_is_possible(swept: Sweep) -> None:
+    assert re.search(r"^ *0\.05  +impossible$", str(swept), flags=re.MULTILINE)
+    assert f"keep 0.05: {REASON}" in " ".join(str(swept).split())
+
+
+def test_times_are_shown_where_they_are_the_budget() -> None:
+    plan = planned(0.5, 0.1)
+    budget = {"unit": "latency", "cost": 0.0123, "dense": 0.02}
+    plan = plan.model_copy(update={"budget": plan.budget.model_copy(update=budget)})
+    lines = str(Sweep((Point(0.5, plan),), {})).splitlines()
+    assert lines[1].startswith("keep is of the measured time of")
+    assert [re.findall(r"\d\S* ms", line) for line in lines[4:6]] == [["20 ms"], ["12.3 ms"]]
+    assert " time " not in str(made({0.5: {}}, {}))
+
+
+def test_warnings_are_told_once() -> None:
+    plans = [planned(keep, 0.1, warnings=("beware", f"of {keep}")) for keep in (0.9, 0.8)]
+    found = Sweep(tuple(Point(plan.budget.keep, plan) for plan in plans), {})
+    assert found.warnings == ("beware", "of 0.9", "of 0.8")
+    assert str(found).count("beware") == 1
+
+
+def test_json(swept: Sweep) -> None:
+    plain = swept.to_json()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    first, _, third, last = plain["points"]
+    assert first["values"] == TWO[0.9]
+    assert third["values"] == {"a<b": 0.0, "perplexity": None}
+    assert last == {"keep": 0.05, "reason": REASON}
+    plan = swept.plans[0.9]
+    assert first["rewritten"] == len(plan.rewritten)
+    totals = {(one["unit"], one["of"]): one["after"] for one in first["totals"]}
+    assert totals["bytes", "model"] == plan.model_after.bytes
+    assert totals["macs", "matched"] == sum(site.after.macs for site in plan.sites)
+
+
+def test_the_page_needs_nothing_else(swept: Sweep) -> None:
+    source = swept.to_html()
+    assert not re.search(r"https?://|url\(|@import|<script|(?<![\w-])(src|href)=", source)
+    page = Page(source)
+    assert len(page.all("svg")) == 3
+    assert len(page.all("circle")) == 3 + 3 + 2
+    assert source.count("<title>keep 0.6: ") == 3
+    assert "a&lt;b" in source
+    assert "<b" not in source.replace("<body", "")
+    assert "(not finite at keep 0.3)" in page.text
+
+
+def test_losses_are_drawn_by_decades(swept: Sweep) -> None:
+    predicted = swept.curves()[0]
+    assert predicted.rows == ((float(HEIGHT), "1e-3"), (HEIGHT / 2, "1e-2"), (0.0, "1e-1"))
+    places = [(x, y) for x, y, _ in predicted.marks]
+    assert places == [(480.0, HEIGHT), (240.0, HEIGHT / 2), (0.0, 0.0)]
+    assert predicted.columns[0] == (0.0, "30%")
+    assert predicted.columns[-1] == (float(WIDTH), "100%")
+    assert predicted.dense is None
+
+
+def test_measured_values_are_drawn_evenly_unless_they_explode(swept: Sweep) -> None:
+    _, even, wide = swept.curves()
+    assert [text for _, text in even.rows] == ["0", "0.2", "0.4", "0.6", "0.8"]
+    assert even.dense == round(HEIGHT * (1 - 0.75 / 0.8), 1)
+    assert [text for _, text in wide.rows] == ["1e1", "1e2", "1e3", "1e4", "1e5"]
+    assert wide.dense == HEIGHT
+    assert [text for _, _, text in wide.marks] == ["keep 0.9: 20", "keep 0.6: 20000"]
+    assert wide.note == "not finite at keep 0.3"
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -3.0, 1e17, 1e-300])
+def test_values_that_are_all_alike(value: float) -> None:
+    found = curve({0.9: value, 0.5: value}, value)
+    heights = {y for _, y, _ in found.marks}
+    assert heights == {found.dense}
+    assert all(0 <= y <= HEIGHT for y in heights)
+    assert len(found.rows) == len({text for _, text in found.rows}) >= 2
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    nothing = made({0.9: {"x": math.nan}}, {"x": math.nan})
+    assert [each.title for each in nothing.curves()] == ["predicted KL"]
+    assert "nan" in str(nothing)
+    dense = curve({0.9: 1.0, 0.5: 2.0}, math.nan)
+    assert dense.dense is None
+    assert len(dense.marks) == 2
+    lossless = Sweep((Point(1.0, planned(1.0, 0.0)),), {})
+    assert lossless.curves() == ()
+    assert Page(lossless.to_html()).all("svg") == []
+
+
+def test_a_loss_of_zero_stands_at_the_lower_end() -> None:
+    points = (Point(1.0, planned(1.0, 0.0)), Point(0.5, planned(0.5, 0.01)))
+    (predicted,) = Sweep(points, {}).curves()
+    assert predicted.marks[0] == (float(WIDTH), float(HEIGHT), "keep 1: 0")
