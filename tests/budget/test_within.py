@@ -139,7 +139,7 @@ def best(resources: list[Resource]) -> float | None:
 def test_against_brute_force(units: int, special: bool) -> None:
     """Never above a budget, never below the bound, and optimal nearly always."""
     optimal = possible = 0
-    for seed in range(250):
+    for seed in range(150):
         resources = instance(seed, units, special=special)
         least = best(resources)
         try:
@@ -158,7 +158,7 @@ def test_against_brute_force(units: int, special: bool) -> None:
         told += math.fsum(c.loss for c in found.allocation.joint.values())
         assert found.allocation.loss == pytest.approx(told)
         optimal += found.allocation.loss <= least + 1e-9
-    assert possible > 120
+    assert possible > 70
     assert optimal >= 0.97 * possible, f"{optimal} of {possible} are optimal"
 
 
@@ -234,6 +234,7 @@ def test_budgets_that_can_only_be_met_one_by_one() -> None:
         allocate_within([Resource("one", 2.0, (a,)), Resource("two", 2.0, (b,))])
 
 
+@pytest.mark.slow
 def test_many_sites_take_seconds() -> None:
     draw = np.random.default_rng(0)
     ranks = np.arange(1, 257)
