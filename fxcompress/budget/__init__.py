@@ -26,6 +26,7 @@ Choice(form='joint', rank=2, loss=0.0, cost=0.0)
 """
 
 from fxcompress.budget._bundles import least_cost
+from fxcompress.budget._entities import Resource
 from fxcompress.budget.problem import (
     Allocation,
     Bundle,
@@ -36,7 +37,7 @@ from fxcompress.budget.problem import (
 )
 from fxcompress.budget.solver import allocate
 from fxcompress.budget.uniform import allocate_uniform
-from fxcompress.budget.within import Resource, Together, allocate_within
+from fxcompress.budget.within import Together, allocate_within
 
 __all__ = [
     "Allocation",
