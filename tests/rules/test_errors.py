@@ -399,7 +399,9 @@ def test_unusable_files(tmp_path: Path, raw: bytes, expected: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(RuleError, match=r"error\[unreadable\].*\n   presets are one of: decoder"):
+    with pytest.raises(
+        RuleError, match=r"error\[unreadable\].*\n   presets are one of: convolutional, decoder"
+    ):
         load_rules(tmp_path / "missing.yaml")
     with pytest.raises(RuleError, match=r"did you mean 'decoder'\?"):
         load_rules("decodr")

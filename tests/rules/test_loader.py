@@ -94,7 +94,8 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_load(name: str) -> None:
     loaded = load_rules(name)
-    assert loaded.rules.budget.keep == 0.8
+    # A convolution network has few multiply-accumulates that are not in its convolutions.
+    assert loaded.rules.budget.keep == (0.6 if name == "convolutional" else 0.8)
     assert loaded.filename.endswith(f"{name}.yaml")
     assert loaded.text.startswith("# ")
 
