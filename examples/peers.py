@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -288,20 +289,20 @@ def spatial_greedy(
     return replaced(model, new)
 
 
-_SCORES: dict[int, dict[tuple[str, float], float]] = {}
+_SCORES: WeakKeyDictionary[nn.Module, dict[tuple[str, float], float]] = WeakKeyDictionary()
 
 
 def spatial_scores(
     model: nn.Module, layers: Sequence[Layer], evaluate: Callable[[nn.Module], float]
 ) -> dict[tuple[str, float], float]:
     """Score of the model with one layer compressed, for each layer and ratio; kept by model."""
-    if id(model) not in _SCORES:
-        _SCORES[id(model)] = {
+    if model not in _SCORES:
+        _SCORES[model] = {
             (layer.name, ratio): evaluate(_alone(model, layer, ratio))
             for layer in layers
             for ratio in RATIOS[:-1]
         }
-    return _SCORES[id(model)]
+    return _SCORES[model]
 
 
 def _alone(model: nn.Module, layer: Layer, ratio: float) -> nn.Module:
