@@ -23,7 +23,7 @@ from smollm2 import CALIBRATION, LENGTH, batches, load_model, sequences
 from torch import Tensor, nn
 
 from fxcompress.analysis import analyse
-from fxcompress.compile import rewrite
+from fxcompress.rewriting import rewrite
 from fxcompress.rules import load_rules
 
 RESULTS = Path(__file__).parent / "results"

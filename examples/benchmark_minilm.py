@@ -38,11 +38,11 @@ from minilm import (
 from torch import Tensor, nn
 
 from fxcompress.analysis import Analysis, analyse
-from fxcompress.compile import rewrite
 from fxcompress.decomposition import Decomposed, Decomposition
 from fxcompress.metric import METRICS
 from fxcompress.plan import Plan
 from fxcompress.report import stages
+from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, parse_rules
 
 RESULTS = Path(__file__).parent / "results"

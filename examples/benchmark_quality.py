@@ -32,11 +32,11 @@ from smollm2 import (
 from torch import nn
 
 from fxcompress.analysis import Analysis, analyse, match_model
-from fxcompress.compile import rewrite
-from fxcompress.decomposition import Decomposition, decompose_sites
-from fxcompress.metric import METRICS, Calibration, Metric, calibrate
+from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
 from fxcompress.plan import Plan
 from fxcompress.report import stages
+from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, parse_rules
 from fxcompress.sites import gather_sites
 
@@ -121,14 +121,16 @@ def measure(
                 spec = everything.rules.metric
                 decomposed = decompose_sites(
                     base.model,
-                    *gather_sites(base.recording, whole),
-                    dict(calibration.moments),
-                    METRICS[metric],
-                    (spec.damping.input, spec.damping.output),
+                    *gather_sites(base.model, base.recording, whole),
+                    metric_from(
+                        dict(calibration.moments),
+                        METRICS[metric],
+                        (spec.damping.input, spec.damping.output),
+                    ),
                 )
             loaded = rules(metric, allocation, form, keep)
             matched = match_model(base.model, loaded, base.recording)
-            sites, bundles = gather_sites(base.recording, matched)
+            sites, bundles = gather_sites(base.model, base.recording, matched)
             analysis = replace(
                 base,
                 rules=loaded,
@@ -210,7 +212,7 @@ def main() -> None:
         base = analyse(model, rules("euclidean", *BASELINE[1:], 0.8), data, None, None, None, show)
         tick = show.stage("calibrate", len(data))
         calibration = calibrate(
-            base.model, base.sites, data, EVERYTHING, output="categorical", seed=0, tick=tick
+            base.model, base.sites, data, EVERYTHING, drawn=Draws("categorical"), tick=tick
         )
     rows = measure(model, base, calibration, reference, options.keep, options.metrics)
     text = table(rows, reference, options.calibrate * LENGTH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxcompress.decomposition import (
     Decomposition,
     decompose_sites,
+    metric_from,
     wanted_directions,
     with_directions,
 )
@@ -33,8 +34,8 @@ from fxcompress.sites import Site, SiteBundle, gather_sites
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """What the stages before the budget found out.
+class Survey:
+    """What is known of a model before any data is measured.
 
     Attributes:
         model: the working copy, batch norms folded.
@@ -43,8 +44,6 @@ class Analysis:
         before: operators of the model as it was given.
         folded: batch norms that became part of convolutions.
         sites, bundles: of ``model``.
-        calibration: how the data pass went; without its moments.
-        decomposed: every site in its metric.
         examples: batches that graphs are recorded on.
         size: of the model as it was given.
         folded_size: of ``model``.
@@ -59,12 +58,30 @@ class Analysis:
     folded: tuple[Folded, ...]
     sites: tuple[Site, ...]
     bundles: tuple[SiteBundle, ...]
-    calibration: Calibration
-    decomposed: Decomposition
     examples: Sequence[Any]
     size: Size
     folded_size: Size
     notes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis(Survey):
+    """What the stages before the budget found out.
+
+    Attributes:
+        calibration: how the data pass went; without its moments.
+        decomposed: every site in its metric.
+    """
+
+    calibration: Calibration
+    decomposed: Decomposition
+
+    @classmethod
+    def of(cls, survey: Survey, calibration: Calibration, decomposed: Decomposition) -> Analysis:
+        """A survey with what was found since, without bundles that have an idle site."""
+        known = {each.name: getattr(survey, each.name) for each in fields(Survey)}
+        known["bundles"] = tuple(b for b in survey.bundles if b.name in decomposed.bundles)
+        return cls(**known, calibration=calibration, decomposed=decomposed)
 
 
 def analyse(
@@ -77,10 +94,63 @@ def analyse(
     show: Progress,
 ) -> Analysis:
     """Record, match, calibrate and decompose; arguments and errors as of ``compile``."""
+    surveyed, batches, total = survey(model, loaded, calibration, examples, forward, show)
+    spec = loaded.rules.metric
+    metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
+    if loss is not None and not metric.backward:
+        surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
+    if metric.directions:
+        batches = [*batches]  # gone through twice
+    tick = show.stage("calibrate", total)
+    drawn = draws(loaded)
+    calibrated = calibrate(
+        work, sites, batches, metric,
+        drawn=drawn, loss=loss, forward=forward, tick=tick,
+    )  # fmt: skip
+
+    moments = dict(calibrated.moments)
+    calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
+    metric_of = metric_from(moments, metric, (spec.damping.input, spec.damping.output))
+    tick = show.stage("decompose", len(sites))
+    decomposed = decompose_sites(work, sites, surveyed.bundles, metric_of, tick)
+    if metric.directions:
+        wanted = wanted_directions(decomposed, sites, surveyed.bundles)
+        tick = show.stage("directions", total)
+        energies = measure_directions(
+            work, sites, wanted, batches,
+            drawn=drawn, loss=loss, forward=forward, tick=tick,
+        )  # fmt: skip
+        decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
+    surveyed.notes.extend(
+        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
+        "gradients); its predicted loss is 0 at every rank"
+        for name in decomposed.idle
+    )
+    return Analysis.of(surveyed, calibrated, decomposed)
+
+
+def draws(loaded: LoadedRules) -> Draws:
+    """What rules say of the outputs and of labels."""
+    spec = loaded.rules.metric
+    return Draws(spec.output, spec.fisher, spec.seed)
+
+
+def survey(
+    model: nn.Module,
+    loaded: LoadedRules,
+    calibration: Iterable[Any] | None,
+    examples: Sequence[Any] | None,
+    forward: Forward | None,
+    show: Progress,
+) -> tuple[Survey, Iterable[Any], int | None]:
+    """Record and match.
+
+    Returns:
+        What was found, and the calibration batches with their number if it is known.
+    """
     # The plan goes to others together with the model: no paths of this machine.
     loaded = replace(loaded, filename=Path(loaded.filename).name)
-    spec = loaded.rules.metric
-    metric = METRICS[spec.kind]
+    metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
     _require_values(work)
     examples = [] if examples is None else list(iterate("examples", examples))
@@ -115,38 +185,7 @@ def analyse(
             )
     notes = list(matched.warnings)
     notes += [f"{asked[w]}: no batch norm was folded: {reason}" for w, reason in reasons.items()]
-    if loss is not None and not metric.backward:
-        notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
-
-    if metric.directions:
-        batches = [*batches]  # gone through twice
-    drawn = Draws(spec.output, spec.fisher, spec.seed)
-    tick = show.stage("calibrate", total)
-    calibrated = calibrate(
-        work, sites, batches, metric,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
-    )  # fmt: skip
-
-    moments = dict(calibrated.moments)
-    calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
-    damping = (spec.damping.input, spec.damping.output)
-    tick = show.stage("decompose", len(sites))
-    decomposed = decompose_sites(work, sites, bundles, moments, metric, damping, tick)
-    if metric.directions:
-        wanted = wanted_directions(decomposed, sites, bundles)
-        tick = show.stage("directions", total)
-        energies = measure_directions(
-            work, sites, wanted, batches,
-            drawn=drawn, loss=loss, forward=forward, tick=tick,
-        )  # fmt: skip
-        decomposed = with_directions(decomposed, sites, bundles, energies)
-    notes += [
-        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
-        "gradients); its predicted loss is 0 at every rank"
-        for name in decomposed.idle
-    ]
-    bundles = tuple(bundle for bundle in bundles if bundle.name in decomposed.bundles)
-    return Analysis(
+    found = Survey(
         work,
         loaded,
         recording,
@@ -155,13 +194,12 @@ def analyse(
         folded,
         sites,
         bundles,
-        calibrated,
-        decomposed,
         examples,
         size,
         _model_size(work, recording),
         notes,
     )
+    return found, batches, total
 
 
 def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:

@@ -73,9 +73,7 @@ def decompose_sites(
     model: nn.Module,
     sites: Sequence[Site],
     bundles: Sequence[SiteBundle],
-    moments: dict[str, Moments],
-    metric: Metric,
-    damping: tuple[float, float],
+    metric_of: Callable[[Site], Quadratic],
     tick: Callable[[], None] = lambda: None,
 ) -> Decomposition:
     """Approximate every site and every bundle, and ask their forms what they would lose.
@@ -84,9 +82,7 @@ def decompose_sites(
         model: has the weights.
         sites: in graph order, so that sites on one input follow one another.
         bundles: of these sites.
-        moments: per site name; emptied on the way, to free the memory.
-        metric: makes a quadratic form of moments.
-        damping: of the input and of the output factor.
+        metric_of: the metric at a site, asked for once.
         tick: called after every site.
 
     Raises:
@@ -95,11 +91,10 @@ def decompose_sites(
     found: dict[str, Decomposed] = {}
     joint: dict[str, Decomposed] = {}
     idle: list[str] = []
-    whiteners = Whiteners(damping)
     waiting = {site.name: bundle for bundle in bundles for site in bundle.sites}
     parts: dict[str, Quadratic] = {}  # of sites whose bundle is not complete yet
     for site in sites:
-        own = quadratic(metric, site.shape, moments.pop(site.name), whiteners)
+        own = metric_of(site)
         weight = canonical_weight(model.get_submodule(site.name)).detach()
         target = Target(weight, own)
         losses = {name: form.losses(target, site.ranks(name)) for name, form in site.forms.items()}
@@ -117,6 +112,24 @@ def decompose_sites(
                     joint[bundle.name] = _decompose_bundle(model, bundle, those)
         tick()
     return Decomposition(found, joint, tuple(idle))
+
+
+def metric_from(
+    moments: dict[str, Moments], metric: Metric, damping: tuple[float, float]
+) -> Callable[[Site], Quadratic]:
+    """The metric at each site, made of its moments.
+
+    Args:
+        moments: per site name; emptied on the way, to free the memory.
+        metric: makes a quadratic form of moments.
+        damping: of the input and of the output factor.
+    """
+    whiteners = Whiteners(damping)
+
+    def metric_of(site: Site) -> Quadratic:
+        return quadratic(metric, site.shape, moments.pop(site.name), whiteners)
+
+    return metric_of
 
 
 def _decompose_bundle(

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fxcompress.analysis import Analysis, analyse
-from fxcompress.compile import Rules, read_rules, rewrite, with_keep
 from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
@@ -22,7 +21,8 @@ from fxcompress.plan import attach_plan
 from fxcompress.planning import make_plan
 from fxcompress.report.progress import stages
 from fxcompress.report.sweep import Point, Sweep
-from fxcompress.rules import LoadedRules
+from fxcompress.rewriting import rewrite
+from fxcompress.rules import LoadedRules, Rules, read_rules, with_keep
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.decomposition import Decomposition, decompose_sites
+from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
 from fxcompress.forms import Form, LinearShape, Target, find_form, find_joint_form
 from fxcompress.metric import METRICS, Moments
 from fxcompress.rules import Match
@@ -57,9 +57,8 @@ class Case:
 
     def decompose(self) -> Decomposition:
         moments = {k: Moments(input=self.a, output=self.g[k]) for k in "qkv"}
-        return decompose_sites(
-            self.model, self.sites, [self.bundle], moments, METRICS["kfac"], DAMPING
-        )
+        metric_of = metric_from(moments, METRICS["kfac"], DAMPING)
+        return decompose_sites(self.model, self.sites, [self.bundle], metric_of)
 
     def damped(self, matrix: Tensor, damping: float) -> Tensor:
         return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix)).double()
@@ -132,7 +131,7 @@ def test_one_operator_in_a_bundle_of_equals_is_that_operator() -> None:
     model = nn.ModuleDict(dict.fromkeys(("q", "k"), case.model["q"]))
     bundle = replace(case.bundle, sites=twins)
     moments = {k: Moments(input=case.a, output=case.g["q"]) for k in ("q", "k")}
-    found = decompose_sites(model, twins, [bundle], moments, METRICS["kfac"], DAMPING)
+    found = decompose_sites(model, twins, [bundle], metric_from(moments, METRICS["kfac"], DAMPING))
     single = found.sites["q"].losses["low_rank"]
     np.testing.assert_allclose(found.bundles["b"].losses["joint"][:6], 2 * single, atol=1e-12)
     assert found.bundles["b"].predicted(1.0, 2) == pytest.approx((0.5, 0.5))

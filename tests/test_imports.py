@@ -27,6 +27,8 @@ LAYERS = [
     {"analysis", "pricing"},
     {"solving"},
     {"planning"},
+    {"rewriting"},
+    {"isvt"},
     {"compile", "compare", "io"},
     {"measure", "sweep"},
     {"cli"},

@@ -3,6 +3,7 @@
 from fxcompress.rules.cases import CaseResult, run_cases
 from fxcompress.rules.completion import json_schema
 from fxcompress.rules.explain import Explanation
+from fxcompress.rules.given import Rules, at_progress, read_rules, with_keep
 from fxcompress.rules.loader import LoadedRules, load_rules, parse_rules
 from fxcompress.rules.matcher import match_rules
 from fxcompress.rules.presets import preset_names, preset_path
@@ -34,12 +35,16 @@ __all__ = [
     "Rewrite",
     "Rule",
     "RuleSet",
+    "Rules",
     "Solver",
+    "at_progress",
     "json_schema",
     "load_rules",
     "match_rules",
     "parse_rules",
     "preset_names",
     "preset_path",
+    "read_rules",
     "run_cases",
+    "with_keep",
 ]
