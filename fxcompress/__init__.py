@@ -6,18 +6,21 @@
 """
 
 from fxcompress.compare import diff
-from fxcompress.compile import FxcompressWarning, compile, explain, plan
+from fxcompress.compile import compile, explain, plan
 from fxcompress.errors import (
     BudgetError,
     CalibrationError,
     FxcompressError,
+    FxcompressWarning,
     LoadError,
     RecordError,
     RewriteError,
     RuleError,
+    TrainingError,
 )
 from fxcompress.forms import register_form
 from fxcompress.io import load, save
+from fxcompress.isvt import ISVT
 from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
 from fxcompress.sweep import sweep
@@ -25,6 +28,7 @@ from fxcompress.sweep import sweep
 __version__ = "0.1.0"
 
 __all__ = [
+    "ISVT",
     "BudgetError",
     "CalibrationError",
     "FxcompressError",
@@ -34,6 +38,7 @@ __all__ = [
     "RecordError",
     "RewriteError",
     "RuleError",
+    "TrainingError",
     "compile",
     "diff",
     "explain",

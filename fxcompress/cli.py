@@ -25,8 +25,7 @@ from torch import nn
 
 import fxcompress
 from fxcompress.analysis import match_model, working_copy
-from fxcompress.compile import FxcompressWarning
-from fxcompress.errors import FxcompressError, LoadError
+from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.graph.recorder import record
 from fxcompress.io import read_plan
 from fxcompress.report import diff_plan

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxcompress.analysis import analyse, match_model, working_copy
-from fxcompress.errors import RecordError, RuleError
+from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import record
 from fxcompress.metric import Loss
@@ -27,10 +27,6 @@ from fxcompress.rules import Explanation, Rules, read_rules, with_keep
 from fxcompress.rules.diagnostics import choices, suggest
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class FxcompressWarning(UserWarning):
-    """Something that a user should know, and that is no error."""
 
 
 def compile(

@@ -95,12 +95,7 @@ def decompose_sites(
     parts: dict[str, Quadratic] = {}  # of sites whose bundle is not complete yet
     for site in sites:
         own = metric_of(site)
-        weight = canonical_weight(model.get_submodule(site.name)).detach()
-        target = Target(weight, own)
-        losses = {name: form.losses(target, site.ranks(name)) for name, form in site.forms.items()}
-        target.truncations()  # for reports, whatever view the forms have
-        again = any(type(form).factors is not Form.factors for form in site.forms.values())
-        found[site.name] = Decomposed(target if again else target.without_metric(), losses)
+        found[site.name] = decompose_site(model, site, own)
         if own.null:
             idle.append(site.name)
         bundle = waiting.get(site.name)
@@ -109,7 +104,8 @@ def decompose_sites(
             if all(member.name in parts for member in bundle.sites):
                 those = [parts.pop(member.name) for member in bundle.sites]
                 if not any(part.null for part in those):
-                    joint[bundle.name] = _decompose_bundle(model, bundle, those)
+                    together = stacked(those, [member.out_features for member in bundle.sites])
+                    joint[bundle.name] = decompose_bundle(model, bundle, together)
         tick()
     return Decomposition(found, joint, tuple(idle))
 
@@ -132,16 +128,42 @@ def metric_from(
     return metric_of
 
 
-def _decompose_bundle(
-    model: nn.Module, bundle: SiteBundle, parts: Sequence[Quadratic]
-) -> Decomposed:
+def decompose_site(model: nn.Module, site: Site, metric: Quadratic) -> Decomposed:
+    """Approximate the weight of one site.
+
+    Args:
+        model: has the weight.
+        site: with the forms that are asked.
+        metric: at the site.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    weight = canonical_weight(model.get_submodule(site.name)).detach()
+    target = Target(weight, metric)
+    losses = {name: form.losses(target, site.ranks(name)) for name, form in site.forms.items()}
+    target.truncations()  # for reports, whatever view the forms have
+    again = any(type(form).factors is not Form.factors for form in site.forms.values())
+    return Decomposed(target if again else target.without_metric(), losses)
+
+
+def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: Quadratic) -> Decomposed:
+    """Approximate the weights of a bundle, stacked.
+
+    Args:
+        model: has the weights.
+        bundle: of the sites.
+        metric: of the stacked weight (:func:`fxcompress.metric.quadratic.stacked`).
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     weights = [canonical_weight(model.get_submodule(s.name)).detach() for s in bundle.sites]
     rows = [len(weight) for weight in weights]
-    together = stacked(parts, rows)
-    target = Target(torch.cat(weights), together)
+    target = Target(torch.cat(weights), metric)
     found = target.truncations()
     losses = {name: found.losses(bundle.ranks(name)) for name in bundle.forms}
-    return Decomposed(target.without_metric(), losses, shares(together, target, rows))
+    return Decomposed(target.without_metric(), losses, shares(metric, target, rows))
 
 
 def wanted_directions(

@@ -34,3 +34,11 @@ class RewriteError(FxcompressError):
 
 class LoadError(FxcompressError):
     """Saved files that do not fit together, or do not fit the model given."""
+
+
+class TrainingError(FxcompressError):
+    """Training under a budget that went wrong: values not finite, a state that does not fit."""
+
+
+class FxcompressWarning(UserWarning):
+    """Something that a user should know, and that is no error."""

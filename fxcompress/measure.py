@@ -26,8 +26,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.analysis import iterate, working_copy
-from fxcompress.compile import FxcompressWarning
-from fxcompress.errors import CalibrationError, RewriteError
+from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
 from fxcompress.fidelity import assess, units
 from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model
 from fxcompress.metric.output import Family, OutputKind, divergence, heads

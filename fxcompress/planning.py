@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxcompress.analysis import Analysis
+from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
@@ -45,7 +45,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     Raises:
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
-    pricings = _pricings(analysis, show)
+    pricings = price(analysis, show)
     tick = show.stage("budget", None)
     rules = analysis.rules.rules
     solution = solve(analysis, pricings, excluded)
@@ -101,8 +101,13 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     return planned
 
 
-def _pricings(analysis: Analysis, show: Progress) -> dict[Unit, Pricing]:
-    """What operators cost in the unit of every budget."""
+def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
+    """What operators cost in the unit of every budget.
+
+    Args:
+        analysis: has the sites and the budgets.
+        show: told of the stage, if something has to be measured.
+    """
     pricings: dict[Unit, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
         if budget.unit != "latency":

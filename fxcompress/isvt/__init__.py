@@ -1,1 +1,5 @@
-"""ISVT: iterate a gradient step and a thresholding of ranks, under one budget."""
+"""ISVT: gradient steps and thresholdings of the ranks by turns, under one budget."""
+
+from fxcompress.isvt.training import ISVT, Record
+
+__all__ = ["ISVT", "Record"]

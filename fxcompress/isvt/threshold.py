@@ -1,0 +1,314 @@
+"""One thresholding: all weights to the ranks that a budget allows, in their metrics.
+
+It is the proximal step of ``λ Σ_l cost_l(rank W_l)`` (arXiv 2507.09428, section 4) with the λ that
+meets the budget, for the forms and costs of the rules: the stages decompose and budget of
+``compile``, on the weights as they are now.
+
+    prox(W) = argmin_V  ½ ‖V - W‖²_M + λ cost(rank V)        # one weight
+            = the components of W with ½ σ² > λ (cost(r) - cost(r - 1))     # cost linear
+
+Weights that moved little are decomposed from where they were (:mod:`fxcompress.isvt.subspace`).
+The ranks are then those of the full decomposition if no component that was not looked at could
+be worth its cost; a site for which that is not certain is decomposed in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxcompress.analysis import Analysis, Survey
+from fxcompress.decomposition import (
+    Decomposed,
+    Decomposition,
+    decompose_bundle,
+    decompose_site,
+)
+from fxcompress.forms.target import Quadratic, Ranks, Spectrum
+from fxcompress.isvt.warm import Partial, Warm, start
+from fxcompress.metric import METRICS, Calibration
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.quadratic import Grouped, Kronecker, Whiteners, quadratic, stacked
+from fxcompress.metric.whiten import Whitener
+from fxcompress.plan import Unit
+from fxcompress.pricing import Costs, Pricing
+from fxcompress.rules import LoadedRules
+from fxcompress.sites import Site, SiteBundle, decoded
+from fxcompress.solving import Solution, solve
+
+Metrics = Mapping[str, Quadratic]
+"""The metric at every site, by its name."""
+
+ITERATIONS = (1, 3)
+"""Products with ``S Sᵀ`` that are tried before a weight is decomposed in full."""
+
+
+def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quadratic]:
+    """The metric at every site, to be used again and again.
+
+    Args:
+        survey: has the sites and says which metric.
+        moments: by site name.
+
+    Raises:
+        ValueError: a moment is not finite.
+    """
+    spec = survey.rules.rules.metric
+    whiteners = Whiteners((spec.damping.input, spec.damping.output))
+    found = {}
+    for site in survey.sites:
+        own = quadratic(METRICS[spec.kind], site.shape, moments[site.name], whiteners)
+        # The factors themselves are wanted for kernels only, and are as large as their roots.
+        if isinstance(own, Kronecker):
+            assert isinstance(own.outputs, Whitener)
+            own = Kronecker(replace(own.inputs, matrix=None), replace(own.outputs, matrix=None))
+        found[site.name] = own
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholded:
+    """The outcome of a thresholding; no weight is changed yet.
+
+    Attributes:
+        analysis: with the weights as they were, and the rules with the budget of this time.
+        solution: what becomes of each site and bundle.
+        starts: where to start the next time, by the name of a site or bundle.
+        full: names of those that were decomposed in full.
+    """
+
+    analysis: Analysis
+    solution: Solution
+    starts: Mapping[str, Tensor]
+    full: frozenset[str]
+
+    @property
+    def multiplier(self) -> float | None:
+        """λ of the first budget."""
+        return self.solution.limits[0].multiplier
+
+    @property
+    def predicted(self) -> float:
+        """``½ ‖V - W‖²_M``, summed over sites."""
+        return self.solution.allocation.loss
+
+    @property
+    def cost(self) -> float:
+        """In the unit of the first budget, never above its limit."""
+        return self.solution.limits[0].cost
+
+    def ranks(self) -> dict[str, int | None]:
+        """Rank of every site, as the solver encodes it, that of its bundle if it has one."""
+        allocation = self.solution.allocation
+        joint = {
+            site.name: allocation.joint[bundle.name].rank
+            for bundle in self.analysis.bundles
+            if bundle.name in allocation.joint
+            for site in bundle.sites
+        }
+        own = {name: choice.rank for name, choice in allocation.choices.items()}
+        return {**own, **joint}
+
+    def weights(self) -> Iterator[tuple[Site, Tensor]]:
+        """Every site that does not stay as it is, with its new weight (canonical layout)."""
+        allocation, analysis = self.solution.allocation, self.analysis
+        together: set[str] = set()
+        for bundle in analysis.bundles:
+            choice = allocation.joint.get(bundle.name)
+            if choice is not None and choice.form is not None:
+                assert choice.rank is not None
+                target = analysis.decomposed.bundles[bundle.name].target
+                left, right = target.truncations().factors(choice.rank)
+                rows = [site.out_features for site in bundle.sites]
+                for site, part in zip(bundle.sites, torch.split(left, rows), strict=True):
+                    together.add(site.name)
+                    yield site, part @ right
+        for site in analysis.sites:
+            choice = allocation.choices[site.name]
+            if site.name in together or choice.form is None or choice.rank is None:
+                continue
+            form = site.forms[choice.form]
+            rank = decoded(form.full_rank(site.shape), choice.rank)
+            factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
+            yield site, form.product(site.shape, factors)
+
+
+def threshold(
+    survey: Survey,
+    metrics: Metrics,
+    rules: LoadedRules,
+    pricings: Mapping[Unit, Pricing],
+    starts: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    tick: Callable[[], None] = lambda: None,
+) -> Thresholded:
+    """Choose ranks for the weights as they are now.
+
+    Args:
+        survey: has sites and bundles, and a model that has the weights.
+        metrics: in which they are approximated.
+        rules: with the budget of this time.
+        pricings: for the unit of every budget.
+        starts: of the last thresholding; without them all weights are decomposed in full.
+        tick: called after every site.
+
+    Raises:
+        ValueError: a weight is not finite.
+        BudgetError: the budget cannot be met.
+    """
+    survey = replace(survey, rules=rules)
+    if len(rules.rules.budgets) > 1 or rules.rules.solver.allocation != "global":
+        starts = {}  # there is no one multiplier to tell by what may be missing
+    sites = {site.name: site for site in survey.sites}
+    together = {
+        bundle.name: metric
+        for bundle in survey.bundles
+        if (metric := _stacked(bundle, metrics)) is not None
+    }
+    bundles = {bundle.name: bundle for bundle in survey.bundles if bundle.name in together}
+
+    def decompose(name: str, iterations: int | None) -> Decomposed:
+        if name in sites:
+            metric = _warmed(metrics[name], starts.get(name), iterations)
+            return decompose_site(survey.model, sites[name], metric)
+        metric = _warmed(together[name], starts.get(name), iterations)
+        return decompose_bundle(survey.model, bundles[name], metric)
+
+    found: dict[str, Decomposed] = {}
+    for name in (*sites, *bundles):
+        found[name] = decompose(name, ITERATIONS[0])
+        tick()
+    full = {name for name in found if name not in starts}
+    for iterations in (*ITERATIONS[1:], None, None):
+        analysis = _analysis(survey, found, bundles)
+        solution = solve(analysis, pricings, {})
+        more = _uncertain(analysis, solution, pricings)
+        if not more:
+            break
+        # Another λ may cast doubt on others: the last time, nothing that is doubtful is left.
+        for name in more:
+            found[name] = decompose(name, iterations)
+        if iterations is None:
+            full |= more
+    else:
+        full = {*found}
+        found = {name: decompose(name, None) for name in found}
+        analysis = _analysis(survey, found, bundles)
+        solution = solve(analysis, pricings, {})
+    return Thresholded(
+        analysis, solution, dict(_starts(analysis, {**metrics, **together}, solution)),
+        frozenset(full),
+    )  # fmt: skip
+
+
+def _stacked(bundle: SiteBundle, metrics: Metrics) -> Quadratic | None:
+    """The metric of a bundle; None if one of its sites has no influence."""
+    parts = [metrics[site.name] for site in bundle.sites]
+    if any(part.null for part in parts):
+        return None
+    return stacked(parts, [site.out_features for site in bundle.sites])
+
+
+def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> Quadratic:
+    """A metric that starts from a basis, or has forgotten the weight it was asked about before."""
+    if isinstance(metric, Grouped):
+        return Grouped(tuple(Kronecker(part.inputs, part.outputs) for part in metric.groups))
+    if not isinstance(metric, Kronecker):
+        return metric
+    if basis is None or iterations is None:
+        return Kronecker(metric.inputs, metric.outputs)
+    return Warm(metric.inputs, metric.outputs, {}, basis, iterations)
+
+
+def _analysis(
+    survey: Survey, found: Mapping[str, Decomposed], bundles: Collection[str]
+) -> Analysis:
+    sites = {name: each for name, each in found.items() if name not in bundles}
+    joint = {name: each for name, each in found.items() if name in bundles}
+    return Analysis.of(survey, Calibration({}), Decomposition(sites, joint, ()))
+
+
+def _spectrum(decomposed: Decomposed) -> Spectrum | None:
+    """The components of a weight seen as one matrix, in a metric that has them."""
+    found = decomposed.target.views.get("matrix")
+    return found if isinstance(found, Spectrum) else None
+
+
+def _uncertain(
+    analysis: Analysis, solution: Solution, pricings: Mapping[Unit, Pricing]
+) -> set[str]:
+    """Sites and bundles where a component that was not found might be worth its cost."""
+    pricing, multiplier = next(iter(pricings.values())), solution.limits[0].multiplier
+    out = set()
+    for site in analysis.sites:
+        decomposed = analysis.decomposed.sites[site.name]
+        costs = {form: pricing.single(site, form, site.ranks(form)) for form in site.forms}
+        ranks = {form: site.ranks(form) for form in site.forms}
+        if not _certain(decomposed, ranks, costs, multiplier):
+            out.add(site.name)
+    for bundle in analysis.bundles:
+        decomposed = analysis.decomposed.bundles[bundle.name]
+        costs = {form: pricing.joint(bundle, form, bundle.ranks(form)) for form in bundle.forms}
+        ranks = {form: bundle.ranks(form) for form in bundle.forms}
+        if not _certain(decomposed, ranks, costs, multiplier):
+            out.add(bundle.name)
+    return out
+
+
+def _certain(
+    decomposed: Decomposed,
+    ranks: Mapping[str, Ranks],
+    costs: Mapping[str, Costs],
+    multiplier: float | None,
+) -> bool:
+    """Whether in every form the best of the ranks that were found is the best of all.
+
+    With ``σ_i² <= bound_i²`` (Weyl), going on from rank k to r gains ``½ Σ_{k<i<=r} bound_i²`` at
+    most, and costs ``λ (cost(r) - cost(k))``.
+    """
+    spectrum = _spectrum(decomposed)
+    if not isinstance(spectrum, Partial):
+        return True
+    if multiplier is None:
+        return False
+    own = spectrum.found
+    for form, permitted in ranks.items():
+        if not len(permitted):
+            continue
+        value = decomposed.losses[form] + multiplier * costs[form]
+        best = int(np.argmin(value))
+        bounds = np.full(int(permitted[-1]), own.residual**2)
+        known = own.sigma[: len(bounds)].square().cpu().numpy()
+        bounds[: len(known)] += known
+        gained = 0.5 * np.concatenate([[0.0], np.cumsum(bounds)])
+        gain = gained[permitted[best + 1 :]] - gained[permitted[best]]
+        rise = multiplier * (costs[form][best + 1 :] - costs[form][best])
+        if not (gain <= rise * (1 + SLACK)).all():
+            return False
+    return True
+
+
+SLACK = 1e-6
+"""Of λ: it lies between the values of two components, and is known to rounding only."""
+
+
+def _starts(
+    analysis: Analysis, metrics: Metrics, solution: Solution
+) -> Iterator[tuple[str, Tensor]]:
+    """Bases of all that was cut in the matrix view by a Kronecker metric."""
+    found = {**analysis.decomposed.sites, **analysis.decomposed.bundles}
+    chosen = {**solution.allocation.choices, **solution.allocation.joint}
+    grouped = {site.name for site in analysis.sites if site.match.group is not None}
+    for name, decomposed in found.items():
+        choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]
+        if choice is None or spectrum is None or not isinstance(metric, Kronecker):
+            continue
+        if name in grouped:  # one rank for several: no component is judged by itself
+            continue
+        if choice.form is not None and choice.rank and choice.rank <= len(spectrum.sigma):
+            yield name, start(spectrum, metric, choice.rank)
