@@ -99,6 +99,7 @@ def analyse(
     metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
     if loss is not None and not metric.backward:
         surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
+    batches, total = limited(batches, spec.batches, total)
     if metric.directions:
         batches = [*batches]  # gone through twice
     tick = show.stage("calibrate", total)
@@ -127,6 +128,15 @@ def analyse(
         for name in decomposed.idle
     )
     return Analysis.of(surveyed, calibrated, decomposed)
+
+
+def limited(
+    batches: Iterable[Any], count: int | None, total: int | None
+) -> tuple[Iterable[Any], int | None]:
+    """The first batches, and their number if it is known; all of them for None."""
+    if count is None:
+        return batches, total
+    return itertools.islice(batches, count), None if total is None else min(count, total)
 
 
 def draws(loaded: LoadedRules) -> Draws:

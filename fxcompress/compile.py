@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from fxcompress.analysis import analyse, match_model, working_copy
 from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import record
+from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
 from fxcompress.plan import Plan, attach_plan
 from fxcompress.planning import make_plan
@@ -40,6 +42,7 @@ def compile(
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> M:
     """Compress a model: same class, same ``forward``, same ``generate()``, fewer parameters.
 
@@ -58,6 +61,8 @@ def compile(
             labels sampled from the model's own output.
         forward: ``forward(model, batch)``, for batches of another kind.
         progress: show progress on stderr; by default if that is a terminal.
+        checkpoint: a directory for the state after every round, if the rules ask for rounds
+            (``solver: {rounds: 5, steps: 20}``).  A run that was interrupted goes on from there.
 
     Returns:
         A new model (an ``fx.GraphModule`` for an ``fx.GraphModule``, with the matched nodes
@@ -69,11 +74,18 @@ def compile(
         CalibrationError: calibration data is missing, rejected or not finite.
         BudgetError: the budget cannot be met; the message says the least that can.
         RewriteError: the rewritten model does not run.
+        TrainingError: ``checkpoint`` holds another run.
     """
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
-        analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
+        if loaded.rules.solver.iterative:
+            rewritten, planned = iterate(
+                model, loaded, calibration, examples, loss, forward, show,
+                inplace=inplace, checkpoint=checkpoint,
+            )  # fmt: skip
+        else:
+            analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
+            rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})
     attach_plan(rewritten, planned)
     for note in planned.warnings:

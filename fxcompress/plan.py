@@ -300,6 +300,30 @@ class Fidelity(_Frozen):
         return {name: one for one in self.sites for name in one.sites}
 
 
+class Round(_Frozen):
+    """One attempt at a round of ISVT: a thresholding, and gradient steps after it.
+
+    Attributes:
+        round: counted from 1.
+        keep: fraction that the (first) budget allowed.
+        removed: what the thresholding took away, ``½ ‖V - W‖²_M`` summed over sites.
+        before: the objective after the thresholding, before the steps.
+        after: the same after them, on the same batches; None if it was not finite.
+        accepted: whether the steps were kept; if not, the weights are those before them.
+        rate: highest learning rate, or the step size of a whitened gradient.
+        kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
+    """
+
+    round: int
+    keep: float
+    removed: float
+    before: float
+    after: float | None
+    accepted: bool
+    rate: float
+    kind: Literal["factors", "whitened", "correction"]
+
+
 class Folded(_Frozen):
     """A batch norm that is folded into the convolution before it: module paths of both."""
 
@@ -328,6 +352,8 @@ class Plan(_Frozen):
         before, after: the recorded graphs; ``after`` is empty until the model is rewritten.
         seconds: time spent per stage.
         warnings: what the user should know.
+        objective: what the rounds descended on, ``"kl"`` or ``"task"``; empty without rounds.
+        rounds: of ISVT, in order; the objective never rises over accepted ones of equal keep.
         fidelity: predicted and measured losses, once :func:`fxcompress.measure` was called.
         earlier: the plans that were carried out before this one, oldest first, if the model given
             was a compressed one.
@@ -352,6 +378,8 @@ class Plan(_Frozen):
     after: tuple[NodeSummary, ...] = ()
     seconds: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    objective: Literal["", "kl", "task"] = ""
+    rounds: tuple[Round, ...] = ()
     fidelity: Fidelity | None = None
     earlier: tuple[Plan, ...] = ()
 

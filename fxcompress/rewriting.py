@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, fx, nn
 
 from fxcompress.analysis import Analysis
 from fxcompress.errors import BudgetError, RecordError, RewriteError
-from fxcompress.forms import ConvShape, Form, FormError, JointBody, JointForm, Rank
+from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
+from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.plan import Plan
+from fxcompress.plan import Plan, SitePlan
 from fxcompress.planning import make_plan, summarize
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import (
@@ -46,15 +48,9 @@ def rewrite(
         BudgetError: the budget cannot be met.
         RewriteError: the rewritten model does not run.
     """
-    excluded: dict[str, frozenset[str]] = {}
-    notes: list[str] = []  # about the rewrite
+    given_up = _GivenUp()
     while True:
-        try:
-            planned = make_plan(analysis, excluded, show)
-        except BudgetError as error:
-            if not notes:
-                raise
-            raise BudgetError("\n".join([str(error), *notes])) from error
+        planned = given_up.plan(analysis, show)
         bodies, failures = _build(analysis, planned, show)
         if not failures:
             show.stage("verify", None)
@@ -63,9 +59,8 @@ def rewrite(
             after, failures = _rerecord(rewritten, analysis, planned, forward)
         if not failures:
             break
-        for name, failure in failures.items():
-            excluded[name] = excluded.get(name, frozenset()) | {failure.form}
-            notes.append(f"{name}: {failure.form} was given up: {failure.reason}")
+        given_up.add(failures)
+    notes = given_up.notes
     if inplace:
         apply_plan(model, planned, bodies)
         rewritten = model
@@ -98,8 +93,117 @@ class _Failure:
     reason: str
 
 
-def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, dict[str, _Failure]]:
-    """A verified body for every rewritten site or bundle, and the failures by its name."""
+@dataclass
+class _GivenUp:
+    """Forms that failed, by site, and what there is to say about it."""
+
+    excluded: dict[str, frozenset[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, failures: Mapping[str, _Failure]) -> None:
+        for name, failure in failures.items():
+            self.excluded[name] = self.excluded.get(name, frozenset()) | {failure.form}
+            self.notes.append(f"{name}: {failure.form} was given up: {failure.reason}")
+
+    def plan(self, analysis: Analysis, show: Progress) -> Plan:
+        """A plan without them."""
+        try:
+            return make_plan(analysis, self.excluded, show)
+        except BudgetError as error:
+            if not self.notes:
+                raise
+            raise BudgetError("\n".join([str(error), *self.notes])) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A compressed model that is trained, not kept: forms stand in for others that train better.
+
+    Attributes:
+        model: shares all parameters but those of rewritten sites with what it was made from.
+        plan: with the forms and ranks that were asked for.
+        parameters: of the bodies.
+        weights: of every rewritten site its weight and bias as a module stores them.
+    """
+
+    model: nn.Module
+    plan: Plan
+    parameters: Sequence[nn.Parameter]
+    weights: Callable[[], Iterator[tuple[Site, Tensor, Tensor | None]]]
+
+
+def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
+    """Plan, build and substitute, without the checks of :func:`rewrite`.
+
+    Args:
+        model: as it was analysed; only read.
+        analysis: of it.
+        show: told of the stages.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    given_up = _GivenUp()
+    while True:
+        planned = given_up.plan(analysis, show)
+        instead = {site.name: _trained(site, analysis) for site in planned.rewritten}
+        trained = planned.model_copy(
+            update={
+                "sites": tuple(
+                    site.model_copy(update={"form": instead.get(site.name)})
+                    for site in planned.sites
+                )
+            }
+        )
+        bodies, failures = _build(analysis, planned, show, instead)
+        if not failures:
+            break
+        given_up.add(failures)
+    made = skeleton(model)
+    apply_plan(made, trained, bodies)
+    nn.Module.train(made, False)
+    sites = {site.name: site for site in analysis.sites}
+
+    def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
+        for name, body in bodies.single.items():
+            site, form = sites[name], find_form(instead[name], sites[name].op, planned.templates)
+            weight = form.weight(body, site.shape)
+            yield site, site.shape.stored(weight), form.bias(body, site.shape)
+        for name, joint in bodies.joint.items():
+            for index, entry in enumerate(planned.bundles[name]):
+                site, member = sites[entry.name], joint.member(index)
+                bias = dense_bias_of(member, site.in_features) if site.shape.bias else None
+                weight = dense_weight_of(member, site.in_features)
+                yield site, site.shape.stored(weight), bias
+
+    parts = [
+        *bodies.single.values(),
+        *(part for joint in bodies.joint.values() for part in (joint.shared, *joint.heads)),
+    ]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    return Student(made, planned, parameters, weights)
+
+
+def _trained(site: SitePlan, analysis: Analysis) -> str:
+    """The form whose body is trained in the place of the one that was chosen."""
+    chosen, _ = site.choice
+    if site.bundle:
+        return chosen
+    own = next(each for each in analysis.sites if each.name == site.name)
+    return own.forms[chosen].trains_as or chosen
+
+
+def _build(
+    analysis: Analysis, planned: Plan, show: Progress, instead: Mapping[str, str] | None = None
+) -> tuple[Bodies, dict[str, _Failure]]:
+    """A body for every rewritten site or bundle, and the failures by its name.
+
+    Args:
+        analysis: has the decomposed weights.
+        planned: what to build.
+        show: told of the stage.
+        instead: form of each site by itself that is built for training, unchecked.
+    """
     bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in planned.bundles}
     entries = {entry.name: entry for entry in planned.rewritten}
     alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
@@ -111,9 +215,14 @@ def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, d
     for site in alone:
         chosen, rank = entries[site.name].choice
         form = site.forms[chosen]
-        single[site.name] = body = form.empty(site.shape, rank)
+        built = find_form(instead[site.name], site.op, planned.templates) if instead else form
+        single[site.name] = body = built.empty(site.shape, rank)
         try:
-            _fill(analysis, site, form, body, rank)
+            factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
+            built.fill(body, factors, getattr(_module(analysis, site), "bias", None))
+            if not instead:
+                exact = [factor.to(torch.float64) for factor in factors]
+                _verify(analysis, site, body, form.product(site.shape, exact))
         except FormError as error:
             failures[site.name] = _Failure(chosen, str(error))
         tick()
@@ -123,7 +232,7 @@ def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, d
         assert isinstance(rank, int)
         joint[name] = joint_body = joint_form.empty(bundle.shapes, rank)
         try:
-            _fill_joint(analysis, bundle, joint_form, joint_body, rank)
+            _fill_joint(analysis, bundle, joint_form, joint_body, rank, check=not instead)
         except FormError as error:
             failures[name] = _Failure(chosen, str(error))
         for _ in bundle.sites:
@@ -131,22 +240,26 @@ def _build(analysis: Analysis, planned: Plan, show: Progress) -> tuple[Bodies, d
     return Bodies(single, joint), failures
 
 
-def _fill(analysis: Analysis, site: Site, form: Form, body: fx.GraphModule, rank: Rank) -> None:
-    module = analysis.model.get_submodule(site.name)
-    factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
-    form.fill(body, factors, getattr(module, "bias", None))
-    exact = [factor.to(torch.float64) for factor in factors]
-    _verify(analysis, site, body, form.product(site.shape, exact))
+def _module(analysis: Analysis, site: Site) -> nn.Module:
+    return analysis.model.get_submodule(site.name)
 
 
 def _fill_joint(
-    analysis: Analysis, bundle: SiteBundle, form: JointForm, body: JointBody, rank: int
+    analysis: Analysis,
+    bundle: SiteBundle,
+    form: JointForm,
+    body: JointBody,
+    rank: int,
+    *,
+    check: bool,
 ) -> None:
     rows = [site.out_features for site in bundle.sites]
     left, right = analysis.decomposed.bundles[bundle.name].target.truncations().factors(rank)
     lefts = torch.split(left, rows)
-    modules = [analysis.model.get_submodule(site.name) for site in bundle.sites]
+    modules = [_module(analysis, site) for site in bundle.sites]
     form.fill(body, lefts, right, [getattr(module, "bias", None) for module in modules])
+    if not check:
+        return
     for index, (site, part) in enumerate(zip(bundle.sites, lefts, strict=True)):
         product = part.to(torch.float64) @ right.to(torch.float64)
         _verify(analysis, site, body.member(index), product)

@@ -42,6 +42,9 @@ class Form(ABC):
     operators: frozenset[str] = frozenset({"linear"})
     view: View = "matrix"
     """How it sees a weight as a matrix."""
+    trains_as: str | None = None
+    """Name of a form for the same operators with the same factors, whose body is trained in this
+    one's place while ranks are found (:mod:`fxcompress.isvt`); None for itself."""
 
     def full_rank(self, shape: Any) -> Rank:
         """The rank at which nothing is lost: min(m, n), unless the form counts otherwise."""

@@ -48,6 +48,7 @@ EXCHANGES = 1000
 
 class _Pivoted(Form):
     name = "pivoted"
+    trains_as = "low_rank"  # pivot rows and combinations differ in scale; balanced factors do not
 
     def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:
         return ranks * (shape.out_features + shape.in_features - ranks)

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, draws, survey
+from fxcompress.analysis import Survey, draws, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
@@ -177,7 +177,8 @@ class ISVT(Generic[M]):
         with torch.inference_mode(False), stages(self._progress) as show:
             self._sync_buffers()
             found = self._find(1.0, {})
-            small, planned = rewrite(self.model, found.analysis, self._forward, show)
+            analysis = replace(found.analysis, calibration=self._calibration)
+            small, planned = rewrite(self.model, analysis, self._forward, show)
         attach_plan(small, planned.model_copy(update={"seconds": dict(show.seconds)}))
         for note in planned.warnings:
             warnings.warn(note, FxcompressWarning, stacklevel=2)
@@ -268,12 +269,14 @@ class ISVT(Generic[M]):
         return threshold(self._survey, self._metrics, loaded, self._pricings, starts)
 
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
-        tick = show.stage("calibrate", total)
         loaded = self._survey.rules
+        batches, total = limited(batches, loaded.rules.metric.batches, total)
+        tick = show.stage("calibrate", total)
         found = calibrate(
             self._survey.model, self._survey.sites, batches, METRICS[loaded.rules.metric.kind],
             drawn=draws(loaded), loss=self._loss, forward=self._forward, tick=tick,
         )  # fmt: skip
+        self._calibration = replace(found, moments={})
         self._set_metric(found.moments)
         self._starts = {}  # of other coordinates
 

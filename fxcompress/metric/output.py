@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -186,21 +187,38 @@ def divergence(
     Raises:
         CalibrationError: as :func:`heads`; or the outputs differ in shape.
     """
-    total, predictions = 0.0, 0
+    total, predictions = divergence_sum(dense, other, kind, mask, torch.float64)
+    return float(total), predictions
+
+
+def divergence_sum(
+    dense: Any,
+    other: Any,
+    kind: OutputKind = "auto",
+    mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, int]:
+    """As :func:`divergence`, a tensor that can be differentiated with respect to ``other``.
+
+    Args:
+        dense, other, kind, mask: as there.
+        dtype: to compute in.
+    """
+    totals, predictions = [], 0
     for p, q in zip(heads(dense, kind), heads(other, kind), strict=True):
         if p.tensor.shape != q.tensor.shape:
             raise CalibrationError(
                 f"the outputs have shapes {tuple(p.tensor.shape)} and {tuple(q.tensor.shape)}"
             )
-        each = _row_divergence(p.family, p.rows(p.tensor).double(), q.rows(q.tensor).double())
+        each = _row_divergence(p.family, p.rows(p.tensor).to(dtype), q.rows(q.tensor).to(dtype))
         real = p.real(mask)
-        total += float((each if real is None else each[real]).sum())
+        totals.append((each if real is None else each[real]).sum())
         predictions = max(predictions, p.predictions(mask))
-    return total, predictions
+    return torch.stack(totals).sum(), predictions
 
 
 def _row_divergence(family: Family, p: Tensor, q: Tensor) -> Tensor:
-    """KL of each row (..., C) to (...), from logits or values, float64."""
+    """KL of each row (..., C) to (...), from logits or values."""
     if family == "gaussian":
         return 0.5 * (p - q).square().sum(-1)
     if family == "categorical":

@@ -71,6 +71,15 @@ class Whitener:
             return self.root[1] @ x
         return x if self.scale is None else x / self.scale[:, None]
 
+    def solve(self, x: Tensor) -> Tensor:
+        """``(L Lᵀ)⁻¹ x`` for x (d x k)."""
+        if self.lower is not None:
+            solved: Tensor = torch.cholesky_solve(x, self.lower)
+            return solved
+        if self.root is not None:
+            return self.root[1] @ (self.root[1].T @ x)
+        return x if self.scale is None else x / self.scale.square()[:, None]
+
 
 @dataclass(frozen=True, eq=False)
 class BlockWhitener:

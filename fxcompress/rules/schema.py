@@ -121,13 +121,51 @@ class Metric(_Model):
     """Where labels come from: drawn from the model, all of them (few classes), or the data's."""
     seed: Whole = 0
     """Of the draws from the model's predictions."""
+    batches: Count | None = None
+    """How many of the calibration batches it is estimated on, from the first; all if left out."""
 
 
 class Solver(_Model):
-    """How ranks are chosen: one global threshold, or the same fraction everywhere."""
+    """How ranks are chosen, and how the weights are trained meanwhile.
+
+    By default the model is cut once, and nothing is trained.  With ``{rounds: 5, steps: 20}``
+    ranks fall in five rounds of twenty gradient steps each, towards the dense model's own
+    predictions: no labels are needed.
+    """
 
     allocation: Literal["global", "uniform"] = "global"
     """One global threshold, or the same fraction everywhere."""
+    rounds: Count = 1
+    """Thresholdings, the last one to the budget."""
+    steps: Annotated[Whole, Field(ge=0)] = 0
+    """Gradient steps after each of them, one calibration batch a step; 0 trains nothing."""
+    schedule: Literal["soft", "hard"] = "soft"
+    """Whether the budget falls over the rounds, or holds from the first one on."""
+    objective: Literal["kl", "task"] = "kl"
+    """What is descended on: the KL divergence from the dense model, or the loss= given."""
+    gradient: Literal["factors", "whitened"] = "factors"
+    """Steps of an optimizer on the factors, or steps along the gradient in the coordinates of the
+    metric, each of them thresholded (proximal gradient)."""
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
+    """At its highest, 5.0e-4 if left out; it rises and falls over all rounds.  For whitened
+    gradients the first step size, 1 if left out."""
+    correct: Flag = False
+    """Whether weights are fitted, after each thresholding, to the inputs that the compressed
+    layers before them really produce."""
+    memory: Annotated[Number, Field(gt=0)] = 4.0
+    """GiB for what a gradient keeps; larger batches are cut into pieces."""
+
+    @property
+    def iterative(self) -> bool:
+        """Whether anything is trained."""
+        return self.steps > 0 or self.correct
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.rounds > 1 and not self.iterative:
+            message = "rounds without gradient steps change nothing: give 'steps' too, or 'correct'"
+            raise PydanticCustomError("wrong-place", message)
+        return self
 
 
 class Defaults(_Model):

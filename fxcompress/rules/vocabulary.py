@@ -121,7 +121,6 @@ LATER_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
         "rewrite": frozenset({"permutation"}),
         "budget": frozenset({"device", "batch"}),
         "metric": frozenset({"loss"}),
-        "solver": frozenset({"rounds", "schedule", "steps", "learning_rate"}),
     }
 )
 """Keys that the language will have and this version does not: parent key -> keys."""

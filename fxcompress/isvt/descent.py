@@ -1,0 +1,141 @@
+"""Gradient steps on the factors of a compressed model.
+
+Ranks are given here; what moves is where the singular subspaces lie.  Two-dimensional factors are
+trained by Muon (``torch.optim.Muon``): its update has all singular values alike.  That suits
+factors: the components of a truncated weight differ in scale by orders of magnitude, and an
+update of Adam is as large in a direction that noise alone points to as in one that matters.  On
+SmolLM2-135M at keep 0.6, 50 steps of 512 tokens, it reaches what Adam does not (README).
+Everything else (kernels, biases) is trained by Adam, whose updates have the same root mean square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.errors import CalibrationError
+from fxcompress.isvt.objective import Objective, pieces
+
+WARM_UP = 10
+"""Steps over which the learning rate rises."""
+
+
+class Diverged(Exception):
+    """A value that is not finite."""
+
+
+class Optimizer:
+    """Muon for matrices and Adam for the rest, at one learning rate.
+
+    Args:
+        parameters: that learn.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        matrices = [p for p in parameters if p.dim() == 2 and min(p.shape) > 1]
+        others = [p for p in parameters if p.dim() != 2 or min(p.shape) <= 1]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices, lr=0.0, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+            )
+            self.parts.append(muon)
+        if others:
+            self.parts.append(torch.optim.Adam(others, lr=0.0, betas=(0.9, 0.99)))
+
+    def step(self, rate: float) -> None:
+        """One step at a learning rate."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: a short rise, then half a cosine.
+
+    >>> [round(cosine(step, 100), 2) for step in (0, 9, 50, 99)]
+    [0.1, 0.98, 0.5, 0.0]
+    """
+    rise = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 5)))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def gradient(
+    objective: Objective,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Any],
+    size: int | None,
+) -> float:
+    """Set the gradients of the mean over the predictions of batches.
+
+    Args:
+        objective: to differentiate.
+        model: that it is of.
+        parameters: whose gradients are set.
+        batches: to take the mean over.
+        size: samples that are computed at once.
+
+    Returns:
+        The mean.
+
+    Raises:
+        Diverged: it is not finite.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    total, predictions = 0.0, 0
+    for batch in batches:
+        for piece in pieces(batch, size):
+            try:
+                value, count = objective.sum(model, piece)
+            except CalibrationError as error:
+                if "NaN or infinite" in str(error):
+                    raise Diverged from error
+                raise
+            if not bool(value.isfinite()):
+                raise Diverged
+            torch.autograd.backward(value)
+            total += float(value.detach())
+            predictions += count
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= predictions
+    return total / predictions
+
+
+def descend(
+    objective: Objective,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Any],
+    rates: Sequence[float],
+    size: int | None,
+    tick: Callable[[], None],
+) -> None:
+    """One step for every batch.
+
+    Args:
+        objective: to descend on.
+        model: changed.
+        parameters: of it, that learn.
+        batches: one a step.
+        rates: learning rate of every step.
+        size: samples that are computed at once.
+        tick: called after every step.
+
+    Raises:
+        Diverged: the objective is not finite.
+    """
+    optimizer = Optimizer(parameters)
+    for batch, rate in zip(batches, rates, strict=True):
+        gradient(objective, model, parameters, [batch], size)
+        optimizer.step(rate)
+        tick()
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,120 @@
+"""What the rounds of ISVT descend on, and batches cut into pieces that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fxcompress.errors import CalibrationError
+from fxcompress.graph.inputs import Forward, device_of, output_mask, run_model, to_device
+from fxcompress.metric.output import Loss, OutputKind, divergence_sum
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A mean over predictions: the KL divergence from the dense model, or the user's loss.
+
+    Attributes:
+        dense: the dense model, in eval mode; None for a loss.
+        loss: the user's; None for the divergence.
+        output: families of the outputs, for the divergence.
+        forward: how to call a model on a batch.
+    """
+
+    dense: nn.Module | None
+    loss: Loss | None
+    output: OutputKind
+    forward: Forward | None
+
+    def sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """Sum over the predictions of a batch, in nats, differentiable; and how many they are.
+
+        Raises:
+            CalibrationError: the loss is not one value per prediction, or outputs are not finite.
+        """
+        mask = output_mask(batch)
+        result = run_model(model, batch, self.forward)
+        if self.loss is None:
+            assert self.dense is not None
+            with torch.no_grad():
+                reference = run_model(self.dense, batch, self.forward)
+            return divergence_sum(reference, result, self.output, mask)
+        value = self.loss(result, to_device(batch, device_of(model)))
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise CalibrationError(
+                "loss(output, batch) must return one value per prediction (reduction='none')"
+            )
+        if mask is None or value.shape[:2] != mask.shape:
+            return value.sum(), value.numel()
+        real = mask.to(value.device)
+        return value[real].sum(), value[real].numel()
+
+    @torch.no_grad()
+    def mean(self, model: nn.Module, batches: Sequence[Any]) -> float:
+        """The objective on batches; infinite if it is not finite, or outputs are not."""
+        total, predictions = 0.0, 0
+        for batch in batches:
+            try:
+                value, count = self.sum(model, batch)
+            except CalibrationError as error:
+                if "NaN or infinite" not in str(error):
+                    raise
+                return float("inf")
+            total += float(value)
+            predictions += count
+        mean = total / max(predictions, 1)
+        return mean if mean < float("inf") else float("inf")  # NaN, too
+
+
+def samples(batch: Any) -> int | None:
+    """How many samples a batch holds; None if it cannot be cut: tensors of unequal length."""
+    leaves = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)[0]
+    lengths = {len(leaf) if leaf.dim() else None for leaf in leaves if isinstance(leaf, Tensor)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def pieces(batch: Any, size: int | None) -> Iterator[Any]:
+    """A batch cut along the first dimension into pieces of at most so many samples."""
+    count = samples(batch)
+    if size is None or count is None or count <= size:
+        yield batch
+        return
+    leaves, tree = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    for start in range(0, count, size):
+        parts = [x[start : start + size] if isinstance(x, Tensor) else x for x in leaves]
+        yield tree_unflatten(parts, tree)
+
+
+def fitting(objective: Objective, model: nn.Module, batch: Any, memory: float) -> int | None:
+    """How many samples fit into an amount of memory, by what autograd keeps for one of them.
+
+    Args:
+        objective: that is differentiated.
+        model: whose parameters learn.
+        batch: one of those to come.
+        memory: in bytes, for what is kept between forward and backward.
+
+    Returns:
+        At least 1; None if the batch cannot be cut.
+    """
+    if not samples(batch):
+        return None
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in parameters:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        value, _ = objective.sum(model, next(pieces(batch, 1)))
+        del value
+    return max(1, int(memory // max(sum(kept.values()), 1)))

@@ -1,0 +1,538 @@
+"""Rounds of ISVT inside ``compile``: threshold, then descend, and again.
+
+::
+
+    W = weights of the dense model
+    for k in 1..rounds:
+        V = threshold(W)  to the budget of round k            # prox of λ·cost(rank), in the metric
+        W' = V after gradient steps on the objective          # at these ranks, or whitened
+        W = W' if objective(W') < objective(V) else V         # on the same, held-back batches
+
+The objective is the KL divergence to the dense model, which needs no labels, or the user's loss.
+Steps are accepted only if they descend; after a failure they are tried again at half the rate.
+All of it happens on a copy of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.analysis import Survey, draws, limited, survey
+from fxcompress.errors import CalibrationError, RuleError
+from fxcompress.graph.inputs import Forward
+from fxcompress.isvt.correction import corrected
+from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
+from fxcompress.isvt.objective import Objective, fitting
+from fxcompress.isvt.proximal import natural
+from fxcompress.isvt.saved import Saved, fingerprint, read, write
+from fxcompress.isvt.schedule import share
+from fxcompress.isvt.threshold import Metrics, Thresholded, metrics_of, threshold
+from fxcompress.metric import METRICS, Calibration, Loss, calibrate
+from fxcompress.modules import canonical_weight
+from fxcompress.plan import Plan, Round, Unit
+from fxcompress.planning import price
+from fxcompress.pricing import Pricing
+from fxcompress.report.progress import Progress, stages
+from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
+from fxcompress.rewriting import Student, rewrite, student
+from fxcompress.rules import LoadedRules, at_progress
+from fxcompress.sites import Site
+
+M = TypeVar("M", bound=nn.Module)
+
+Kind = Literal["factors", "whitened", "correction"]
+
+LEARNING_RATE = 5e-4
+"""At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
+
+STEP_SIZE = 1.0
+"""Along a whitened gradient, to begin with: a Newton step, were the metric the Hessian."""
+
+ATTEMPTS = 3
+"""Tries of a round, each at half the rate of the one before, until it is given up."""
+
+HELD_BACK = 8
+"""One batch in so many is for judging, not for training."""
+
+STALE = 4.0
+"""Factor between what a thresholding costs by the metric and by the objective, either way, from
+which on the metric is estimated anew."""
+
+NOTICEABLE = 1e-3
+"""Rises of the objective below this say nothing about the metric."""
+
+HALVINGS = 12
+"""Of the step size along a whitened gradient, until the round is given up."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What stays the same over all rounds.
+
+    Attributes:
+        private: the copy that is compressed.
+        found: of ``private``; the weights as they are now are in ``found.model``.
+        dense: the dense model as ``found.model`` was, in eval mode.
+        metric_batches: that the metric is estimated on.
+        pricings: for the unit of every budget.
+        objective: to descend on.
+        training: batches for gradients.
+        judging: batches that steps are accepted by.
+        size: samples that fit into the memory at once.
+        loss, forward: as of ``compile``.
+    """
+
+    private: Any
+    found: Survey
+    dense: nn.Module
+    metric_batches: Sequence[Any]
+    pricings: Mapping[Unit, Pricing]
+    objective: Objective
+    training: Sequence[Any]
+    judging: Sequence[Any]
+    size: int | None
+    loss: Loss | None
+    forward: Forward | None
+
+    @property
+    def rules(self) -> LoadedRules:
+        return self.found.rules
+
+    def weight(self, site: Site) -> Tensor:
+        """The parameter of a site as it is now."""
+        return self.found.model.get_parameter(site.weight)
+
+    def take(self, cursor: int, count: int) -> list[Any]:
+        """The next batches, from the first again when all are used up."""
+        return [self.training[at % len(self.training)] for at in range(cursor, cursor + count)]
+
+    def judge(self, model: nn.Module) -> float:
+        """The objective on the batches held back."""
+        return self.objective.mean(model, self.judging)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What changes from round to round, beside the weights.
+
+    Attributes:
+        metrics: by site name.
+        calibration: how they were estimated.
+        objective: its value for the weights as they are; None before the first round.
+        scale: of the learning rate, after failures.
+        cursor: batches used so far.
+        starts: of the last thresholding.
+        records: of all attempts.
+    """
+
+    metrics: Metrics
+    calibration: Calibration
+    objective: float | None = None
+    scale: float = 1.0
+    cursor: int = 0
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    records: tuple[Round, ...] = ()
+
+
+def iterate(
+    model: M,
+    loaded: LoadedRules,
+    calibration: Iterable[Any] | None,
+    examples: Sequence[Any] | None,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+    *,
+    inplace: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
+) -> tuple[M, Plan]:
+    """Compress in rounds; arguments and errors as of ``compile``."""
+    task, state = _begin(model, loaded, calibration, examples, loss, forward, show)
+    mark = "" if checkpoint is None else fingerprint(task.found)
+    learn = {name: p.requires_grad for name, p in task.private.named_parameters()}
+    task.private.requires_grad_(False)
+    done = 0
+    if checkpoint is not None and (saved := read(checkpoint, mark)) is not None:
+        done, state = saved.round, _restored(task, state, saved)
+    for number in range(done + 1, loaded.rules.solver.rounds + 1):
+        state = _round(task, state, number, show)
+        if checkpoint is not None:
+            write(checkpoint, mark, _saved(task, state, number))
+    for name, parameter in task.private.named_parameters():
+        parameter.requires_grad_(learn[name])
+    return _finish(model, task, state, show, inplace)
+
+
+def _begin(
+    model: nn.Module,
+    loaded: LoadedRules,
+    calibration: Iterable[Any] | None,
+    examples: Sequence[Any] | None,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+) -> tuple[_Task, _State]:
+    """Copy, survey, calibrate, and set batches aside."""
+    solver, spec = loaded.rules.solver, loaded.rules.metric
+    if METRICS[spec.kind].directions:
+        raise RuleError(
+            f"metric {spec.kind} measures losses along the components of the weights, which "
+            "change in rounds: choose metric: {kind: kfac}, or leave 'steps' out of the solver"
+        )
+    if solver.objective == "task" and loss is None:
+        raise RuleError(
+            "solver: {objective: task} descends on your loss: pass loss=lambda output, batch: ... "
+            "(one value per prediction), or choose objective: kl, which needs no labels"
+        )
+    if calibration is None:
+        raise CalibrationError(
+            "gradient steps need calibration data: compile(model, rules, [batch, ...])"
+        )
+    private = own_parameters(skeleton(model), model)
+    found, every, _ = survey(private, loaded, calibration, examples, forward, show)
+    batches = [*every]
+    dense = prepared(model)
+    fold_batch_norms(dense, found.folded)
+    for each in (dense, found.model):
+        nn.Module.train(each, False)
+    task = solver.objective == "task"
+    objective = Objective(None if task else dense, loss if task else None, spec.output, forward)
+    held = max(1, len(batches) // HELD_BACK)
+    judging, training = batches[-held:], batches[:-held] or batches
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))
+    whole = _Task(
+        private,
+        found,
+        dense,
+        [*limited(batches, spec.batches, None)[0]],
+        price(found, show),
+        objective,
+        [training[at] for at in order.tolist()],
+        judging,
+        fitting(objective, found.model, judging[0], solver.memory * 2**30),
+        loss,
+        forward,
+    )
+    if not math.isfinite(whole.judge(dense)):
+        raise CalibrationError("the objective of the dense model is not finite on these batches")
+    return whole, _estimated(whole, show)
+
+
+def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _State:
+    """A state with the metric at the weights as they are now."""
+    tick = show.stage("calibrate", len(task.metric_batches))
+    metric = METRICS[task.rules.rules.metric.kind]
+    calibrated = calibrate(
+        task.found.model, task.found.sites, task.metric_batches, metric,
+        drawn=draws(task.rules), loss=task.loss, forward=task.forward, tick=tick,
+    )  # fmt: skip
+    metrics = metrics_of(task.found, calibrated.moments)
+    calibrated = replace(calibrated, moments={})
+    if state is None:
+        return _State(metrics, calibrated)
+    return replace(state, metrics=metrics, calibration=calibrated, starts={})
+
+
+def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
+    """Threshold, correct if asked to, and descend."""
+    solver = task.rules.rules.solver
+    state, cut, before = _thresholded(task, state, number, show)
+    state = replace(state, objective=before)
+    if solver.correct:
+        state, cut = _corrected(task, state, cut, number, show)
+    if not solver.steps:
+        return state
+    if solver.gradient == "whitened":
+        return _whitened(task, state, cut, number, show)
+    return _trained(task, state, cut, number, show)
+
+
+def _thresholded(
+    task: _Task, state: _State, number: int, show: Progress
+) -> tuple[_State, Thresholded, float]:
+    """Cut all weights to the budget of a round; with a metric that is estimated anew if stale."""
+    old = _values(task)
+    cut = _cut(task, state, number, show)
+    before = task.judge(task.found.model)
+    if _stale(before, state.objective, cut.predicted):
+        _reset(task, old)
+        state = _estimated(task, show, state)
+        cut = _cut(task, state, number, show)
+        before = task.judge(task.found.model)
+    return replace(state, starts=cut.starts), cut, before
+
+
+def _stale(before: float, objective: float | None, predicted: float) -> bool:
+    """Whether a thresholding cost much more, or much less, than the metric said."""
+    if objective is None or not before - objective > NOTICEABLE:
+        return False
+    return not predicted / STALE < before - objective < predicted * STALE
+
+
+def _cut(task: _Task, state: _State, number: int, show: Progress) -> Thresholded:
+    rounds = task.rules.rules.solver.rounds
+    tick = show.stage("threshold", len(task.found.sites))
+    cut = threshold(
+        task.found, state.metrics, _softened(task, number), task.pricings, state.starts, tick=tick
+    )
+    _set(task, cut.weights())
+    show.stage(f"judge {number}/{rounds}", None)
+    return cut
+
+
+def _softened(task: _Task, number: int) -> LoadedRules:
+    solver = task.rules.rules.solver
+    return at_progress(task.rules, share(solver.schedule, number / solver.rounds))
+
+
+@torch.no_grad()
+def _set(task: _Task, weights: Iterable[tuple[Site, Tensor]]) -> None:
+    """Put weights (canonical layout) in place."""
+    for site, weight in [*weights]:
+        task.weight(site).copy_(site.shape.stored(weight))
+
+
+def _record(
+    task: _Task, state: _State, number: int, removed: float, after: float, rate: float, kind: Kind
+) -> Round:
+    before = state.objective
+    assert before is not None
+    return Round(
+        round=number,
+        keep=_softened(task, number).rules.budgets[0].keep,
+        removed=removed,
+        before=before,
+        after=after if math.isfinite(after) else None,
+        accepted=after < before,
+        rate=rate,
+        kind=kind,
+    )
+
+
+def _corrected(
+    task: _Task, state: _State, cut: Thresholded, number: int, show: Progress
+) -> tuple[_State, Thresholded]:
+    """Fit the weights to the inputs that they get, if that descends."""
+    show.stage("correct", None)
+    damping = task.rules.rules.metric.damping.input
+    old = _values(task)
+    fitted = corrected(
+        task.dense, task.found.model, cut.ranks(), task.found.sites, state.metrics,
+        task.metric_batches, damping, task.forward,
+    )  # fmt: skip
+    _set(task, [*fitted])
+    after = task.judge(task.found.model)
+    record = _record(task, state, number, cut.predicted, after, damping, "correction")
+    state = replace(state, records=(*state.records, record))
+    if not record.accepted:
+        _reset(task, old)
+        return state, cut
+    # Again, for the factors; the weights have these ranks already.
+    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, state.starts)
+    return replace(state, objective=after, starts=cut.starts), cut
+
+
+@torch.no_grad()
+def _values(task: _Task) -> list[Tensor]:
+    """Copies of the weights as they are stored, in the order of the sites."""
+    return [task.weight(site).clone() for site in task.found.sites]
+
+
+@torch.no_grad()
+def _reset(task: _Task, old: Sequence[Tensor]) -> None:
+    for site, value in zip(task.found.sites, old, strict=True):
+        task.weight(site).copy_(value)
+
+
+def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
+    """Gradient steps on the factors, at the ranks of the round; at half the rate if they fail."""
+    solver = task.rules.rules.solver
+    steps, total = solver.steps, solver.steps * solver.rounds
+    highest = solver.learning_rate or LEARNING_RATE
+    for _ in range(ATTEMPTS):
+        with stages(enabled=False) as silent:
+            made = student(task.private, cut.analysis, silent)
+        left = _left_dense(task, made)
+        old = [weight.detach().clone() for weight in left]
+        rate = highest * state.scale
+        rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
+        batches = task.take(state.cursor, steps)
+        state = replace(state, cursor=state.cursor + steps)
+        tick = show.stage(f"round {number}/{solver.rounds}", steps)
+        learning = [*made.parameters, *left]
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        try:
+            descend(task.objective, made.model, learning, batches, rates, task.size, tick)
+            show.stage(f"judge {number}/{solver.rounds}", None)
+            after = task.judge(made.model)
+        except Diverged:
+            after = math.inf
+        for parameter in learning:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        record = _record(task, state, number, cut.predicted, after, rate, "factors")
+        state = replace(state, records=(*state.records, record))
+        if record.accepted:
+            with torch.no_grad():
+                for site, weight, bias in made.weights():
+                    task.weight(site).copy_(weight)
+                    if bias is not None:
+                        task.found.model.get_parameter(f"{site.name}.bias").copy_(bias)
+            return replace(state, objective=after)
+        with torch.no_grad():
+            for parameter, value in zip(left, old, strict=True):
+                parameter.copy_(value)
+        state = replace(state, scale=state.scale / 2)
+    return state
+
+
+def _left_dense(task: _Task, made: Student) -> list[nn.Parameter]:
+    """Weights of matched sites that the student keeps as they are: they learn, too."""
+    cut = {site.name for site in made.plan.rewritten}
+    own = {id(parameter) for parameter in made.model.parameters()}
+    weights = [
+        task.found.model.get_parameter(site.weight)
+        for site in task.found.sites
+        if site.name not in cut
+    ]
+    return [weight for weight in weights if id(weight) in own]
+
+
+def _whitened(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
+    """Proximal gradient steps, backtracked on the batches that the gradient is taken on."""
+    solver = task.rules.rules.solver
+    model, sites = task.found.model, task.found.sites
+    first = solver.learning_rate or STEP_SIZE
+    rate = first * state.scale
+    now = task.objective.mean(model, task.training)
+    tick = show.stage(f"round {number}/{solver.rounds}", solver.steps)
+    learning = [model.get_parameter(site.weight) for site in sites]
+    for _ in range(solver.steps):
+        old = _values(task)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        gradient(task.objective, model, learning, task.training, task.size)
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        directions = [
+            natural(state.metrics[site.name], site.shape.canonical(_gradient(task, site)))
+            for site in sites
+        ]
+        for parameter in learning:
+            parameter.grad = None
+        state = replace(state, objective=now)
+        for _ in range(HALVINGS):
+            _set(
+                task,
+                (
+                    (site, site.shape.canonical(value) - rate * direction)
+                    for site, value, direction in zip(sites, old, directions, strict=True)
+                ),
+            )
+            try:
+                loaded = _softened(task, number)
+                cut = threshold(task.found, state.metrics, loaded, task.pricings, state.starts)
+                _set(task, cut.weights())
+                after = task.objective.mean(model, task.training)
+            except ValueError:  # a step so long that weights overflow
+                after = math.inf
+            record = _record(task, state, number, cut.predicted, after, rate, "whitened")
+            state = replace(state, records=(*state.records, record))
+            if record.accepted:
+                now = after
+                break
+            _reset(task, old)
+            rate /= 2
+        else:
+            break
+        tick()
+    return replace(state, objective=task.judge(model), scale=rate / first)
+
+
+def _gradient(task: _Task, site: Site) -> Tensor:
+    weight = task.weight(site)
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _finish(model: M, task: _Task, state: _State, show: Progress, inplace: bool) -> tuple[M, Plan]:
+    """Decompose in full, rewrite, and write down how it went."""
+    tick = show.stage("decompose", len(task.found.sites))
+    cut = threshold(task.found, state.metrics, task.rules, task.pricings, tick=tick)
+    analysis = replace(cut.analysis, calibration=state.calibration)
+    if not inplace:
+        rewritten, planned = rewrite(task.private, analysis, task.forward, show)
+        return rewritten, _described(task, state, planned)
+    rewritten, planned = rewrite(model, analysis, task.forward, show, inplace=True)
+    shared = {id(parameter) for parameter in task.private.parameters()}
+    own = dict(prepared(model).named_parameters())
+    with torch.no_grad():
+        for site in task.found.sites:  # those that stay dense learned, too
+            if site.weight in own and id(task.weight(site)) in shared:
+                own[site.weight].copy_(task.weight(site))
+    return rewritten, _described(task, state, planned)
+
+
+def _described(task: _Task, state: _State, planned: Plan) -> Plan:
+    """The plan, with how far every weight is from the dense model's in place of its last cut."""
+    sites = {site.name: site for site in task.found.sites}
+    entries = []
+    for entry in planned.sites:
+        if entry.form is None:
+            entries.append(entry)
+            continue
+        metric = state.metrics[entry.name]
+        dense = canonical_weight(task.dense.get_submodule(entry.name)).detach()
+        change = sites[entry.name].shape.canonical(task.weight(sites[entry.name])) - dense
+        away, whole = metric.loss(change), metric.loss(dense)
+        kept = min(max(1 - away / whole, 0.0), 1.0) if whole else 1.0
+        entries.append(entry.model_copy(update={"predicted": away, "energy": kept}))
+    predicted = math.fsum(entry.predicted for entry in entries)
+    return planned.model_copy(
+        update={
+            "sites": tuple(entries),
+            "budget": planned.budget.model_copy(update={"predicted": predicted, "bound": None}),
+            "objective": task.rules.rules.solver.objective,
+            "rounds": state.records,
+        }
+    )
+
+
+def _saved(task: _Task, state: _State, number: int) -> Saved:
+    weights = {}
+    for site in task.found.sites:
+        weights[site.weight] = task.weight(site)
+        bias = getattr(task.found.model.get_submodule(site.name), "bias", None)
+        if bias is not None:
+            weights[f"{site.name}.bias"] = bias
+    return Saved(
+        number,
+        state.objective,
+        state.scale,
+        state.cursor,
+        state.records,
+        {name: weight.detach() for name, weight in weights.items()},
+        dict(state.starts),
+    )
+
+
+def _restored(task: _Task, state: _State, saved: Saved) -> _State:
+    own = dict(task.found.model.named_parameters())
+    with torch.no_grad():
+        for name, value in saved.weights.items():
+            own[name].copy_(value)
+    return replace(
+        state,
+        objective=saved.objective,
+        scale=saved.scale,
+        cursor=saved.cursor,
+        records=saved.records,
+        starts=saved.starts,
+    )
