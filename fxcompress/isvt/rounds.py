@@ -59,7 +59,10 @@ ATTEMPTS = 3
 """Tries of a round, each at half the rate of the one before, until it is given up."""
 
 HELD_BACK = 8
-"""One batch in so many is for judging, not for training."""
+"""One batch in so many is for judging, not for training ..."""
+
+MOST_HELD_BACK = 4
+"""... but no more than these: every round takes two looks at them, by both models."""
 
 STALE = 4.0
 """Factor between what a thresholding costs by the metric and by the objective, either way, from
@@ -204,7 +207,7 @@ def _begin(
         nn.Module.train(each, False)
     task = solver.objective == "task"
     objective = Objective(None if task else dense, loss if task else None, spec.output, forward)
-    held = max(1, len(batches) // HELD_BACK)
+    held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
     judging, training = batches[-held:], batches[:-held] or batches
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))
     whole = _Task(

@@ -18,7 +18,7 @@ their ranks again.  So ranks move between the layers as long as the training goe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -163,6 +163,22 @@ class ISVT(Generic[M]):
                 self._estimate(self._batches, None, show)
             now = share(self.schedule, self._count / self.steps)
             return self._threshold(now, self._starts)
+
+    def nearest(self) -> Iterator[tuple[str, Tensor]]:
+        """What :meth:`step` would set the weights to at the final budget, without setting them.
+
+        For penalties towards them (learning-compression), say.
+
+        Returns:
+            Name of the parameter and its value as stored, for every weight that would be cut.
+
+        Raises:
+            TrainingError, BudgetError: as :meth:`step`.
+        """
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for site, weight in self._find(1.0, {}).weights():
+            parameter = self._survey.model.get_parameter(site.weight)
+            yield names[id(parameter)], site.shape.stored(weight).to(parameter.dtype)
 
     def finalize(self) -> M:
         """The compressed model: factors in place of weights, which train on as parameters.

@@ -1,0 +1,153 @@
+"""One thresholding, against brute force; warm starts, against full decompositions."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress.metric.moments import Moments
+from tests.isvt.problems import Branches, Problem, mlp, move, rules
+
+
+def root(matrix: Tensor, damping: float) -> Tensor:
+    """The symmetric root of a damped factor."""
+    damped = matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix)).double()
+    values, vectors = torch.linalg.eigh(damped)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def truncations(w: Tensor, a: Tensor, g: Tensor) -> list[tuple[float, Tensor]]:
+    """Loss and weight of every rank 0..k, by SVD between symmetric roots."""
+    u, s, v = torch.linalg.svd(g @ w @ a)
+    out = []
+    for rank in range(len(s) + 1):
+        kept = (u[:, :rank] * s[:rank]) @ v[:rank]
+        weight = torch.linalg.solve(g, torch.linalg.solve(a, kept.T).T)
+        out.append((0.5 * float(s[rank:].square().sum()), weight))
+    return out
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.6])
+@pytest.mark.parametrize("degenerate", [False, True])
+def test_it_is_the_prox_of_the_rank_in_the_metric(keep: float, degenerate: bool) -> None:
+    """The λ that the budget finds, then ``argmin ½‖V - W‖² + λ cost(rank V)`` by brute force."""
+    model = Branches((12, 10), (8, 14)).double()
+    x = torch.randn(64, 24).double()
+    if degenerate:  # an input that never varies, and two that are equal
+        x[:, 2] = 0.0
+        x[:, 12] = x[:, 13]
+    case = Problem.of(model, rules(keep), [x])
+    weights = [part.weight.detach().clone() for part in model.parts]  # type: ignore[union-attr]
+    with torch.no_grad():
+        rows = torch.split(x, [10, 14], 1)
+    moments = _moments(case, [x])
+    own = []
+    for index, (w, inputs) in enumerate(zip(weights, rows, strict=True)):
+        a = root(inputs.T @ inputs / len(inputs), 1e-3)
+        own.append(truncations(w, a, root(moments[index], 1e-1)))
+    found = case.threshold()
+    multiplier = found.multiplier
+    assert multiplier is not None
+    for index, (w, options) in enumerate(zip(weights, own, strict=True)):
+        m, n = w.shape
+        name = f"parts.{index}"
+        values = {r: loss + multiplier * r * (m + n) for r, (loss, _) in enumerate(options) if r}
+        values[0] = multiplier * m * n  # dense
+        rank = found.ranks()[name] or 0
+        assert values[rank] == pytest.approx(min(values.values()), rel=1e-6, abs=1e-12)
+    new = {site.name: weight for site, weight in found.weights()}
+    for name, weight in new.items():
+        index = int(name[-1])
+        rank = found.ranks()[name]
+        torch.testing.assert_close(weight, own[index][rank][1], rtol=1e-6, atol=1e-8)
+    # and no combination of ranks within the budget loses less, but for the duality gap
+    sizes = [(sum(w.shape), w.numel(), min(w.shape)) for w in weights]
+    costs = [[*(r * each for r in range(1, most + 1)), dense] for each, dense, most in sizes]
+    losses = [[*(loss for loss, _ in o[1:]), 0.0] for o in own]
+    limit = keep * sum(w.numel() for w in weights)
+    best = min(
+        losses[0][i] + losses[1][j]
+        for i, j in itertools.product(range(len(losses[0])), range(len(losses[1])))
+        if costs[0][i] + costs[1][j] <= limit
+    )
+    assert found.predicted == pytest.approx(best, rel=1e-6)
+    assert found.cost <= limit
+
+
+def _moments(case: Problem, batches: list[Tensor]) -> list[Tensor]:
+    from fxcompress.metric import METRICS, calibrate
+
+    found = calibrate(case.found.model, case.found.sites, batches, METRICS["kfac"]).moments
+    outputs: list[Moments] = [found[site.name] for site in case.found.sites]
+    return [moment.output for moment in outputs if moment.output is not None]
+
+
+@pytest.mark.parametrize("forms", [("low_rank",), ("pivoted",), ("low_rank", "pivoted")])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("amount", [0.0, 1e-3, 0.05, 0.5])
+def test_a_warm_start_finds_the_ranks_of_the_full_one(
+    forms: tuple[str, ...], joint: bool, amount: float
+) -> None:
+    model: nn.Module = mlp(48)
+    if joint:
+        model = nn.Sequential(Fan(16, 40), nn.Tanh(), nn.Linear(120, 7))
+    data = [torch.randn(64, 16)]
+    loaded = rules(0.4, forms)
+    if joint:
+        loaded = rules(0.4, ("low_rank", "joint"), joint=True, rule=None)
+    case = Problem.of(model, loaded, data)
+    first = case.threshold()
+    assert first.full
+    with torch.no_grad():
+        for site, weight in [*first.weights()]:
+            case.found.model.get_parameter(site.weight).copy_(site.shape.stored(weight))
+    move(model, amount)
+    warm, full = case.threshold(first.starts), case.threshold()
+    assert warm.ranks() == full.ranks()
+    assert warm.cost == full.cost
+    assert warm.predicted == pytest.approx(full.predicted, rel=0.02, abs=1e-9)
+    for (site, one), (_, other) in zip(warm.weights(), full.weights(), strict=True):
+        change = case.metrics[site.name].loss((one - other).double())
+        assert change <= 0.05 * full.predicted + 1e-9
+    if 0 < amount < 0.01:
+        assert len(warm.full) < len(full.full)
+
+
+class Fan(nn.Module):
+    """Three linear layers on one input."""
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(n, m) for _ in "qkv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def test_a_start_that_misses_a_component_is_found_out() -> None:
+    """The certificate, end to end: a large component appears where the start has nothing."""
+    model = mlp(48)
+    case = Problem.of(model, rules(0.4), [torch.randn(64, 16)])
+    first = case.threshold()
+    with torch.no_grad():
+        for site, weight in [*first.weights()]:
+            case.found.model.get_parameter(site.weight).copy_(site.shape.stored(weight))
+        hidden = case.weight("2")
+        start = first.starts["2"]
+        outside = torch.linalg.svd(torch.cat([start, torch.zeros(len(start), 1)], 1)).U[:, -1]
+        hidden += 3.0 * torch.outer(torch.randn(48), outside)
+    warm, full = case.threshold(first.starts), case.threshold()
+    assert warm.ranks() == full.ranks()
+    assert warm.predicted == pytest.approx(full.predicted, rel=0.02)
+
+
+def test_uniform_ranks_and_several_budgets_are_decomposed_in_full() -> None:
+    model = mlp(48)
+    case = Problem.of(model, rules(0.4, allocation="uniform"), [torch.randn(64, 16)])
+    first = case.threshold()
+    again = case.threshold(first.starts)
+    assert len(again.full) == 3
+    assert again.ranks() == first.ranks()
