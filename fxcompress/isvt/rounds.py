@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal, TypeVar
 
@@ -55,6 +55,9 @@ LEARNING_RATE = 5e-4
 STEP_SIZE = 1.0
 """Along a whitened gradient, to begin with: a Newton step, were the metric the Hessian."""
 
+FALL = 0.6
+"""Share of the rounds after which a soft schedule is at the budget; the rest makes up for it."""
+
 ATTEMPTS = 3
 """Tries of a round, each at half the rate of the one before, until it is given up."""
 
@@ -67,6 +70,9 @@ MOST_HELD_BACK = 4
 STALE = 4.0
 """Factor between what a thresholding costs by the metric and by the objective, either way, from
 which on the metric is estimated anew."""
+
+AWAY = ", by their distance from the dense weights"
+"""What a loss of weights is that were trained: no prediction any more."""
 
 NOTICEABLE = 1e-3
 """Rises of the objective below this say nothing about the metric."""
@@ -131,7 +137,7 @@ class _State:
         objective: its value for the weights as they are; None before the first round.
         scale: of the learning rate, after failures.
         cursor: batches used so far.
-        starts: of the last thresholding.
+        removed: what thresholdings took from each weight, as stored, in the order of the sites.
         records: of all attempts.
     """
 
@@ -140,7 +146,7 @@ class _State:
     objective: float | None = None
     scale: float = 1.0
     cursor: int = 0
-    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    removed: Sequence[Tensor] = ()
     records: tuple[Round, ...] = ()
 
 
@@ -240,7 +246,7 @@ def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _Sta
     calibrated = replace(calibrated, moments={})
     if state is None:
         return _State(metrics, calibrated)
-    return replace(state, metrics=metrics, calibration=calibrated, starts={})
+    return replace(state, metrics=metrics, calibration=calibrated)
 
 
 def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
@@ -260,16 +266,34 @@ def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
 def _thresholded(
     task: _Task, state: _State, number: int, show: Progress
 ) -> tuple[_State, Thresholded, float]:
-    """Cut all weights to the budget of a round; with a metric that is estimated anew if stale."""
+    """Cut all weights to the budget of a round; with a metric that is estimated anew if stale.
+
+    What earlier rounds took away is put back before: a component that was not worth its cost at one
+    budget may be at the next, when others went, and what was learned meanwhile stays on top of it.
+    Without that soft rounds lose *more* than one cut, as they never go back on a choice.
+    """
     old = _values(task)
-    cut = _cut(task, state, number, show)
-    before = task.judge(task.found.model)
-    if _stale(before, state.objective, cut.predicted):
+    softened = _softened(task, number)
+    falls = not state.records or softened.rules.budgets[0].keep < state.records[-1].keep
+    whole = old
+    if falls and state.removed:
+        whole = [value + part for value, part in zip(old, state.removed, strict=True)]
+    for again in (False, True):
+        _reset(task, whole)
+        tick = show.stage("threshold", len(task.found.sites))
+        cut = threshold(task.found, state.metrics, softened, task.pricings, tick=tick)
+        _set(task, cut.weights())
+        show.stage("judge", None)
+        before = task.judge(task.found.model)
+        if again or not _stale(before, state.objective, cut.predicted):
+            break
         _reset(task, old)
         state = _estimated(task, show, state)
-        cut = _cut(task, state, number, show)
-        before = task.judge(task.found.model)
-    return replace(state, starts=cut.starts), cut, before
+    if falls:
+        pairs = zip(whole, _values(task), strict=True)
+        taken = [one - other for one, other in pairs]
+        state = replace(state, removed=taken, scale=1.0)  # other weights, other rates
+    return state, cut, before
 
 
 def _stale(before: float, objective: float | None, predicted: float) -> bool:
@@ -279,20 +303,10 @@ def _stale(before: float, objective: float | None, predicted: float) -> bool:
     return not predicted / STALE < before - objective < predicted * STALE
 
 
-def _cut(task: _Task, state: _State, number: int, show: Progress) -> Thresholded:
-    rounds = task.rules.rules.solver.rounds
-    tick = show.stage("threshold", len(task.found.sites))
-    cut = threshold(
-        task.found, state.metrics, _softened(task, number), task.pricings, state.starts, tick=tick
-    )
-    _set(task, cut.weights())
-    show.stage(f"judge {number}/{rounds}", None)
-    return cut
-
-
 def _softened(task: _Task, number: int) -> LoadedRules:
     solver = task.rules.rules.solver
-    return at_progress(task.rules, share(solver.schedule, number / solver.rounds))
+    falling = max(1, round(FALL * solver.rounds))
+    return at_progress(task.rules, share(solver.schedule, number / falling))
 
 
 @torch.no_grad()
@@ -338,8 +352,8 @@ def _corrected(
         _reset(task, old)
         return state, cut
     # Again, for the factors; the weights have these ranks already.
-    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, state.starts)
-    return replace(state, objective=after, starts=cut.starts), cut
+    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, cut.starts)
+    return replace(state, objective=after), cut
 
 
 @torch.no_grad()
@@ -374,7 +388,7 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
             parameter.requires_grad_(True)
         try:
             descend(task.objective, made.model, learning, batches, rates, task.size, tick)
-            show.stage(f"judge {number}/{solver.rounds}", None)
+            show.stage("judge", None)
             after = task.judge(made.model)
         except Diverged:
             after = math.inf
@@ -442,7 +456,7 @@ def _whitened(task: _Task, state: _State, cut: Thresholded, number: int, show: P
             )
             try:
                 loaded = _softened(task, number)
-                cut = threshold(task.found, state.metrics, loaded, task.pricings, state.starts)
+                cut = threshold(task.found, state.metrics, loaded, task.pricings, cut.starts)
                 _set(task, cut.weights())
                 after = task.objective.mean(model, task.training)
             except ValueError:  # a step so long that weights overflow
@@ -501,7 +515,10 @@ def _described(task: _Task, state: _State, planned: Plan) -> Plan:
     return planned.model_copy(
         update={
             "sites": tuple(entries),
-            "budget": planned.budget.model_copy(update={"predicted": predicted, "bound": None}),
+            "budget": planned.budget.model_copy(
+                update={"predicted": predicted, "bound": None, "multiplier": None}
+            ),
+            "loss_unit": f"{planned.loss_unit}{AWAY}",
             "objective": task.rules.rules.solver.objective,
             "rounds": state.records,
         }
@@ -522,7 +539,7 @@ def _saved(task: _Task, state: _State, number: int) -> Saved:
         state.cursor,
         state.records,
         {name: weight.detach() for name, weight in weights.items()},
-        dict(state.starts),
+        list(state.removed),
     )
 
 
@@ -537,5 +554,5 @@ def _restored(task: _Task, state: _State, saved: Saved) -> _State:
         scale=saved.scale,
         cursor=saved.cursor,
         records=saved.records,
-        starts=saved.starts,
+        removed=saved.removed,
     )

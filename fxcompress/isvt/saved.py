@@ -31,7 +31,7 @@ class Saved:
         cursor: batches used so far.
         records: of all rounds.
         weights: of every site, and its bias, by parameter name.
-        starts: of the last thresholding.
+        removed: what thresholdings took from each weight.
     """
 
     round: int
@@ -40,7 +40,7 @@ class Saved:
     cursor: int
     records: tuple[Round, ...]
     weights: dict[str, Tensor]
-    starts: dict[str, Tensor]
+    removed: list[Tensor]
 
 
 def fingerprint(survey: Survey) -> str:

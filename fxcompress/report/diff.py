@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from fxcompress.plan import Fidelity, Plan, SitePlan
+from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import Group, Row, child_name, fold_blocks, fold_paths
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
 from fxcompress.report.summary import (
@@ -76,7 +77,7 @@ class Diff:
         if self.unchanged:
             sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
         sections.append(totals_lines(plan))
-        losses = [predicted_line(plan), *fidelity_lines(plan)]
+        losses = [predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
         sections.append([*budget_lines(plan), *losses, *graph_lines(plan)])
         if self.groups:
             sections.append([LEGEND])
@@ -91,7 +92,8 @@ class Diff:
              "sites": [{"name": "model.layers.0.mlp.up_proj", "rank": 96, ...}, ...],
              "unmatched": [...], "graph": {"before": 1123, "after": 1543, "operators": {...}}}
 
-        With ``"fidelity"`` once :func:`fxcompress.measure` was called.
+        With ``"rounds"`` if there were any, and ``"fidelity"`` once :func:`fxcompress.measure` was
+        called.
         """
         plan = self.plan
         found: dict[str, Any] = {
@@ -126,6 +128,9 @@ class Diff:
             },
             "warnings": list(plan.warnings),
         }
+        if plan.rounds:
+            found["objective"] = plan.objective
+            found["rounds"] = [one.model_dump(mode="json") for one in plan.rounds]
         if plan.fidelity is not None:
             found["fidelity"] = plan.fidelity.model_dump(mode="json")
         return found

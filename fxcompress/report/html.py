@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fxcompress.plan import ZERO, MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import summary
+from fxcompress.report.descent import PLOT, descent, rounds_lines
 from fxcompress.report.quantities import count, loss, loss_label, percent, short, with_error
 from fxcompress.report.scatter import SIDE, fidelity_scatter
 from fxcompress.report.unchanged import Unchanged, site_text
@@ -98,6 +99,9 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         fidelity_lines=summary.fidelity_lines(plan),
         scatter=fidelity_scatter(plan),
         side=SIDE,
+        rounds_lines=rounds_lines(plan),
+        descent=descent(plan),
+        plot=PLOT,
         graph=summary.graph_lines(plan),
         totals=summary.totals(plan),
         unit_text=summary.UNIT_TEXT,

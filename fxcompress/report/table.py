@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxcompress.plan import Fidelity, Plan
+from fxcompress.report.descent import rounds_lines
 from fxcompress.report.diff import group_title, measured_text, ranks_of, unchanged_lines
 from fxcompress.report.fold import Row, fold_blocks
 from fxcompress.report.quantities import loss, loss_label, span, sparkline
@@ -40,7 +41,7 @@ def plan_table(plan: Plan) -> str:
     if plan.calibration:
         facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
         head.append(f"calibration: {facts}")
-    lines = [*budget_lines(plan), predicted_line(plan), *fidelity_lines(plan)]
+    lines = [*budget_lines(plan), predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
     sections = [head, lines, totals_lines(plan)]
     groups = fold_blocks(plan.rewritten)
     if groups:
