@@ -243,7 +243,7 @@ METHODS: dict[str, Method] = {
     "soft ISVT, kfac": soft("kfac"),
     "soft ISVT, euclidean": soft("euclidean"),
     "nuclear norm": nuclear(0.02),
-    "LC": lc(1e-3),
+    "LC": lc(1e-2),
 }
 
 

@@ -13,7 +13,7 @@ With Q (m x p) orthonormal, ``B = Qᵀ S`` and ``R = S - Q B``, ``SᵀS = BᵀB 
 and ``Σ_{i>r} σ_i(B)² + ‖R‖²_F`` is exactly what the rank r approximation by the first r
 components of B loses.  ‖R‖₂ is bounded by Schatten norms, ``‖R‖₂ <= (Σ σ_i(R)^8)^⅛``, which
 takes a Gram matrix and its square: a few matrix products, where singular values of R would
-cost as much as those of S.
+cost as much as those of S.  The Frobenius norm costs nothing, and is tried first.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class Leading:
         return tails + 0.5 * self.rest
 
 
-def leading(matrix: Tensor, basis: Tensor, iterations: int = 1) -> Leading:
+def leading(matrix: Tensor, basis: Tensor, iterations: int = 1, *, tight: bool = True) -> Leading:
     """Components of a matrix in a space close to a given one.
 
     Args:
         matrix: S (m x n), in the type to compute in.
         basis: columns that roughly span the leading right singular vectors (n x p), p ≤ m, n.
         iterations: how often the space is multiplied by ``Sᵀ S`` before it is used.
+        tight: whether to bound ‖R‖₂ by more than the Frobenius norm.
 
     Raises:
         ValueError: the matrix is not finite.
@@ -82,7 +83,8 @@ def leading(matrix: Tensor, basis: Tensor, iterations: int = 1) -> Leading:
     left, right = q @ turn[:, order], right[order]
     remainder = matrix - q @ b
     rest = float(remainder.square().sum(dtype=torch.float64))
-    return Leading(left, sigma, right, rest, _spectral_bound(remainder, rest))
+    residual = _spectral_bound(remainder, rest) if tight else math.sqrt(rest)
+    return Leading(left, sigma, right, rest, residual)
 
 
 def _orthonormal(y: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> 
         return metric
     if basis is None or iterations is None:
         return Kronecker(metric.inputs, metric.outputs)
-    return Warm(metric.inputs, metric.outputs, {}, basis, iterations)
+    return Warm(metric.inputs, metric.outputs, {}, basis, iterations, tight=iterations > 1)
 
 
 def _analysis(

@@ -50,11 +50,12 @@ class Warm(Kronecker):
 
     Attributes:
         basis: columns in the longer dimension of the weight: (n x p) if m <= n, else (m x p).
-        iterations: as of :func:`fxcompress.isvt.subspace.leading`.
+        iterations, tight: as of :func:`fxcompress.isvt.subspace.leading`.
     """
 
     basis: Tensor | None = None
     iterations: int = 1
+    tight: bool = False
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Leading components in the matrix view, everything in all others."""
@@ -66,10 +67,10 @@ class Warm(Kronecker):
         s = inputs.into(half.T).T
         basis = self.basis.to(w.dtype)
         if len(w) <= w.shape[1]:
-            found = leading(s, basis, self.iterations)
+            found = leading(s, basis, self.iterations, tight=self.tight)
             left, right = outputs.out_of(found.left), found.left.T @ half
         else:
-            found = leading(s.T, basis, self.iterations)
+            found = leading(s.T, basis, self.iterations, tight=self.tight)
             assert isinstance(inputs, Whitener)
             left, right = w @ inputs.colour(found.left), inputs.out_of(found.left).T
         return Partial(found.sigma, left, right, found)

@@ -49,7 +49,7 @@ class Whitener:
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
         if self.lower is not None:
-            return self.lower.T @ x
+            return _transposed_product(self.lower, x)
         if self.root is not None:
             return self.root[0].T @ x
         return x if self.scale is None else self.scale[:, None] * x
@@ -57,7 +57,7 @@ class Whitener:
     def colour(self, x: Tensor) -> Tensor:
         """``L x`` for x (d x k)."""
         if self.lower is not None:
-            return self.lower @ x
+            return _product(self.lower, x)
         if self.root is not None:
             return self.root[0] @ x
         return x if self.scale is None else self.scale[:, None] * x
@@ -79,6 +79,29 @@ class Whitener:
         if self.root is not None:
             return self.root[1] @ (self.root[1].T @ x)
         return x if self.scale is None else x / self.scale.square()[:, None]
+
+
+SMALLEST_BLOCK = 128
+"""Triangular matrices are not cut into smaller blocks for a product."""
+
+
+def _product(lower: Tensor, x: Tensor) -> Tensor:
+    """``L x`` for a triangular L (d x d) without the products with its zeros."""
+    half = len(lower) // 2
+    if half < SMALLEST_BLOCK:
+        return lower @ x
+    below = torch.addmm(_product(lower[half:, half:], x[half:]), lower[half:, :half], x[:half])
+    return torch.cat([_product(lower[:half, :half], x[:half]), below])
+
+
+def _transposed_product(lower: Tensor, x: Tensor) -> Tensor:
+    """``Lᵀ x``, likewise."""
+    half = len(lower) // 2
+    if half < SMALLEST_BLOCK:
+        return lower.T @ x
+    first = _transposed_product(lower[:half, :half], x[:half])
+    above = torch.addmm(first, lower[half:, :half].T, x[half:])
+    return torch.cat([above, _transposed_product(lower[half:, half:], x[half:])])
 
 
 @dataclass(frozen=True, eq=False)

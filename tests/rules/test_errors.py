@@ -205,11 +205,18 @@ CASES = {
         "   budget: [{keep: 0.8}, {keep: 0.5, unit: mac}]\n"
         "                                           ^^^ did you mean 'macs'?",
     ),
-    "later: rounds": (
-        "solver: {rounds: 1}\n" + HEAD + RULE,
-        "r.yaml:1:10 error[not-supported]: 'rounds' is not supported by this version\n"
-        "   solver: {rounds: 1}\n"
-        "            ^^^^^^",
+    "later: device": (
+        "budget: {keep: 0.5, device: cpu}\nrules:\n" + RULE,
+        "r.yaml:1:21 error[not-supported]: 'device' is not supported by this version\n"
+        "   budget: {keep: 0.5, device: cpu}\n"
+        "                       ^^^^^^",
+    ),
+    "rounds that change nothing": (
+        "solver: {rounds: 3}\n" + HEAD + RULE,
+        "r.yaml:1:1 error[wrong-place]: rounds without gradient steps change nothing: give 'steps' "
+        "too, or 'correct'\n"
+        "   solver: {rounds: 3}\n"
+        "   ^^^^^^",
     ),
     "trap: alias": (
         rule("node: {op: linear, name: *.mlp}"),
