@@ -93,6 +93,10 @@ def compile(
         str | None,
         typer.Option("--measure", help="other data, to measure what every site loses"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="directory for the state between rounds: a run that was cut off goes on"),
+    ] = None,
     sequences: Sequences = 64,
     length: Length = 512,
 ) -> None:
@@ -102,7 +106,12 @@ def compile(
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
     dense = load_model(model)
     small = fxcompress.compile(
-        dense, rules, load_data(data, model, sequences, length), keep=keep, progress=True
+        dense,
+        rules,
+        load_data(data, model, sequences, length),
+        keep=keep,
+        progress=True,
+        checkpoint=checkpoint,
     )
     fxcompress.save(small, out)
     if held_out is not None:

@@ -103,8 +103,9 @@ def fitting(objective: Objective, model: nn.Module, batch: Any, memory: float) -
     Returns:
         At least 1; None if the batch cannot be cut.
     """
-    if not samples(batch):
-        return None
+    count = samples(batch)
+    if count is None or count <= 1:
+        return count or None
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -207,6 +207,7 @@ def _begin(
     private = own_parameters(skeleton(model), model)
     found, every, _ = survey(private, loaded, calibration, examples, forward, show)
     batches = [*every]
+    show.stage("prepare", None)
     dense = prepared(model)
     fold_batch_norms(dense, found.folded)
     for each in (dense, found.model):
@@ -229,7 +230,7 @@ def _begin(
         loss,
         forward,
     )
-    if not math.isfinite(whole.judge(dense)):
+    if task and not math.isfinite(whole.judge(dense)):
         raise CalibrationError("the objective of the dense model is not finite on these batches")
     return whole, _estimated(whole, show)
 
@@ -242,6 +243,7 @@ def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _Sta
         task.found.model, task.found.sites, task.metric_batches, metric,
         drawn=draws(task.rules), loss=task.loss, forward=task.forward, tick=tick,
     )  # fmt: skip
+    show.stage("whiten", None)
     metrics = metrics_of(task.found, calibrated.moments)
     calibrated = replace(calibrated, moments={})
     if state is None:
