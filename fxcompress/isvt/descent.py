@@ -65,6 +65,7 @@ def cosine(step: int, steps: int) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+@torch.enable_grad()
 def gradient(
     objective: Objective,
     model: nn.Module,

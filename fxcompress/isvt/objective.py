@@ -91,6 +91,7 @@ def pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield tree_unflatten(parts, tree)
 
 
+@torch.enable_grad()
 def fitting(objective: Objective, model: nn.Module, batch: Any, memory: float) -> int | None:
     """How many samples fit into an amount of memory, by what autograd keeps for one of them.
 
