@@ -311,7 +311,8 @@ class Round(_Frozen):
         after: the same after them, on the same batches; None if it was not finite.
         accepted: whether the steps were kept; if not, the weights are those before them.
         rate: highest learning rate, or the step size of a whitened gradient.
-        kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
+        kind: what was tried: steps (``"factors"``, ``"whitened"``), a ``"correction"``, or to
+            choose ranks and subspaces anew at the same budget (``"threshold"``).
     """
 
     round: int
@@ -321,7 +322,7 @@ class Round(_Frozen):
     after: float | None
     accepted: bool
     rate: float
-    kind: Literal["factors", "whitened", "correction"]
+    kind: Literal["threshold", "factors", "whitened", "correction"]
 
 
 class Folded(_Frozen):

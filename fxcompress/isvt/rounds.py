@@ -47,7 +47,7 @@ from fxcompress.sites import Site
 
 M = TypeVar("M", bound=nn.Module)
 
-Kind = Literal["factors", "whitened", "correction"]
+Kind = Literal["threshold", "factors", "whitened", "correction"]
 
 LEARNING_RATE = 5e-4
 """At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
@@ -138,6 +138,7 @@ class _State:
         scale: of the learning rate, after failures.
         cursor: batches used so far.
         removed: what thresholdings took from each weight, as stored, in the order of the sites.
+        predicted: what that costs by the metric.
         records: of all attempts.
     """
 
@@ -147,6 +148,7 @@ class _State:
     scale: float = 1.0
     cursor: int = 0
     removed: Sequence[Tensor] = ()
+    predicted: float = 0.0
     records: tuple[Round, ...] = ()
 
 
@@ -254,8 +256,7 @@ def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _Sta
 def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
     """Threshold, correct if asked to, and descend."""
     solver = task.rules.rules.solver
-    state, cut, before = _thresholded(task, state, number, show)
-    state = replace(state, objective=before)
+    state, cut = _thresholded(task, state, number, show)
     if solver.correct:
         state, cut = _corrected(task, state, cut, number, show)
     if not solver.steps:
@@ -267,42 +268,76 @@ def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
 
 def _thresholded(
     task: _Task, state: _State, number: int, show: Progress
-) -> tuple[_State, Thresholded, float]:
-    """Cut all weights to the budget of a round; with a metric that is estimated anew if stale.
+) -> tuple[_State, Thresholded]:
+    """Cut all weights to the budget of a round; the objective of the state is that of the result.
 
     What earlier rounds took away is put back before: a component that was not worth its cost at one
     budget may be at the next, when others went, and what was learned meanwhile stays on top of it.
     Without that soft rounds lose *more* than one cut, as they never go back on a choice.
     """
     old = _values(task)
-    softened = _softened(task, number)
-    falls = not state.records or softened.rules.budgets[0].keep < state.records[-1].keep
-    whole = old
-    if falls and state.removed:
-        whole = [value + part for value, part in zip(old, state.removed, strict=True)]
-    for again in (False, True):
-        _reset(task, whole)
-        tick = show.stage("threshold", len(task.found.sites))
-        cut = threshold(task.found, state.metrics, softened, task.pricings, tick=tick)
-        _set(task, cut.weights())
-        show.stage("judge", None)
-        before = task.judge(task.found.model)
-        if again or not _stale(before, state.objective, cut.predicted):
-            break
+    keep = _softened(task, number).rules.budgets[0].keep
+    if state.records and state.records[-1].keep == keep:
+        return _exchanged(task, state, number, old, show)
+    whole = _restored_parts(state, old)
+    cut, before = _cut(task, state, number, whole, show)
+    if state.objective is not None and _stale(
+        before - state.objective, cut.predicted - state.predicted
+    ):
         _reset(task, old)
         state = _estimated(task, show, state)
-    if falls:
-        pairs = zip(whole, _values(task), strict=True)
-        taken = [one - other for one, other in pairs]
-        state = replace(state, removed=taken, scale=1.0)  # other weights, other rates
-    return state, cut, before
+        cut, before = _cut(task, state, number, whole, show)
+    return _advanced(task, replace(state, scale=1.0), whole, cut, before), cut
 
 
-def _stale(before: float, objective: float | None, predicted: float) -> bool:
-    """Whether a thresholding cost much more, or much less, than the metric said."""
-    if objective is None or not before - objective > NOTICEABLE:
+def _advanced(
+    task: _Task, state: _State, whole: Sequence[Tensor], cut: Thresholded, objective: float
+) -> _State:
+    """The state after a thresholding that is kept."""
+    taken = [one - other for one, other in zip(whole, _values(task), strict=True)]
+    return replace(state, removed=taken, predicted=cut.predicted, objective=objective)
+
+
+def _exchanged(
+    task: _Task, state: _State, number: int, old: Sequence[Tensor], show: Progress
+) -> tuple[_State, Thresholded]:
+    """At the same budget: ranks and subspaces chosen anew, if that is better by itself."""
+    whole = _restored_parts(state, old)
+    cut, after = _cut(task, state, number, whole, show)
+    record = _record(task, state, number, cut.predicted, after, 1.0, "threshold")
+    state = replace(state, records=(*state.records, record))
+    if record.accepted:
+        return _advanced(task, state, whole, cut, after), cut
+    cut, before = _cut(task, state, number, old, show)
+    return replace(state, objective=before), cut
+
+
+def _restored_parts(state: _State, old: Sequence[Tensor]) -> list[Tensor]:
+    if not state.removed:
+        return [*old]
+    return [value + part for value, part in zip(old, state.removed, strict=True)]
+
+
+def _cut(
+    task: _Task, state: _State, number: int, whole: Sequence[Tensor], show: Progress
+) -> tuple[Thresholded, float]:
+    """Threshold some weights, put the outcome in place, and judge it."""
+    _reset(task, whole)
+    tick = show.stage("threshold", len(task.found.sites))
+    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, tick=tick)
+    _set(task, cut.weights())
+    show.stage("judge", None)
+    return cut, task.judge(task.found.model)
+
+
+def _stale(rise: float, predicted: float) -> bool:
+    """Whether more was taken away at a cost that is quite another than the metric said.
+
+    Both are differences to the last thresholding: each takes away all that its budget demands.
+    """
+    if max(rise, predicted) < NOTICEABLE:
         return False
-    return not predicted / STALE < before - objective < predicted * STALE
+    return not predicted / STALE < rise < predicted * STALE
 
 
 def _softened(task: _Task, number: int) -> LoadedRules:
@@ -373,7 +408,7 @@ def _reset(task: _Task, old: Sequence[Tensor]) -> None:
 def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
     """Gradient steps on the factors, at the ranks of the round; at half the rate if they fail."""
     solver = task.rules.rules.solver
-    steps, total = solver.steps, solver.steps * solver.rounds
+    steps = solver.steps
     highest = solver.learning_rate or LEARNING_RATE
     for _ in range(ATTEMPTS):
         with stages(enabled=False) as silent:
@@ -381,7 +416,7 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
         left = _left_dense(task, made)
         old = [weight.detach().clone() for weight in left]
         rate = highest * state.scale
-        rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
+        rates = [rate * cosine(at, steps) for at in range(steps)]
         batches = task.take(state.cursor, steps)
         state = replace(state, cursor=state.cursor + steps)
         tick = show.stage(f"round {number}/{solver.rounds}", steps)
@@ -542,6 +577,7 @@ def _saved(task: _Task, state: _State, number: int) -> Saved:
         state.records,
         {name: weight.detach() for name, weight in weights.items()},
         list(state.removed),
+        state.predicted,
     )
 
 
@@ -557,4 +593,5 @@ def _restored(task: _Task, state: _State, saved: Saved) -> _State:
         cursor=saved.cursor,
         records=saved.records,
         removed=saved.removed,
+        predicted=saved.predicted,
     )

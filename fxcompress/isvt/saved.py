@@ -32,6 +32,7 @@ class Saved:
         records: of all rounds.
         weights: of every site, and its bias, by parameter name.
         removed: what thresholdings took from each weight.
+        predicted: what that costs by the metric.
     """
 
     round: int
@@ -41,6 +42,7 @@ class Saved:
     records: tuple[Round, ...]
     weights: dict[str, Tensor]
     removed: list[Tensor]
+    predicted: float
 
 
 def fingerprint(survey: Survey) -> str:

@@ -80,7 +80,9 @@ class ISVT(Generic[M]):
         rules: as in :func:`fxcompress.compile`; forms, budget and metric are taken from there.
         calibration: batches that the metric is estimated on, as there.
         steps: optimizer steps until the budget is down to that of the rules.
-        every: optimizer steps between two thresholdings; a twentieth of ``steps`` by default.
+        every: optimizer steps between two thresholdings; a hundredth of ``steps`` by default.  The
+            more often the better: what gradients put outside of the ranks is lost each time, and
+            the less it is, the less it is missed.
         schedule: ``soft``, or ``hard`` for the final budget from the first thresholding on.
         refresh: thresholdings after which the metric is estimated anew on ``calibration``, with
             the weights as they are then; never by default.  The batches are kept for that.
@@ -113,7 +115,7 @@ class ISVT(Generic[M]):
         forward: Forward | None = None,
         progress: bool | None = None,
     ) -> None:
-        every = max(1, steps // 20) if every is None else every
+        every = max(1, steps // 100) if every is None else every
         for name, value in {"steps": steps, "every": every, "refresh": refresh}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
