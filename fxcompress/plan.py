@@ -311,8 +311,7 @@ class Round(_Frozen):
         after: the same after them, on the same batches; None if it was not finite.
         accepted: whether the steps were kept; if not, the weights are those before them.
         rate: highest learning rate, or the step size of a whitened gradient.
-        kind: what was tried: steps (``"factors"``, ``"whitened"``), a ``"correction"``, or to
-            choose ranks and subspaces anew at the same budget (``"threshold"``).
+        kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
     """
 
     round: int
@@ -322,7 +321,7 @@ class Round(_Frozen):
     after: float | None
     accepted: bool
     rate: float
-    kind: Literal["threshold", "factors", "whitened", "correction"]
+    kind: Literal["factors", "whitened", "correction"]
 
 
 class Folded(_Frozen):

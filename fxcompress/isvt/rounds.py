@@ -47,7 +47,7 @@ from fxcompress.sites import Site
 
 M = TypeVar("M", bound=nn.Module)
 
-Kind = Literal["threshold", "factors", "whitened", "correction"]
+Kind = Literal["factors", "whitened", "correction"]
 
 LEARNING_RATE = 5e-4
 """At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
@@ -278,38 +278,18 @@ def _thresholded(
     old = _values(task)
     keep = _softened(task, number).rules.budgets[0].keep
     if state.records and state.records[-1].keep == keep:
-        return _exchanged(task, state, number, old, show)
+        return state, _cut(task, state, number, old, show)
     whole = _restored_parts(state, old)
-    cut, before = _cut(task, state, number, whole, show)
+    cut, before = _judged(task, state, number, whole, show)
     if state.objective is not None and _stale(
         before - state.objective, cut.predicted - state.predicted
     ):
         _reset(task, old)
         state = _estimated(task, show, state)
-        cut, before = _cut(task, state, number, whole, show)
-    return _advanced(task, replace(state, scale=1.0), whole, cut, before), cut
-
-
-def _advanced(
-    task: _Task, state: _State, whole: Sequence[Tensor], cut: Thresholded, objective: float
-) -> _State:
-    """The state after a thresholding that is kept."""
+        cut, before = _judged(task, state, number, whole, show)
     taken = [one - other for one, other in zip(whole, _values(task), strict=True)]
-    return replace(state, removed=taken, predicted=cut.predicted, objective=objective)
-
-
-def _exchanged(
-    task: _Task, state: _State, number: int, old: Sequence[Tensor], show: Progress
-) -> tuple[_State, Thresholded]:
-    """At the same budget: ranks and subspaces chosen anew, if that is better by itself."""
-    whole = _restored_parts(state, old)
-    cut, after = _cut(task, state, number, whole, show)
-    record = _record(task, state, number, cut.predicted, after, 1.0, "threshold")
-    state = replace(state, records=(*state.records, record))
-    if record.accepted:
-        return _advanced(task, state, whole, cut, after), cut
-    cut, before = _cut(task, state, number, old, show)
-    return replace(state, objective=before), cut
+    state = replace(state, removed=taken, predicted=cut.predicted, objective=before, scale=1.0)
+    return state, cut
 
 
 def _restored_parts(state: _State, old: Sequence[Tensor]) -> list[Tensor]:
@@ -320,12 +300,20 @@ def _restored_parts(state: _State, old: Sequence[Tensor]) -> list[Tensor]:
 
 def _cut(
     task: _Task, state: _State, number: int, whole: Sequence[Tensor], show: Progress
-) -> tuple[Thresholded, float]:
-    """Threshold some weights, put the outcome in place, and judge it."""
+) -> Thresholded:
+    """Threshold some weights, and put the outcome in place."""
     _reset(task, whole)
     tick = show.stage("threshold", len(task.found.sites))
     cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, tick=tick)
     _set(task, cut.weights())
+    return cut
+
+
+def _judged(
+    task: _Task, state: _State, number: int, whole: Sequence[Tensor], show: Progress
+) -> tuple[Thresholded, float]:
+    """The same with the objective of the outcome."""
+    cut = _cut(task, state, number, whole, show)
     show.stage("judge", None)
     return cut, task.judge(task.found.model)
 
