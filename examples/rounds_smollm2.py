@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,16 @@ def main() -> None:
     """Run what was asked for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.6, 0.8])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--schedule", choices=["hard", "soft"], default="hard")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--schedule", choices=["hard", "soft"], default="soft")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forms", nargs="+", default=["pivoted"])
     parser.add_argument("--calibrate", type=int, default=32, help="sequences for the metric")
     parser.add_argument("--evaluate", type=int, default=16, help="sequences of the other book")
     parser.add_argument("--correct", action="store_true", help="the closed-form correction, too")
     parser.add_argument("--baseline", action="store_true", help="plain distillation, too")
+    parser.add_argument("--only-rounds", action="store_true", help="without the one-shot row")
     parser.add_argument("--validation", action="store_true", help="on the rest of Moby Dick")
     parser.add_argument("--out", type=Path, default=RESULTS / "rounds.md")
     given = parser.parse_args()
@@ -132,6 +134,9 @@ def main() -> None:
     for keep in given.keeps:
         for seed in given.seeds:
             for form in given.forms:
+                if given.only_rounds:
+                    _rounds(given, model, data, keep, form, seed, add)
+                    continue
                 start = time.perf_counter()
                 loaded = rules(keep, form, given.calibrate, seed)
                 once = fxcompress.compile(model, loaded, data[: given.calibrate], progress=True)
@@ -141,24 +146,36 @@ def main() -> None:
                     distil(model, once, few, ADAM_RATES.get(keep, 5e-5), seed)
                     add("low_rank, distilled (Adam)", keep, given.steps, seed, once, start)
                 del once
-                solver = (
-                    f"{{rounds: {given.rounds}, steps: {given.steps // given.rounds}, schedule: "
-                    f"{given.schedule}, learning_rate: {RATES.get(keep, 5e-4)}, "
-                    f"correct: {str(given.correct).lower()}}}"
-                )
-                start = time.perf_counter()
-                loaded = rules(keep, form, given.calibrate, seed, solver)
-                small = fxcompress.compile(model, loaded, data, progress=True)
-                for line in str(fxcompress.plan_of(small)).split("\n"):
-                    if "round" in line or "→" in line:
-                        print(line)
-                words = f"{form}, {given.rounds} x {given.schedule}"
-                words += ", corrected" if given.correct else ""
-                add(words, keep, given.steps, seed, small, start)
-                del small
+                _rounds(given, model, data, keep, form, seed, add)
     report = table(rows, reference, given.calibrate)
     print("\n" + report)
     given.out.write_text(report, encoding="utf-8")
+
+
+def _rounds(
+    given: argparse.Namespace,
+    model: nn.Module,
+    data: list[Any],
+    keep: float,
+    form: str,
+    seed: int,
+    add: Callable[..., None],
+) -> None:
+    """Compress in rounds, and add a row."""
+    solver = (
+        f"{{rounds: {given.rounds}, steps: {given.steps // given.rounds}, schedule: "
+        f"{given.schedule}, learning_rate: {RATES.get(keep, 5e-4)}, "
+        f"correct: {str(given.correct).lower()}}}"
+    )
+    start = time.perf_counter()
+    loaded = rules(keep, form, given.calibrate, seed, solver)
+    small = fxcompress.compile(model, loaded, data, progress=True)
+    for line in str(fxcompress.plan_of(small)).split("\n"):
+        if "→" in line:
+            print(line)
+    words = f"{form}, {given.rounds} x {given.schedule}"
+    words += ", corrected" if given.correct else ""
+    add(words, keep, given.steps, seed, small, start)
 
 
 def table(rows: list[Row], reference: Reference, calibrate: int) -> str:

@@ -27,12 +27,12 @@ from fxcompress.sweep import sweep
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ISVT",
+__all__ = [  # noqa: RUF022 (as sorted() has them)
     "BudgetError",
     "CalibrationError",
     "FxcompressError",
     "FxcompressWarning",
+    "ISVT",
     "LoadError",
     "Plan",
     "RecordError",

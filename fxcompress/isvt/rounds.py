@@ -396,7 +396,7 @@ def _reset(task: _Task, old: Sequence[Tensor]) -> None:
 def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
     """Gradient steps on the factors, at the ranks of the round; at half the rate if they fail."""
     solver = task.rules.rules.solver
-    steps = solver.steps
+    steps, total = solver.steps, solver.steps * solver.rounds
     highest = solver.learning_rate or LEARNING_RATE
     for _ in range(ATTEMPTS):
         with stages(enabled=False) as silent:
@@ -404,7 +404,9 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
         left = _left_dense(task, made)
         old = [weight.detach().clone() for weight in left]
         rate = highest * state.scale
-        rates = [rate * cosine(at, steps) for at in range(steps)]
+        # One rise and fall over all rounds.  Restarted in every round it gained less (SmolLM2 at
+        # keep 0.6: KL 0.471 after 3 x 20 steps, against 0.434 after 5 x 10; one seed).
+        rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
         batches = task.take(state.cursor, steps)
         state = replace(state, cursor=state.cursor + steps)
         tick = show.stage(f"round {number}/{solver.rounds}", steps)

@@ -147,7 +147,7 @@ class Solver(_Model):
     """Steps of an optimizer on the factors, or steps along the gradient in the coordinates of the
     metric, each of them thresholded (proximal gradient)."""
     learning_rate: Annotated[Number, Field(gt=0)] | None = None
-    """At its highest, 5.0e-4 if left out; it rises and falls in every round.  For whitened
+    """At its highest, 5.0e-4 if left out; it rises and falls over all rounds.  For whitened
     gradients the first step size, 1 if left out."""
     correct: Flag = False
     """Whether weights are fitted, after each thresholding, to the inputs that the compressed
