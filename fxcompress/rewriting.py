@@ -143,10 +143,11 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     Raises:
         BudgetError: the budget cannot be met.
     """
+    sites = {site.name: site for site in analysis.sites}
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis, show)
-        instead = {site.name: _trained(site, analysis) for site in planned.rewritten}
+        instead = {entry.name: _trained(entry, sites) for entry in planned.rewritten}
         trained = planned.model_copy(
             update={
                 "sites": tuple(
@@ -162,7 +163,6 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     made = skeleton(model)
     apply_plan(made, trained, bodies)
     nn.Module.train(made, False)
-    sites = {site.name: site for site in analysis.sites}
 
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
         for name, body in bodies.single.items():
@@ -184,13 +184,10 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     return Student(made, planned, parameters, weights)
 
 
-def _trained(site: SitePlan, analysis: Analysis) -> str:
+def _trained(entry: SitePlan, sites: Mapping[str, Site]) -> str:
     """The form whose body is trained in the place of the one that was chosen."""
-    chosen, _ = site.choice
-    if site.bundle:
-        return chosen
-    own = next(each for each in analysis.sites if each.name == site.name)
-    return own.forms[chosen].trains_as or chosen
+    chosen, _ = entry.choice
+    return chosen if entry.bundle else sites[entry.name].forms[chosen].trains_as or chosen
 
 
 def _build(

@@ -28,12 +28,14 @@ from fxcompress.decomposition import (
     Decomposition,
     decompose_bundle,
     decompose_site,
+    metric_from,
 )
-from fxcompress.forms.target import Quadratic, Ranks, Spectrum
+from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
+from fxcompress.isvt.subspace import Leading
 from fxcompress.isvt.warm import Partial, Warm, start
 from fxcompress.metric import METRICS, Calibration
 from fxcompress.metric.moments import Moments
-from fxcompress.metric.quadratic import Grouped, Kronecker, Whiteners, quadratic, stacked
+from fxcompress.metric.quadratic import Grouped, Kronecker, stacked
 from fxcompress.metric.whiten import Whitener
 from fxcompress.plan import Unit
 from fxcompress.pricing import Costs, Pricing
@@ -48,6 +50,10 @@ ITERATIONS = (1, 3)
 """Products with ``S Sᵀ`` that are tried before a weight is decomposed in full."""
 
 
+SLACK = 1e-6
+"""Of λ: it lies between the values of two components, and is known to rounding only."""
+
+
 def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quadratic]:
     """The metric at every site, to be used again and again.
 
@@ -59,10 +65,11 @@ def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quad
         ValueError: a moment is not finite.
     """
     spec = survey.rules.rules.metric
-    whiteners = Whiteners((spec.damping.input, spec.damping.output))
+    damping = (spec.damping.input, spec.damping.output)
+    metric_of = metric_from(dict(moments), METRICS[spec.kind], damping)
     found = {}
     for site in survey.sites:
-        own = quadratic(METRICS[spec.kind], site.shape, moments[site.name], whiteners)
+        own = metric_of(site)
         # The factors themselves are wanted for kernels only, and are as large as their roots.
         if isinstance(own, Kronecker):
             assert isinstance(own.outputs, Whitener)
@@ -244,43 +251,41 @@ def _uncertain(
 ) -> set[str]:
     """Sites and bundles where a component that was not found might be worth its cost."""
     pricing, multiplier = next(iter(pricings.values())), solution.limits[0].multiplier
+    parts: list[tuple[Site | SiteBundle, Decomposed]] = [
+        *((site, analysis.decomposed.sites[site.name]) for site in analysis.sites),
+        *((bundle, analysis.decomposed.bundles[bundle.name]) for bundle in analysis.bundles),
+    ]
     out = set()
-    for site in analysis.sites:
-        decomposed = analysis.decomposed.sites[site.name]
-        costs = {form: pricing.single(site, form, site.ranks(form)) for form in site.forms}
-        ranks = {form: site.ranks(form) for form in site.forms}
-        if not _certain(decomposed, ranks, costs, multiplier):
-            out.add(site.name)
-    for bundle in analysis.bundles:
-        decomposed = analysis.decomposed.bundles[bundle.name]
-        costs = {form: pricing.joint(bundle, form, bundle.ranks(form)) for form in bundle.forms}
-        ranks = {form: bundle.ranks(form) for form in bundle.forms}
-        if not _certain(decomposed, ranks, costs, multiplier):
-            out.add(bundle.name)
+    for part, decomposed in parts:
+        spectrum = _spectrum(decomposed)
+        if not isinstance(spectrum, Partial):
+            continue
+        ranks = {form: part.ranks(form) for form in part.forms}
+        price = pricing.single if isinstance(part, Site) else pricing.joint
+        costs = {form: price(part, form, ranks[form]) for form in part.forms}  # type: ignore[arg-type]
+        if multiplier is None or not _certain(
+            decomposed.losses, spectrum.found, ranks, costs, multiplier
+        ):
+            out.add(part.name)
     return out
 
 
 def _certain(
-    decomposed: Decomposed,
+    losses: Mapping[str, Losses],
+    own: Leading,
     ranks: Mapping[str, Ranks],
     costs: Mapping[str, Costs],
-    multiplier: float | None,
+    multiplier: float,
 ) -> bool:
     """Whether in every form the best of the ranks that were found is the best of all.
 
     With ``σ_i² <= bound_i²`` (Weyl), going on from rank k to r gains ``½ Σ_{k<i<=r} bound_i²`` at
     most, and costs ``λ (cost(r) - cost(k))``.
     """
-    spectrum = _spectrum(decomposed)
-    if not isinstance(spectrum, Partial):
-        return True
-    if multiplier is None:
-        return False
-    own = spectrum.found
     for form, permitted in ranks.items():
         if not len(permitted):
             continue
-        value = decomposed.losses[form] + multiplier * costs[form]
+        value = losses[form] + multiplier * costs[form]
         best = int(np.argmin(value))
         bounds = np.full(int(permitted[-1]), own.residual**2)
         known = own.sigma[: len(bounds)].square().cpu().numpy()
@@ -291,10 +296,6 @@ def _certain(
         if not (gain <= rise * (1 + SLACK)).all():
             return False
     return True
-
-
-SLACK = 1e-6
-"""Of λ: it lies between the values of two components, and is known to rounding only."""
 
 
 def _starts(
