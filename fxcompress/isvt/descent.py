@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.errors import CalibrationError
 from fxcompress.isvt.objective import Objective, pieces
+from fxcompress.metric.output import NotFinite
 
 WARM_UP = 10
 """Steps over which the learning rate rises."""
@@ -97,10 +97,8 @@ def gradient(
         for piece in pieces(batch, size):
             try:
                 value, count = objective.sum(model, piece)
-            except CalibrationError as error:
-                if "NaN or infinite" in str(error):
-                    raise Diverged from error
-                raise
+            except NotFinite as error:
+                raise Diverged from error
             if not bool(value.isfinite()):
                 raise Diverged
             torch.autograd.backward(value)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import Forward, device_of, output_mask, run_model, to_device
-from fxcompress.metric.output import Loss, OutputKind, divergence_sum
+from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,7 @@ class Objective:
         for batch in batches:
             try:
                 value, count = self.sum(model, batch)
-            except CalibrationError as error:
-                if "NaN or infinite" not in str(error):
-                    raise
+            except NotFinite:
                 return float("inf")
             total += float(value)
             predictions += count

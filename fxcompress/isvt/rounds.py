@@ -463,9 +463,13 @@ def _whitened(task: _Task, state: _State, cut: Thresholded, number: int, show: P
         old = _values(task)
         for parameter in learning:
             parameter.requires_grad_(True)
-        gradient(task.objective, model, learning, task.training, task.size)
-        for parameter in learning:
-            parameter.requires_grad_(False)
+        try:
+            gradient(task.objective, model, learning, task.training, task.size)
+        except Diverged:  # there is no direction to go in: what was reached is kept
+            break
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(False)
         directions = [
             natural(state.metrics[site.name], site.shape.canonical(_gradient(task, site)))
             for site in sites
@@ -498,6 +502,8 @@ def _whitened(task: _Task, state: _State, cut: Thresholded, number: int, show: P
         else:
             break
         tick()
+    for parameter in learning:
+        parameter.grad = None
     return replace(state, objective=task.judge(model), scale=rate / first)
 
 

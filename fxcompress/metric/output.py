@@ -37,6 +37,10 @@ _VALUES = ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output")
 _SPANS = ("start_logits", "end_logits")
 
 
+class NotFinite(CalibrationError):
+    """Outputs that are NaN or infinite: training tells it from all other errors."""
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """One tensor of predictions.
@@ -153,7 +157,7 @@ def _require_sense(head: Head) -> None:
     """Outputs that the family makes no sense of would pass for layers without influence."""
     tensor, where = head.tensor, f" {head.name}" if head.name else ""
     if not bool(tensor.isfinite().all()):
-        raise CalibrationError(f"the model's output{where} has NaN or infinite values")
+        raise NotFinite(f"the model's output{where} has NaN or infinite values")
     if tensor.dim() == 0:
         raise CalibrationError(
             "the model returned a single number (its own loss?), not predictions: pass a "

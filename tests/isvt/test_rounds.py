@@ -201,6 +201,22 @@ def test_a_loss_that_becomes_nan_is_survived() -> None:
     assert plan.objective == "task"
 
 
+def test_a_gradient_that_is_nan_ends_a_whitened_round() -> None:
+    model = network()
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        value = F.cross_entropy(output, output.argmax(1).detach() * 0, reduction="none")
+        return value * float("nan") if torch.is_grad_enabled() else value
+
+    how = {"gradient": "whitened", "objective": "task", "schedule": "hard"}
+    small, plan = compiled(
+        model, rules(0.35, metric="activation", rounds=2, steps=3, **how), loss=loss
+    )
+    once, _ = compiled(model, rules(0.35, metric="activation"))
+    assert not plan.rounds
+    assert kl(model, small) == pytest.approx(kl(model, once), rel=1e-3)
+
+
 def test_the_user_s_loss_falls() -> None:
     model = network()
     labels = (X @ torch.randn(16, 7)).argmax(1)
