@@ -102,12 +102,7 @@ def analyse(
     batches, total = limited(batches, spec.batches, total)
     if metric.directions:
         batches = [*batches]  # gone through twice
-    tick = show.stage("calibrate", total)
-    drawn = draws(loaded)
-    calibrated = calibrate(
-        work, sites, batches, metric,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
-    )  # fmt: skip
+    calibrated = calibrated_on(surveyed, batches, total, loss, forward, show)
 
     moments = dict(calibrated.moments)
     calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
@@ -119,7 +114,7 @@ def analyse(
         tick = show.stage("directions", total)
         energies = measure_directions(
             work, sites, wanted, batches,
-            drawn=drawn, loss=loss, forward=forward, tick=tick,
+            drawn=draws(loaded), loss=loss, forward=forward, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
     surveyed.notes.extend(
@@ -128,6 +123,33 @@ def analyse(
         for name in decomposed.idle
     )
     return Analysis.of(surveyed, calibrated, decomposed)
+
+
+def calibrated_on(
+    found: Survey,
+    batches: Iterable[Any],
+    total: int | None,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+) -> Calibration:
+    """The moments that the metric of the rules needs, at the weights as they are now.
+
+    Args:
+        found: has the model, the sites and the rules.
+        batches: gone through once.
+        total: how many they are, if that is known.
+        loss, forward: as of ``compile``.
+        show: told of the stage.
+
+    Raises:
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+    """
+    tick = show.stage("calibrate", total)
+    return calibrate(
+        found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
+        drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
+    )  # fmt: skip
 
 
 def limited(

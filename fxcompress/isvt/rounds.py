@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, draws, limited, survey
+from fxcompress.analysis import Survey, calibrated_on, limited, survey
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.correction import corrected
@@ -33,8 +33,14 @@ from fxcompress.isvt.objective import Objective, fitting
 from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.saved import Saved, fingerprint, read, write
 from fxcompress.isvt.schedule import share
-from fxcompress.isvt.threshold import Metrics, Thresholded, metrics_of, threshold
-from fxcompress.metric import METRICS, Calibration, Loss, calibrate
+from fxcompress.isvt.threshold import (
+    Metrics,
+    Thresholded,
+    metrics_of,
+    require_lasting_metric,
+    threshold,
+)
+from fxcompress.metric import Calibration, Loss
 from fxcompress.modules import canonical_weight
 from fxcompress.plan import Plan, Round, Unit
 from fxcompress.planning import price
@@ -192,11 +198,7 @@ def _begin(
 ) -> tuple[_Task, _State]:
     """Copy, survey, calibrate, and set batches aside."""
     solver, spec = loaded.rules.solver, loaded.rules.metric
-    if METRICS[spec.kind].directions:
-        raise RuleError(
-            f"metric {spec.kind} measures losses along the components of the weights, which "
-            "change in rounds: choose metric: {kind: kfac}, or leave 'steps' out of the solver"
-        )
+    require_lasting_metric(loaded)
     if solver.objective == "task" and loss is None:
         raise RuleError(
             "solver: {objective: task} descends on your loss: pass loss=lambda output, batch: ... "
@@ -239,12 +241,8 @@ def _begin(
 
 def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _State:
     """A state with the metric at the weights as they are now."""
-    tick = show.stage("calibrate", len(task.metric_batches))
-    metric = METRICS[task.rules.rules.metric.kind]
-    calibrated = calibrate(
-        task.found.model, task.found.sites, task.metric_batches, metric,
-        drawn=draws(task.rules), loss=task.loss, forward=task.forward, tick=tick,
-    )  # fmt: skip
+    batches = task.metric_batches
+    calibrated = calibrated_on(task.found, batches, len(batches), task.loss, task.forward, show)
     show.stage("whiten", None)
     metrics = metrics_of(task.found, calibrated.moments)
     calibrated = replace(calibrated, moments={})

@@ -30,6 +30,7 @@ from fxcompress.decomposition import (
     decompose_site,
     metric_from,
 )
+from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
 from fxcompress.isvt.subspace import Leading
 from fxcompress.isvt.warm import Partial, Warm, start
@@ -52,6 +53,20 @@ ITERATIONS = (1, 3)
 
 SLACK = 1e-6
 """Of λ: it lies between the values of two components, and is known to rounding only."""
+
+
+def require_lasting_metric(loaded: LoadedRules) -> None:
+    """Refuse a metric that would have to be measured anew whenever weights change.
+
+    Raises:
+        RuleError: the rules ask for one.
+    """
+    kind = loaded.rules.metric.kind
+    if METRICS[kind].directions:
+        raise RuleError(
+            f"metric {kind} measures losses along the components of the weights, which change "
+            "while they are trained: choose metric: {kind: kfac}"
+        )
 
 
 def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quadratic]:

@@ -26,12 +26,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, draws, limited, survey
+from fxcompress.analysis import Survey, calibrated_on, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
-from fxcompress.isvt.threshold import Metrics, Thresholded, metrics_of, threshold
-from fxcompress.metric import METRICS, Loss, Moments, calibrate
+from fxcompress.isvt.threshold import (
+    Metrics,
+    Thresholded,
+    metrics_of,
+    require_lasting_metric,
+    threshold,
+)
+from fxcompress.metric import Loss, Moments
 from fxcompress.plan import attach_plan
 from fxcompress.planning import price
 from fxcompress.report.progress import Progress, stages
@@ -289,11 +295,7 @@ class ISVT(Generic[M]):
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
         loaded = self._survey.rules
         batches, total = limited(batches, loaded.rules.metric.batches, total)
-        tick = show.stage("calibrate", total)
-        found = calibrate(
-            self._survey.model, self._survey.sites, batches, METRICS[loaded.rules.metric.kind],
-            drawn=draws(loaded), loss=self._loss, forward=self._forward, tick=tick,
-        )  # fmt: skip
+        found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
         self._calibration = replace(found, moments={})
         self._set_metric(found.moments)
         self._starts = {}  # of other coordinates
@@ -311,11 +313,7 @@ class ISVT(Generic[M]):
 
 
 def _require_trainable(found: Survey, model: nn.Module) -> None:
-    if METRICS[found.rules.rules.metric.kind].directions:
-        raise RuleError(
-            f"metric {found.rules.rules.metric.kind} measures losses along the components of the "
-            "weights, which change while they are trained: choose metric: {kind: kfac}"
-        )
+    require_lasting_metric(found.rules)
     if found.folded:
         raise RuleError(
             "fold_batch_norm changes the weights that the optimizer has: leave it out of the rules "
