@@ -49,6 +49,9 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 """Version of a state; others are refused."""
 
+LAST = ", taken away by the last thresholding"
+"""What losses are after training: next to nothing if the weights had their ranks already."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -203,7 +206,10 @@ class ISVT(Generic[M]):
             found = self._find(1.0, {})
             analysis = replace(found.analysis, calibration=self._calibration)
             small, planned = rewrite(self.model, analysis, self._forward, show)
-        attach_plan(small, planned.model_copy(update={"seconds": dict(show.seconds)}))
+        unit = f"{planned.loss_unit}{LAST}"
+        attach_plan(
+            small, planned.model_copy(update={"seconds": dict(show.seconds), "loss_unit": unit})
+        )
         for note in planned.warnings:
             warnings.warn(note, FxcompressWarning, stacklevel=2)
         return small

@@ -89,6 +89,8 @@ def test_a_bare_loop(schedule: Any, how: dict[str, Any]) -> None:
     plan = fxcompress.plan_of(small)
     assert plan.budget.cost <= plan.budget.limit
     assert plan.calibration["batches"] == len(DATA)
+    assert "predicted loss" in str(plan)  # no KL: the weights were trained since
+    assert "by the last thresholding" in str(plan)
     torch.testing.assert_close(small(X), model(X), rtol=1e-3, atol=1e-3)  # thresholded, both
     assert error(small) < 0.6 * error(network())  # it learned
     # after finalize() the factors are ordinary parameters
