@@ -97,6 +97,29 @@ def _require_monotone(records: tuple[Round, ...]) -> None:
         assert one.accepted == (one.after is not None and one.after < one.before)
 
 
+def test_what_one_round_takes_away_can_come_back_at_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where next to nothing is learned, every lower budget is cut from the dense weights."""
+    model = network()
+    once, plan = compiled(model, rules(0.35, ("low_rank", "pivoted")))
+    given = []
+    threshold = module.threshold
+
+    def seen(survey: Any, *args: Any, **more: Any) -> Any:
+        given.append(survey.model[2].weight.detach().clone())
+        return threshold(survey, *args, **more)
+
+    monkeypatch.setattr(module, "threshold", seen)
+    still = rules(0.35, ("low_rank", "pivoted"), rounds=4, steps=1, learning_rate=0.0001)
+    small, soft = compiled(model, still)
+    assert len({one.keep for one in soft.rounds}) > 1
+    for weight in given[:2]:
+        torch.testing.assert_close(weight, model[2].weight, rtol=0.0, atol=1e-3)  # type: ignore[index]
+    assert [(s.form, s.rank) for s in soft.sites] == [(s.form, s.rank) for s in plan.sites]
+    assert kl(model, small) == pytest.approx(kl(model, once), rel=0.01)
+
+
 def test_the_objective_that_is_recorded_is_the_one_that_is_measured() -> None:
     model = network()
     small, plan = compiled(model, rules(0.35, rounds=1, steps=10, learning_rate=3e-3))

@@ -128,18 +128,23 @@ class Fan(nn.Module):
 
 
 def test_a_start_that_misses_a_component_is_found_out() -> None:
-    """The certificate, end to end: a large component appears where the start has nothing."""
+    """The certificate, end to end: a large component appears where the start sees nothing of it."""
     model = mlp(48)
     case = Problem.of(model, rules(0.4), [torch.randn(64, 16)])
     first = case.threshold()
     with torch.no_grad():
-        for site, weight in [*first.weights()]:
-            case.found.model.get_parameter(site.weight).copy_(site.shape.stored(weight))
-        hidden = case.weight("2")
-        start = first.starts["2"]
-        outside = torch.linalg.svd(torch.cat([start, torch.zeros(len(start), 1)], 1)).U[:, -1]
-        hidden += 3.0 * torch.outer(torch.randn(48), outside)
+        hidden, metric = case.weight("2"), case.metrics["2"]
+        start = first.starts["2"].double()
+        whitened = metric.inputs.into(metric.outputs.into(hidden.double()).T).T
+
+        def outside(columns: Tensor) -> Tensor:
+            return torch.linalg.svd(columns).U[:, -1:]
+
+        left = metric.outputs.out_of(outside(whitened @ start))
+        right = metric.inputs.out_of(outside(start))
+        hidden += 3.0 * float(torch.linalg.svdvals(whitened)[0]) * left @ right.T
     warm, full = case.threshold(first.starts), case.threshold()
+    assert "2" in warm.full
     assert warm.ranks() == full.ranks()
     assert warm.predicted == pytest.approx(full.predicted, rel=0.02)
 
