@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxcompress.errors import CalibrationError
-from fxcompress.graph.inputs import Forward, device_of, output_mask, run_model, to_device
+from fxcompress.graph.inputs import (
+    Forward,
+    device_of,
+    output_mask,
+    padding_mask,
+    run_model,
+    to_device,
+)
+from fxcompress.isvt.features import Features, Outputs
 from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum
 
 
@@ -25,26 +35,38 @@ class Objective:
         loss: the user's; None for the divergence.
         output: families of the outputs, for the divergence.
         forward: how to call a model on a batch.
+        features: what is added to the divergence; None for nothing.
     """
 
     dense: nn.Module | None
     loss: Loss | None
     output: OutputKind
     forward: Forward | None
+    features: Features | None = None
 
-    def sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    def sum(self, model: nn.Module, batch: Any, reference: Any = None) -> tuple[Tensor, int]:
         """Sum over the predictions of a batch, in nats, differentiable; and how many they are.
+
+        Args:
+            model: to judge.
+            batch: that it is given.
+            reference: what the dense model says of the batch, if that is known.
 
         Raises:
             CalibrationError: the loss is not one value per prediction, or outputs are not finite.
         """
-        mask = output_mask(batch)
-        result = run_model(model, batch, self.forward)
+        mask, features = output_mask(batch), self.features
+        with self._watched(model) as own:
+            result = run_model(model, batch, self.forward)
         if self.loss is None:
-            assert self.dense is not None
-            with torch.no_grad():
-                reference = run_model(self.dense, batch, self.forward)
-            return divergence_sum(reference, result, self.output, mask)
+            with self._watched(self.dense) as wanted:
+                if reference is None or features is not None:
+                    reference = self.reference(batch)
+            total, count = divergence_sum(reference, result, self.output, mask)
+            if features is not None:
+                distance = features.distance(wanted, own, padding_mask(batch))
+                total = total + count * distance.to(total.device)
+            return total, count
         value = self.loss(result, to_device(batch, device_of(model)))
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise CalibrationError(
@@ -56,18 +78,54 @@ class Objective:
         return value[real].sum(), value[real].numel()
 
     @torch.no_grad()
-    def mean(self, model: nn.Module, batches: Sequence[Any]) -> float:
-        """The objective on batches; infinite if it is not finite, or outputs are not."""
+    def reference(self, batch: Any) -> Any:
+        """What the dense model says of a batch; None if it is not asked."""
+        return None if self.dense is None else run_model(self.dense, batch, self.forward)
+
+    def _watched(self, model: nn.Module | None) -> AbstractContextManager[Outputs]:
+        if self.features is None or model is None:
+            return nullcontext({})
+        return self.features.outputs(model)
+
+    @torch.no_grad()
+    def mean(
+        self, model: nn.Module, batches: Sequence[Any], references: Sequence[Any] = ()
+    ) -> float:
+        """The objective on batches; infinite if it is not finite, or outputs are not.
+
+        Args:
+            model: to judge.
+            batches: that it is given.
+            references: what the dense model says of each, if that is known.
+        """
         total, predictions = 0.0, 0
-        for batch in batches:
+        for batch, reference in itertools.zip_longest(batches, references):
             try:
-                value, count = self.sum(model, batch)
+                value, count = self.sum(model, batch, reference)
             except NotFinite:
                 return float("inf")
             total += float(value)
             predictions += count
         mean = total / max(predictions, 1)
         return mean if mean < float("inf") else float("inf")  # NaN, too
+
+
+def references(objective: Objective, batches: Sequence[Any], memory: float) -> list[Any]:
+    """What the dense model says of batches that will be asked about again and again.
+
+    Args:
+        objective: has the dense model.
+        batches: to ask about.
+        memory: in bytes; if they need more, nothing is kept.
+    """
+    out, size = [], 0
+    for batch in batches:
+        out.append(objective.reference(batch))
+        leaves = tree_flatten(dict(out[-1]) if isinstance(out[-1], Mapping) else out[-1])[0]
+        size += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        if size > memory:
+            return []
+    return out
 
 
 def samples(batch: Any) -> int | None:

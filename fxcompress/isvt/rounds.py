@@ -29,7 +29,8 @@ from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.correction import corrected
 from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
-from fxcompress.isvt.objective import Objective, fitting
+from fxcompress.isvt.features import Features
+from fxcompress.isvt.objective import Objective, fitting, references
 from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.saved import Saved, fingerprint, read, write
 from fxcompress.isvt.schedule import share
@@ -55,7 +56,7 @@ M = TypeVar("M", bound=nn.Module)
 
 Kind = Literal["factors", "whitened", "correction"]
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 2.5e-4
 """At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
 
 STEP_SIZE = 1.0
@@ -72,6 +73,9 @@ HELD_BACK = 8
 
 MOST_HELD_BACK = 4
 """... but no more than these: every round takes two looks at them, by both models."""
+
+REMEMBERED = 2.0**30
+"""Bytes of the dense model's outputs on them that are kept, instead of asking it every time."""
 
 STALE = 4.0
 """Factor between what a thresholding costs by the metric and by the objective, either way, from
@@ -100,6 +104,7 @@ class _Task:
         objective: to descend on.
         training: batches for gradients.
         judging: batches that steps are accepted by.
+        references: what the dense model says of them, if that is small enough to keep.
         size: samples that fit into the memory at once.
         loss, forward: as of ``compile``.
     """
@@ -112,6 +117,7 @@ class _Task:
     objective: Objective
     training: Sequence[Any]
     judging: Sequence[Any]
+    references: Sequence[Any]
     size: int | None
     loss: Loss | None
     forward: Forward | None
@@ -130,7 +136,7 @@ class _Task:
 
     def judge(self, model: nn.Module) -> float:
         """The objective on the batches held back."""
-        return self.objective.mean(model, self.judging)
+        return self.objective.mean(model, self.judging, self.references)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +236,7 @@ def _begin(
         objective,
         [training[at] for at in order.tolist()],
         judging,
+        references(objective, judging, REMEMBERED),
         fitting(objective, found.model, judging[0], solver.memory * 2**30),
         loss,
         forward,
@@ -406,13 +413,14 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
         # keep 0.6: KL 0.471 after 3 x 20 steps, against 0.434 after 5 x 10; one seed).
         rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
         batches = task.take(state.cursor, steps)
+        objective = _training_objective(task, state)
         state = replace(state, cursor=state.cursor + steps)
         tick = show.stage(f"round {number}/{solver.rounds}", steps)
         learning = [*made.parameters, *left]
         for parameter in learning:
             parameter.requires_grad_(True)
         try:
-            descend(task.objective, made.model, learning, batches, rates, task.size, tick)
+            descend(objective, made.model, learning, batches, rates, task.size, tick)
             show.stage("judge", None)
             after = task.judge(made.model)
         except Diverged:
@@ -434,6 +442,14 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
                 parameter.copy_(value)
         state = replace(state, scale=state.scale / 2)
     return state
+
+
+def _training_objective(task: _Task, state: _State) -> Objective:
+    weight = task.rules.rules.solver.features
+    if task.objective.dense is None or not weight:
+        return task.objective
+    features = Features.of(weight, task.found.sites, state.metrics)
+    return replace(task.objective, features=features if features.sites else None)
 
 
 def _left_dense(task: _Task, made: Student) -> list[nn.Parameter]:

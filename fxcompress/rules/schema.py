@@ -147,8 +147,11 @@ class Solver(_Model):
     """Steps of an optimizer on the factors, or steps along the gradient in the coordinates of the
     metric, each of them thresholded (proximal gradient)."""
     learning_rate: Annotated[Number, Field(gt=0)] | None = None
-    """At its highest, 5.0e-4 if left out; it rises and falls over all rounds.  For whitened
+    """At its highest, 2.5e-4 if left out; it rises and falls over all rounds.  For whitened
     gradients the first step size, 1 if left out."""
+    features: Annotated[Number, Field(ge=0)] = 10.0
+    """Weight, beside the KL, of the mean over layers of how far their outputs are from those of
+    the dense model, in the Fisher metric; 0 for the KL alone.  It is not used with a task loss."""
     correct: Flag = False
     """Whether weights are fitted, after each thresholding, to the inputs that the compressed
     layers before them really produce."""
@@ -164,6 +167,9 @@ class Solver(_Model):
     def _whole(self) -> Self:
         if self.rounds > 1 and not self.iterative:
             message = "rounds without gradient steps change nothing: give 'steps' too, or 'correct'"
+            raise PydanticCustomError("wrong-place", message)
+        if self.objective == "task" and self.features and "features" in self.model_fields_set:
+            message = "features are compared with the dense model's, which a task loss does not ask"
             raise PydanticCustomError("wrong-place", message)
         return self
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, survey
+from fxcompress.analysis import Survey, draws, survey
 from fxcompress.isvt.threshold import Thresholded, metrics_of, threshold
 from fxcompress.metric import METRICS, calibrate
 from fxcompress.planning import price
@@ -58,7 +58,9 @@ class Problem:
         with stages(enabled=False) as show:
             found, every, _ = survey(model, loaded, batches, None, None, show)
             metric = METRICS[loaded.rules.metric.kind]
-            moments = calibrate(found.model, found.sites, every, metric).moments
+            moments = calibrate(
+                found.model, found.sites, every, metric, drawn=draws(loaded)
+            ).moments
             return cls(model, found, metrics_of(found, moments), price(found, show))
 
     def threshold(self, starts: Mapping[str, Tensor] | None = None) -> Thresholded:
