@@ -1,11 +1,12 @@
 """What every layer has to say about a compressed model, where the output alone says too little.
 
 A step sees a few hundred predictions; the factors have millions of entries.  Their KL can be
-lowered in many ways that other texts know nothing of: SmolLM2 learns six sequences almost by heart
-in 24 steps (KL 0.56 to 0.15) while its KL on others hardly falls.  The outputs y of the layers
-themselves are far more to go by, as each has its own targets.  How far a deviation matters is
-again what the Fisher metric says: ``½ E[(y' - y)ᵀ G (y' - y)]`` is, in nats per prediction, what
-the KL would be, to second order, if nothing but this output deviated (G of the dense model).
+lowered in many ways that other texts know nothing of: SmolLM2 at keep 0.6 learns six sequences
+nearly by heart in two dozen steps, and is no better on others than after as many steps on fresh
+ones.  The outputs y of the layers themselves are far more to go by, as each has its own targets.
+
+How far a deviation matters is again what the Fisher metric says: ``½ E[(y' - y)ᵀ G (y' - y)]`` is
+what the KL would be, to second order, in nats per prediction, if nothing but this output deviated.
 """
 
 from __future__ import annotations

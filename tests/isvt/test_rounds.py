@@ -16,7 +16,7 @@ from fxcompress import CalibrationError, RuleError, TrainingError
 from fxcompress.isvt import rounds as module
 from fxcompress.isvt.correction import corrected
 from fxcompress.isvt.descent import gradient
-from fxcompress.isvt.objective import Objective, fitting, pieces
+from fxcompress.isvt.objective import Objective, fitting, pieces, references
 from fxcompress.metric.output import divergence
 from fxcompress.plan import Plan, Round
 from fxcompress.rules import LoadedRules
@@ -334,6 +334,21 @@ def test_padding_counts_for_nothing_in_pieces() -> None:
     parts = [objective.sum(model, piece) for piece in pieces(batch, 1)]
     assert sum(n for _, n in parts) == 6
     torch.testing.assert_close(sum(value for value, _ in parts), whole)
+
+
+def test_what_the_dense_model_says_is_kept_if_it_fits() -> None:
+    dense, other = network(), network(40)
+    objective = Objective(dense, None, "auto", None)
+    size = sum(dense(batch).nbytes for batch in DATA[:3])
+    known = references(objective, DATA[:3], size)
+    assert references(objective, DATA[:3], size - 1) == []
+    calls = []
+    dense.register_forward_hook(lambda *_: calls.append(1))
+    by_known = objective.mean(other, DATA[:3], known)
+    assert not calls
+    assert by_known == objective.mean(other, DATA[:3])
+    assert len(calls) == 3
+    assert references(Objective(None, lambda out, batch: out, "auto", None), DATA, size)[0] is None
 
 
 def test_batches_are_cut_to_fit_the_memory() -> None:
