@@ -237,13 +237,16 @@ def _begin(
         [training[at] for at in order.tolist()],
         judging,
         references(objective, judging, REMEMBERED),
-        fitting(objective, found.model, judging[0], solver.memory * 2**30),
+        None,
         loss,
         forward,
     )
     if task and not math.isfinite(whole.judge(dense)):
         raise CalibrationError("the objective of the dense model is not finite on these batches")
-    return whole, _estimated(whole, show)
+    state = _estimated(whole, show)
+    learned = _training_objective(whole, state)  # what features keep counts, too
+    size = fitting(learned, found.model, judging[0], solver.memory * 2**30)
+    return replace(whole, size=size), state
 
 
 def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _State:
@@ -403,6 +406,7 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
     solver = task.rules.rules.solver
     steps, total = solver.steps, solver.steps * solver.rounds
     highest = solver.learning_rate or LEARNING_RATE
+    objective = _training_objective(task, state)
     for _ in range(ATTEMPTS):
         with stages(enabled=False) as silent:
             made = student(task.private, cut.analysis, silent)
@@ -412,7 +416,6 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
         # One rise and fall over all rounds: restarted in every round, it gained less on SmolLM2.
         rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
         batches = task.take(state.cursor, steps)
-        objective = _training_objective(task, state)
         state = replace(state, cursor=state.cursor + steps)
         tick = show.stage(f"round {number}/{solver.rounds}", steps)
         learning = [*made.parameters, *left]
@@ -444,8 +447,9 @@ def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Pr
 
 
 def _training_objective(task: _Task, state: _State) -> Objective:
-    weight = task.rules.rules.solver.features
-    if task.objective.dense is None or not weight:
+    """What gradients are of; what is accepted is judged by the plain objective."""
+    solver, weight = task.rules.rules.solver, task.rules.rules.solver.features
+    if task.objective.dense is None or not weight or solver.gradient == "whitened":
         return task.objective
     features = Features.of(weight, task.found.sites, state.metrics)
     return replace(task.objective, features=features if features.sites else None)

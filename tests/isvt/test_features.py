@@ -13,7 +13,7 @@ import fxcompress
 from fxcompress import RuleError
 from fxcompress.isvt.descent import gradient
 from fxcompress.isvt.features import Features
-from fxcompress.isvt.objective import Objective
+from fxcompress.isvt.objective import Objective, fitting
 from fxcompress.rules import parse_rules
 from tests.isvt.problems import Problem, rules
 
@@ -124,6 +124,19 @@ def test_the_gradient_reaches_layers_before_and_hooks_are_gone() -> None:
         assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_what_they_keep_counts_against_the_memory() -> None:
+    found, other, batch = problem()
+    features = Features.of(1.0, found.found.sites, found.metrics)
+    plain = Objective(found.found.model, None, "categorical", None)
+    both = Objective(found.found.model, None, "categorical", None, features)
+    for parameter in other.parameters():
+        parameter.requires_grad_(True)
+    few, many = (fitting(each, other, batch, 1e5) for each in (both, plain))
+    assert few is not None
+    assert many is not None
+    assert few < many
+
+
 def test_features_are_refused_with_a_loss_of_one_s_own() -> None:
     with pytest.raises(RuleError, match="features are compared with the dense model's"):
         rules(0.5, steps=5, objective="task", features=3.0)
@@ -143,4 +156,5 @@ def test_rounds_use_them() -> None:
     ]
     plans = [fxcompress.plan_of(each) for each in made]
     assert all(plan.rounds[-1].accepted for plan in plans)
+    assert all(plan.budget.cost <= plan.budget.limit for plan in plans)
     assert plans[0].rounds[-1].after != plans[1].rounds[-1].after
