@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -23,7 +22,7 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.isvt.features import Features, Outputs
-from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum
+from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, per_prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,8 @@ class Objective:
             reference: what the dense model says of the batch, if that is known.
 
         Raises:
-            CalibrationError: the loss is not one value per prediction, or outputs are not finite.
+            CalibrationError: the loss fails or is not one value per prediction, or outputs are not
+                finite.
         """
         mask, features = output_mask(batch), self.features
         with self._watched(model) as own:
@@ -67,11 +67,7 @@ class Objective:
                 distance = features.distance(wanted, own, padding_mask(batch))
                 total = total + count * distance.to(total.device)
             return total, count
-        value = self.loss(result, to_device(batch, device_of(model)))
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            raise CalibrationError(
-                "loss(output, batch) must return one value per prediction (reduction='none')"
-            )
+        value = per_prediction(self.loss, result, to_device(batch, device_of(model)))
         if mask is None or value.shape[:2] != mask.shape:
             return value.sum(), value.numel()
         real = mask.to(value.device)

@@ -32,7 +32,7 @@ from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
 from fxcompress.isvt.features import Features
 from fxcompress.isvt.objective import Objective, fitting, references
 from fxcompress.isvt.proximal import natural
-from fxcompress.isvt.saved import Saved, fingerprint, read, write
+from fxcompress.isvt.saved import Standing, fingerprint, read, write
 from fxcompress.isvt.schedule import share
 from fxcompress.isvt.threshold import (
     Metrics,
@@ -139,29 +139,17 @@ class _Task:
         return self.objective.mean(model, self.judging, self.references)
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _State(Standing):
     """What changes from round to round, beside the weights.
 
     Attributes:
         metrics: by site name.
         calibration: how they were estimated.
-        objective: its value for the weights as they are; None before the first round.
-        scale: of the learning rate, after failures.
-        cursor: batches used so far.
-        removed: what thresholdings took from each weight, as stored, in the order of the sites.
-        predicted: what that costs by the metric.
-        records: of all attempts.
     """
 
     metrics: Metrics
     calibration: Calibration
-    objective: float | None = None
-    scale: float = 1.0
-    cursor: int = 0
-    removed: Sequence[Tensor] = ()
-    predicted: float = 0.0
-    records: tuple[Round, ...] = ()
 
 
 def iterate(
@@ -181,13 +169,16 @@ def iterate(
     mark = "" if checkpoint is None else fingerprint(task.found)
     learn = {name: p.requires_grad for name, p in task.private.named_parameters()}
     task.private.requires_grad_(False)
-    done = 0
     if checkpoint is not None and (saved := read(checkpoint, mark)) is not None:
-        done, state = saved.round, _restored(task, state, saved)
-    for number in range(done + 1, loaded.rules.solver.rounds + 1):
-        state = _round(task, state, number, show)
+        standing, weights = saved
+        state = replace(state, **vars(standing))
+        with torch.no_grad():
+            for name, value in weights.items():
+                task.found.model.get_parameter(name).copy_(value)
+    for number in range(state.round + 1, loaded.rules.solver.rounds + 1):
+        state = replace(_round(task, state, number, show), round=number)
         if checkpoint is not None:
-            write(checkpoint, mark, _saved(task, state, number))
+            write(checkpoint, mark, state, _weights(task))
     for name, parameter in task.private.named_parameters():
         parameter.requires_grad_(learn[name])
     return _finish(model, task, state, show, inplace)
@@ -257,7 +248,7 @@ def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _Sta
     metrics = metrics_of(task.found, calibrated.moments)
     calibrated = replace(calibrated, moments={})
     if state is None:
-        return _State(metrics, calibrated)
+        return _State(metrics=metrics, calibration=calibrated)
     return replace(state, metrics=metrics, calibration=calibrated)
 
 
@@ -575,36 +566,12 @@ def _described(task: _Task, state: _State, planned: Plan) -> Plan:
     )
 
 
-def _saved(task: _Task, state: _State, number: int) -> Saved:
-    weights = {}
+def _weights(task: _Task) -> dict[str, Tensor]:
+    """Weights and biases of all sites as they are now, by parameter name."""
+    found = {}
     for site in task.found.sites:
-        weights[site.weight] = task.weight(site)
+        found[site.weight] = task.weight(site).detach()
         bias = getattr(task.found.model.get_submodule(site.name), "bias", None)
         if bias is not None:
-            weights[f"{site.name}.bias"] = bias
-    return Saved(
-        number,
-        state.objective,
-        state.scale,
-        state.cursor,
-        state.records,
-        {name: weight.detach() for name, weight in weights.items()},
-        list(state.removed),
-        state.predicted,
-    )
-
-
-def _restored(task: _Task, state: _State, saved: Saved) -> _State:
-    own = dict(task.found.model.named_parameters())
-    with torch.no_grad():
-        for name, value in saved.weights.items():
-            own[name].copy_(value)
-    return replace(
-        state,
-        objective=saved.objective,
-        scale=saved.scale,
-        cursor=saved.cursor,
-        records=saved.records,
-        removed=saved.removed,
-        predicted=saved.predicted,
-    )
+            found[f"{site.name}.bias"] = bias.detach()
+    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,30 @@ FORMAT = 1
 FILE = "rounds.pt"
 
 
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """Where a run stands.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Standing:
+    """Where a run stands, beside its weights.
 
     Attributes:
         round: the last one that is finished.
-        objective: its value for these weights.
+        objective: its value for the weights as they are; None before the first round.
         scale: of the learning rate, after failures.
         cursor: batches used so far.
-        records: of all rounds.
-        weights: of every site, and its bias, by parameter name.
-        removed: what thresholdings took from each weight.
+        removed: what thresholdings took from each weight, as stored, in the order of the sites.
         predicted: what that costs by the metric.
+        records: of all attempts.
     """
 
-    round: int
-    objective: float | None
-    scale: float
-    cursor: int
-    records: tuple[Round, ...]
-    weights: dict[str, Tensor]
-    removed: list[Tensor]
-    predicted: float
+    round: int = 0
+    objective: float | None = None
+    scale: float = 1.0
+    cursor: int = 0
+    removed: Sequence[Tensor] = ()
+    predicted: float = 0.0
+    records: tuple[Round, ...] = ()
+
+
+FIELDS = fields(Standing)
 
 
 def fingerprint(survey: Survey) -> str:
@@ -54,13 +56,24 @@ def fingerprint(survey: Survey) -> str:
     return digest.hexdigest()
 
 
-def write(directory: str | PathLike[str], mark: str, saved: Saved) -> None:
-    """Write to a directory; what was there stays whole until this is."""
+def write(
+    directory: str | PathLike[str], mark: str, standing: Standing, weights: Mapping[str, Tensor]
+) -> None:
+    """Write to a directory; what was there stays whole until this is.
+
+    Args:
+        directory: made if it is missing.
+        mark: the :func:`fingerprint` of the run.
+        standing: of the run.
+        weights: of every site, and its bias, by parameter name.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        **vars(saved),
-        "records": [record.model_dump() for record in saved.records],
+    content: dict[str, Any] = {field.name: getattr(standing, field.name) for field in FIELDS}
+    content |= {
+        "records": [record.model_dump() for record in standing.records],
+        "removed": [*standing.removed],
+        "weights": dict(weights),
         "format": FORMAT,
         "fingerprint": mark,
     }
@@ -69,8 +82,8 @@ def write(directory: str | PathLike[str], mark: str, saved: Saved) -> None:
     os.replace(new, folder / FILE)
 
 
-def read(directory: str | PathLike[str], mark: str) -> Saved | None:
-    """What was written; None if nothing was.
+def read(directory: str | PathLike[str], mark: str) -> tuple[Standing, dict[str, Tensor]] | None:
+    """What was written, the weights beside; None if nothing was.
 
     Raises:
         TrainingError: it belongs to other rules or another model, or cannot be read.
@@ -87,5 +100,6 @@ def read(directory: str | PathLike[str], mark: str) -> Saved | None:
             f"{file} is of another run: its rules or its model differ. Delete it to start over, "
             "or give another checkpoint directory"
         )
+    weights = content.pop("weights")
     content["records"] = tuple(Round(**record) for record in content["records"])
-    return Saved(**content)
+    return Standing(**content), weights

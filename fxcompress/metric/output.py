@@ -174,6 +174,28 @@ def _require_sense(head: Head) -> None:
         )
 
 
+def per_prediction(loss: Loss, output: Any, batch: Any) -> Tensor:
+    """The values of a user's loss, one for every prediction.
+
+    Raises:
+        CalibrationError: the loss fails, or is reduced to a scalar.
+    """
+    try:
+        value = loss(output, batch)
+    except Exception as error:
+        raise CalibrationError(
+            f"loss(output, batch) failed: {type(error).__name__}: {error}\nIt is given what the "
+            f"model returned ({type(output).__name__}) and the whole batch "
+            f"({type(batch).__name__})"
+        ) from error
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        raise CalibrationError(
+            "loss(output, batch) must return one value per prediction (reduction='none'), "
+            "not a single number: otherwise it is not known what it is a mean of"
+        )
+    return value
+
+
 def divergence(
     dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
 ) -> tuple[float, int]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
-from fxcompress.metric.output import Head, Loss, OutputKind, heads
+from fxcompress.metric.output import Head, Loss, OutputKind, heads, per_prediction
 
 FisherKind = Literal["sampled", "exact", "empirical"]
 
@@ -221,19 +221,7 @@ def _from_loss(output: Any, batch: Any, loss: Loss, mask: Tensor | None) -> Star
         CalibrationError: the loss fails, is reduced to a scalar, not finite, or not
             differentiable.
     """
-    try:
-        value = loss(output, batch)
-    except Exception as error:
-        raise CalibrationError(
-            f"loss(output, batch) failed: {type(error).__name__}: {error}\nIt is given what the "
-            f"model returned ({type(output).__name__}) and the whole batch "
-            f"({type(batch).__name__})"
-        ) from error
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        raise CalibrationError(
-            "loss(output, batch) must return one value per prediction (reduction='none'), "
-            "not a single number: the Fisher metric needs to know what it is a mean of"
-        )
+    value = per_prediction(loss, output, batch)
     if not value.requires_grad:
         raise CalibrationError(
             "loss(output, batch) returned a tensor without a gradient: it has to be computed "
