@@ -1,23 +1,28 @@
 """Closed-form correction: weights fitted to the inputs that they really get.
 
-A layer of the compressed model sees x', where the dense one saw x.  The weight of rank r that comes
-closest to the dense layer's outputs on x' is, with ``C = E[x x'ᵀ]`` and ``A' = E[x' x'ᵀ]``,
+A layer of the compressed model sees x', where the dense one saw x.  The weight that comes closest
+to the dense layer's outputs on x' is, with ``C = E[x x'ᵀ]`` and ``A' = E[x' x'ᵀ]``,
 
-    V = argmin E ‖L_Gᵀ (W x - V x')‖²  =  the rank r truncation of W C A'⁻¹ in A' ⊗ G
+    Z = argmin E ‖W x - Z x'‖²  =  W C A'⁻¹,
 
-(AA-SVD and SAES have it for G = 1).  All layers are fitted at once, to inputs before the
-correction; in the next round they are fitted to those after it.  A' is damped towards the weight
-as it is, so that directions without data stay.
+and the best one of rank r its truncation in A' ⊗ G (AA-SVD and SAES have it for G = 1).  A' is
+damped towards the weight as it is, so that directions without data stay.
 
-It removes what errors of earlier layers add to those of a layer; what it cannot know is that later
-layers would rather have had them differently.  Measured (README): it helps deep cuts, and may
-hurt mild ones, so it is kept only where the objective falls.
+All layers are fitted at once, each to inputs from before the correction.  That counts errors twice:
+a layer makes up for those of the layers before it, which are about to make up for them
+themselves.  In a deep model the full step does great harm for that reason, and a part of it does
+much good, as a Jacobi iteration has to be damped where one of Gauss and Seidel need not be: hence
+``share``, how much of the way is gone before the result is cut.  SmolLM2 at keep 0.6 (210 layers,
+moments of 32,768 tokens, KL on a part of Moby Dick kept back, one trial): 0.609 before; a share of
+1 gives 1.986, a half 0.706, a quarter 0.500.  Fitting one layer after the other would take a pass
+over the data for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from fxcompress.forms import LinearShape
 from fxcompress.graph.inputs import Forward, padding_mask, run_model
+from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric.passes import InputKey, input_key
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import input_rows
@@ -33,38 +39,59 @@ from fxcompress.modules import canonical_weight
 from fxcompress.sites import Site
 
 
-@torch.no_grad()
-def corrected(
-    dense: nn.Module,
-    model: nn.Module,
-    ranks: Mapping[str, int | None],
-    sites: Sequence[Site],
-    metrics: Mapping[str, Any],
-    batches: Iterable[Any],
-    damping: float,
-    forward: Forward | None,
-) -> Iterator[tuple[Site, Tensor]]:
-    """New weights (m x n) of all linear sites that are cut in a Kronecker metric.
+@dataclass(frozen=True, eq=False)
+class Crossed:
+    """Moments of the inputs of layers in the dense and in the compressed model, by their source.
+
+    Attributes:
+        crossed: ``C = E[x x'ᵀ]`` (n x n), float64.
+        second: ``A' = E[x' x'ᵀ]`` (n x n), float64.
+    """
+
+    crossed: Mapping[InputKey, Tensor]
+    second: Mapping[InputKey, Tensor]
+
+
+def correctable(
+    sites: Sequence[Site], ranks: Mapping[str, int | None], metrics: Metrics
+) -> list[Site]:
+    """The linear sites that are cut in a Kronecker metric.
 
     Args:
-        dense: the dense model, with a module for every site.
-        model: the same with the weights as they are now.
-        ranks: of every site; None if it is not cut.
         sites: the matched ones.
-        metrics: by site name; their output factor is used.
-        batches: to take moments on.
-        damping: of A', relative to its mean eigenvalue.
-        forward: how to call a model on a batch.
+        ranks: of every site; None if it is not cut.
+        metrics: by site name.
     """
-    fitted = [
+    return [
         site
         for site in sites
         if isinstance(site.shape, LinearShape)
         and ranks.get(site.name) is not None
-        and isinstance(metrics[site.name], Kronecker)
-        and isinstance(metrics[site.name].outputs, Whitener)
-        and not metrics[site.name].null
+        and isinstance(metric := metrics[site.name], Kronecker)
+        and isinstance(metric.outputs, Whitener)
+        and not metric.null
     ]
+
+
+@torch.no_grad()
+def cross_moments(
+    dense: nn.Module,
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    tick: Callable[[], None],
+) -> Crossed:
+    """Moments of what layers are given.
+
+    Args:
+        dense: the dense model, with a module for every site.
+        model: the same with the weights as they are now.
+        sites: whose inputs are looked at.
+        batches: to take means over.
+        forward: how to call a model on a batch.
+        tick: called after every batch.
+    """
     crossed: dict[InputKey, Tensor] = {}
     second: dict[InputKey, Tensor] = {}
     count: dict[InputKey, int] = {}
@@ -72,10 +99,10 @@ def corrected(
         mask = padding_mask(batch)
         pairs = []
         for each in (dense, model):
-            with _inputs(each, fitted) as seen:
+            with _inputs(each, sites) as seen:
                 run_model(each, batch, forward)
             pairs.append(seen)
-        for site in {input_key(site): site for site in fitted}.values():
+        for site in {input_key(site): site for site in sites}.values():
             key = input_key(site)
             for x, y in zip(pairs[0][key], pairs[1][key], strict=True):
                 rows = zip(
@@ -87,8 +114,38 @@ def corrected(
                     crossed[key] = crossed.get(key, zeros) + (before.T @ after)
                     second[key] = second.get(key, zeros) + (after.T @ after)
                     count[key] = count.get(key, 0) + len(after)
-    roots = {key: whitener(moment / count[key], damping) for key, moment in second.items()}
-    for site in fitted:
+        tick()
+    return Crossed(
+        {key: value / count[key] for key, value in crossed.items()},
+        {key: value / count[key] for key, value in second.items()},
+    )
+
+
+@torch.no_grad()
+def corrected(
+    dense: nn.Module,
+    model: nn.Module,
+    ranks: Mapping[str, int | None],
+    sites: Sequence[Site],
+    metrics: Metrics,
+    moments: Crossed,
+    damping: float,
+    share: float = 1.0,
+) -> Iterator[tuple[Site, Tensor]]:
+    """New weights (m x n) of sites.
+
+    Args:
+        dense: the dense model, with a module for every site.
+        model: the same with the weights as they are now.
+        ranks: of every site.
+        sites: the :func:`correctable` ones.
+        metrics: by site name; their output factor is used.
+        moments: of the inputs.
+        damping: of A', relative to its mean eigenvalue.
+        share: of the way from the weight as it is to the one that fits, which is cut then.
+    """
+    roots = {key: whitener(moment, damping) for key, moment in moments.second.items()}
+    for site in sites:
         key, rank = input_key(site), ranks[site.name]
         assert rank is not None
         inputs = roots[key]
@@ -96,11 +153,13 @@ def corrected(
             continue
         old = canonical_weight(dense.get_submodule(site.name)).double()
         now = canonical_weight(model.get_submodule(site.name)).double()
-        extra = damping * float(second[key].diagonal().mean()) / count[key]
-        right = old @ (crossed[key] / count[key]) + extra * now
-        best = inputs.solve(right.T).T
-        metric = Kronecker(inputs, metrics[site.name].outputs)
-        left, right = metric.truncations(best, "matrix").factors(rank)
+        # Damped towards the weight as it is: directions without data stay.
+        change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
+        target = now + inputs.solve(change.T).T
+        given = metrics[site.name]
+        assert isinstance(given, Kronecker)
+        metric = Kronecker(inputs, given.outputs)
+        left, right = metric.truncations(target, "matrix").factors(rank)
         yield site, left.double() @ right.double()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fxcompress.analysis import Survey, calibrated_on, limited, survey
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
-from fxcompress.isvt.correction import corrected
+from fxcompress.isvt.correction import correctable, corrected, cross_moments
 from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
 from fxcompress.isvt.features import Features
 from fxcompress.isvt.objective import Objective, fitting, references
@@ -86,6 +86,12 @@ AWAY = ", by their distance from the dense weights"
 
 NOTICEABLE = 1e-3
 """Rises of the objective below this say nothing about the metric."""
+
+SHARE = 0.25
+"""Of the way to corrected weights, to begin with; shallow models can go all of it."""
+
+SMALLEST_SHARE = 0.03
+"""From which on the correction is given up."""
 
 HALVINGS = 12
 """Of the step size along a whitened gradient, until the round is given up."""
@@ -360,21 +366,42 @@ def _record(
 def _corrected(
     task: _Task, state: _State, cut: Thresholded, number: int, show: Progress
 ) -> tuple[_State, Thresholded]:
-    """Fit the weights to the inputs that they get, if that descends."""
-    show.stage("correct", None)
+    """Fit the weights to the inputs that they get, as far as that descends.
+
+    The share of the way is doubled or halved from :data:`SHARE` on while that is better.
+    """
+    tick = show.stage("correct", len(task.metric_batches))
     damping = task.rules.rules.metric.damping.input
+    ranks, model, before = cut.ranks(), task.found.model, state.objective
+    assert before is not None
+    sites = correctable(task.found.sites, ranks, state.metrics)
+    moments = cross_moments(task.dense, model, sites, task.metric_batches, task.forward, tick)
+    show.stage("correct", None)
     old = _values(task)
-    fitted = corrected(
-        task.dense, task.found.model, cut.ranks(), task.found.sites, state.metrics,
-        task.metric_batches, damping, task.forward,
-    )  # fmt: skip
-    _set(task, [*fitted])
-    after = task.judge(task.found.model)
-    record = _record(task, state, number, cut.predicted, after, damping, "correction")
+
+    def tried(share: float) -> tuple[float, float, list[Tensor]]:
+        _reset(task, old)
+        _set(
+            task, corrected(task.dense, model, ranks, sites, state.metrics, moments, damping, share)
+        )
+        return task.judge(model), share, _values(task)
+
+    best = tried(SHARE)
+    factor = 2.0 if best[0] < before else 0.5
+    while best[1] > SMALLEST_SHARE and best[1] * factor <= 1.0:
+        other = tried(best[1] * factor)
+        if factor > 1 and other[0] >= best[0]:
+            break
+        best = other
+        if factor < 1 and best[0] < before:
+            break
+    after, share, values = best
+    record = _record(task, state, number, cut.predicted, after, share, "correction")
     state = replace(state, records=(*state.records, record))
     if not record.accepted:
         _reset(task, old)
         return state, cut
+    _reset(task, values)
     # Again, for the factors; the weights have these ranks already.
     cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, cut.starts)
     return replace(state, objective=after), cut

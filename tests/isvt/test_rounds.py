@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import fxcompress
 from fxcompress import CalibrationError, RuleError, TrainingError
 from fxcompress.isvt import rounds as module
-from fxcompress.isvt.correction import corrected
+from fxcompress.isvt.correction import correctable, corrected, cross_moments
 from fxcompress.isvt.descent import gradient
 from fxcompress.isvt.objective import Objective, fitting, pieces, references
 from fxcompress.metric.output import divergence
@@ -373,36 +373,74 @@ def test_the_correction_is_the_least_squares_fit() -> None:
     batches = [x.double() for x in DATA]
     case = Problem.of(model, rules(0.5), batches)
     full = {"0": 16, "2": 48, "4": 7}
-    found = {
-        site.name: weight
-        for site, weight in corrected(
-            dense, case.found.model, full, case.found.sites, case.metrics, batches, 1e-12, None
+    sites = correctable(case.found.sites, full, case.metrics)
+    moments = cross_moments(dense, case.found.model, sites, batches, None, lambda: None)
+
+    def fitted(rank: int, share: float = 1.0) -> Tensor:
+        ranks = {**full, "2": rank}
+        found = corrected(
+            dense, case.found.model, ranks, sites, case.metrics, moments, 1e-12, share
         )
-    }
+        return {site.name: weight for site, weight in found}["2"]
+
     with torch.no_grad():
         before = torch.tanh(dense[0](X.double()))  # type: ignore[index]
         after = torch.tanh(model[0](X.double()))  # type: ignore[index]
         wanted = before @ dense[2].weight.T  # type: ignore[index]
     direct = torch.linalg.lstsq(after, wanted).solution.T
-    torch.testing.assert_close(found["2"], direct, rtol=1e-3, atol=1e-5)
-    low = {
-        site.name: weight
-        for site, weight in corrected(
-            dense, case.found.model, {**full, "2": 9}, case.found.sites, case.metrics, batches,
-            1e-12, None,
-        )
-    }  # fmt: skip
+    torch.testing.assert_close(fitted(48), direct, rtol=1e-3, atol=1e-5)
+    now = model[2].weight.detach()  # type: ignore[union-attr]
+    torch.testing.assert_close(fitted(48, 0.25), now + 0.25 * (direct - now), rtol=1e-3, atol=1e-5)  # type: ignore[operator]
+    low = fitted(9)
     lower_g = case.metrics["2"].outputs.lower
 
     def error(weight: Tensor) -> float:
         return float(((after @ weight.T - wanted) @ lower_g).square().sum())
 
-    best = error(low["2"])
+    best = error(low)
     u, s, v = torch.linalg.svd(lower_g.T @ direct @ torch.linalg.qr(after).R.T)
     kept = torch.linalg.solve(lower_g.T, (u[:, :9] * s[:9]) @ v[:9])
     kept = torch.linalg.solve(torch.linalg.qr(after).R, kept.T).T
     assert best == pytest.approx(error(kept), rel=1e-4)
-    assert int((torch.linalg.svdvals(low["2"]) > 1e-9).sum()) == 9
+    assert int((torch.linalg.svdvals(low) > 1e-9).sum()) == 9
+
+
+class Deep(nn.Module):
+    """Residual blocks: all of a later layer's inputs hold errors of all earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(24))
+        self.head = nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+def test_the_correction_goes_as_far_as_that_descends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a deep model the full step is rejected; the share that is found is better than others."""
+    loaded = rules(0.4, rounds=1, correct=True)
+
+    def found() -> Round:
+        _, plan = compiled(Deep().eval(), loaded)
+        (record,) = plan.rounds
+        assert record.kind == "correction"
+        return record
+
+    searched = found()
+    assert searched.accepted
+    assert searched.after is not None
+    monkeypatch.setattr(module, "SMALLEST_SHARE", 1.0)
+    afters = {}
+    for share in (1.0, 2 * searched.rate, searched.rate / 2):
+        monkeypatch.setattr(module, "SHARE", share)
+        afters[share] = found()
+    assert not afters[1.0].accepted
+    others = [one.after for one in afters.values() if one.after is not None]
+    assert searched.after < min(others)
 
 
 def test_a_graph_module_and_convolutions_with_folded_norms() -> None:
