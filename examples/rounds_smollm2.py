@@ -2,6 +2,7 @@
 
     $ python examples/rounds_smollm2.py              # writes examples/results/rounds.md
     $ python examples/rounds_smollm2.py --keeps 0.6 --seeds 0 1 --schedules soft hard --baseline
+    $ python examples/rounds_smollm2.py --schedules hard --steps 0 --correct    # nothing is trained
 
 Trained and calibrated on Moby Dick, measured on Alice's Adventures in Wonderland.  The baseline is
 what one would write by hand: the one-shot ranks of ``low_rank``, balanced factors, Adam (β₂ 0.99,
@@ -188,7 +189,7 @@ def _rounds(
     for line in str(fxcompress.plan_of(small)).split("\n"):
         if "→" in line:
             print(line)
-    words = f"{form}, {rounds} x {schedule}"
+    words = f"{form}, {rounds} x {schedule}" if given.steps else form
     words += ", corrected" if given.correct else ""
     words += "" if given.features is None else f", features {given.features:g}"
     add(words, keep, given.steps, seed, small, start)
