@@ -12,10 +12,12 @@ All layers are fitted at once, each to inputs from before the correction.  That 
 a layer makes up for those of the layers before it, which are about to make up for them
 themselves.  In a deep model the full step does great harm for that reason, and a part of it does
 much good, as a Jacobi iteration has to be damped where one of Gauss and Seidel need not be: hence
-``share``, how much of the way is gone before the result is cut.  SmolLM2 at keep 0.6 (210 layers,
-moments of 32,768 tokens, KL on a part of Moby Dick kept back, one trial): 0.609 before; a share of
-1 gives 1.986, a half 0.706, a quarter 0.500.  Fitting one layer after the other would take a pass
-over the data for each.
+``share``, how much of the way is gone before the result is cut.  ``test_rounds.py`` has a network
+of 24 blocks where the full step is rejected and a quarter is best; on SmolLM2 it is no different.
+Fitting one layer after the other would take a pass over the data for each.
+
+What gradient steps gain afterwards is largely the same gain: on SmolLM2 the correction is worth
+about as much as the steps that fit into its time, and is for where nothing is to be trained.
 """
 
 from __future__ import annotations

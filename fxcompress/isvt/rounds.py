@@ -370,12 +370,14 @@ def _corrected(
 
     The share of the way is doubled or halved from :data:`SHARE` on while that is better.
     """
-    tick = show.stage("correct", len(task.metric_batches))
+    held = {id(batch) for batch in task.judging}  # or it would be judged by what it was fitted to
+    batches = [batch for batch in task.metric_batches if id(batch) not in held] or task.judging
+    tick = show.stage("correct", len(batches))
     damping = task.rules.rules.metric.damping.input
     ranks, model, before = cut.ranks(), task.found.model, state.objective
     assert before is not None
     sites = correctable(task.found.sites, ranks, state.metrics)
-    moments = cross_moments(task.dense, model, sites, task.metric_batches, task.forward, tick)
+    moments = cross_moments(task.dense, model, sites, batches, task.forward, tick)
     show.stage("correct", None)
     old = _values(task)
 

@@ -153,8 +153,8 @@ class Solver(_Model):
     """Weight, beside the KL, of the mean over layers of how far their outputs are from those of
     the dense model, in the Fisher metric; 0 for the KL alone.  It is not used with a task loss."""
     correct: Flag = False
-    """Whether weights are fitted, after each thresholding, to the inputs that the compressed
-    layers before them really produce."""
+    """Whether weights are fitted in closed form, after each thresholding, to the inputs that the
+    compressed layers before them really produce: a share of the way that the objective chooses."""
     memory: Annotated[Number, Field(gt=0)] = 4.0
     """GiB for what a gradient keeps; larger batches are cut into pieces."""
 
