@@ -310,7 +310,8 @@ class Round(_Frozen):
         before: the objective after the thresholding, before the steps.
         after: the same after them, on the same batches; None if it was not finite.
         accepted: whether the steps were kept; if not, the weights are those before them.
-        rate: highest learning rate, or the step size of a whitened gradient.
+        rate: highest learning rate, the step size of a whitened gradient, or the share of the way
+            to a correction that was gone.
         kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
     """
 

@@ -18,7 +18,9 @@ def rounds_lines(plan: Plan) -> list[str]:
 
     rounds: KL to the dense model 0.9500 → 0.4210 nats per prediction, on held-back batches
         1   keep 0.95   0.0123 → 0.0110
-        2   keep 0.8    0.2010 → 0.2200  not accepted (factors, rate 0.0005)
+        2   keep 0.8    0.2010 → 0.2200  not accepted (rate 0.0005)
+
+    A correction says how much of the way to it was gone.
     """
     if not plan.rounds:
         return []
@@ -31,9 +33,15 @@ def rounds_lines(plan: Plan) -> list[str]:
     for one in _told(plan):
         after = "not finite" if one.after is None else loss(one.after)
         how = f" {one.kind}" if len(kinds) > 1 else ""
+        if one.kind == "correction":
+            how = f" {one.rate:.2g} of the correction"
         line = f"     {one.round:3}   keep {one.keep:<7.4g}{how}  {loss(one.before)} → {after}"
-        lines.append(line if one.accepted else f"{line}  not accepted (rate {one.rate:.2g})")
+        lines.append(line if one.accepted else f"{line}  not accepted{_rate(one)}")
     return lines
+
+
+def _rate(one: Round) -> str:
+    return "" if one.kind == "correction" else f" (rate {one.rate:.2g})"
 
 
 MOST_LINES = 24

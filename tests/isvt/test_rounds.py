@@ -428,6 +428,7 @@ def test_the_correction_goes_as_far_as_that_descends(monkeypatch: pytest.MonkeyP
         _, plan = compiled(Deep().eval(), loaded)
         (record,) = plan.rounds
         assert record.kind == "correction"
+        assert f"{record.rate:.2g} of the correction" in str(plan)
         return record
 
     searched = found()
