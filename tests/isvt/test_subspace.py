@@ -90,3 +90,16 @@ def test_float32_is_enough_for_the_certificate() -> None:
     true = torch.linalg.svdvals(s)
     assert all(found.bound(at) >= float(true[at]) * (1 - 1e-5) for at in range(120))
     assert found.bound(45) < 1.6 * float(true[40])
+
+
+def test_float32_does_not_mix_components_across_the_threshold() -> None:
+    """Singular values over three orders of magnitude: squared, the last ones are rounding."""
+    m, n, rank = 200, 300, 90
+    before = matrix(m, n, torch.arange(1, m + 1, dtype=torch.float64) ** -1.5)
+    start = torch.linalg.svd(before, full_matrices=False).Vh[: rank + 11].T
+    generator = torch.Generator().manual_seed(1)
+    s = before + 1e-5 / n**0.5 * torch.randn(m, n, generator=generator, dtype=torch.float64)
+    found = leading(s.float(), start.float())
+    kept = found.left[:, :rank].double() @ found.right[:rank].double()
+    best = float(torch.linalg.svdvals(s)[rank:].square().sum())
+    assert float((s - kept).square().sum()) == pytest.approx(best, rel=1e-4)
