@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms.target import Quadratic
+from fxcompress.isvt.warm import narrowed
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
@@ -61,7 +62,9 @@ class Features:
             if not isinstance(metric, Kronecker) or metric.null:
                 continue
             if isinstance(metric.outputs, Whitener) and site.out_features <= site.in_features:
-                roots[site.name] = metric.outputs.single
+                narrow = narrowed(metric.outputs, torch.float32)
+                assert isinstance(narrow, Whitener)
+                roots[site.name] = narrow
         return cls(weight, [site for site in sites if site.name in roots], roots)
 
     @contextmanager

@@ -6,7 +6,7 @@ a weight seen as one matrix; all other views are decomposed in full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -95,5 +95,14 @@ def start(spectrum: Spectrum, metric: Kronecker, rank: int) -> Tensor:
 
 
 def narrowed(whitener: Whitener | BlockWhitener, dtype: torch.dtype) -> Whitener | BlockWhitener:
-    """The same products in float32 if that is asked for, in float64 otherwise."""
-    return whitener.single if dtype == torch.float32 else whitener
+    """The same products in another type."""
+    if isinstance(whitener, BlockWhitener):
+        blocks = tuple(cast("Whitener", narrowed(block, dtype)) for block in whitener.blocks)
+        return replace(whitener, blocks=blocks)
+    root = whitener.root
+    return Whitener(
+        lower=None if whitener.lower is None else whitener.lower.to(dtype),
+        root=None if root is None else (root[0].to(dtype), root[1].to(dtype)),
+        scale=None if whitener.scale is None else whitener.scale.to(dtype),
+        null=whitener.null,
+    )

@@ -14,7 +14,6 @@ eigenvalues raised to a relative floor takes over.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,17 +45,6 @@ class Whitener:
     def plain(self) -> bool:
         """Whether it is the identity."""
         return self.lower is None and self.root is None and self.scale is None
-
-    @cached_property
-    def single(self) -> Whitener:
-        """The same products in float32; made once, as thresholdings ask for it every step."""
-        root = self.root
-        return Whitener(
-            lower=None if self.lower is None else self.lower.float(),
-            root=None if root is None else (root[0].float(), root[1].float()),
-            scale=None if self.scale is None else self.scale.float(),
-            null=self.null,
-        )
 
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
@@ -132,11 +120,6 @@ class BlockWhitener:
     def null(self) -> bool:
         """Whether every block is zero."""
         return all(block.null for block in self.blocks)
-
-    @property
-    def single(self) -> BlockWhitener:
-        """The same products in float32."""
-        return BlockWhitener(tuple(block.single for block in self.blocks), self.sizes)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows of each block."""
