@@ -48,10 +48,12 @@ class Crossed:
     Attributes:
         crossed: ``C = E[x x'ᵀ]`` (n x n), float64.
         second: ``A' = E[x' x'ᵀ]`` (n x n), float64.
+        roots: of A', damped.
     """
 
     crossed: Mapping[InputKey, Tensor]
     second: Mapping[InputKey, Tensor]
+    roots: Mapping[InputKey, Whitener]
 
 
 def correctable(
@@ -81,6 +83,7 @@ def cross_moments(
     model: nn.Module,
     sites: Sequence[Site],
     batches: Iterable[Any],
+    damping: float,
     forward: Forward | None,
     tick: Callable[[], None],
 ) -> Crossed:
@@ -91,6 +94,7 @@ def cross_moments(
         model: the same with the weights as they are now.
         sites: whose inputs are looked at.
         batches: to take means over.
+        damping: of A', relative to its mean eigenvalue.
         forward: how to call a model on a batch.
         tick: called after every batch.
     """
@@ -117,9 +121,11 @@ def cross_moments(
                     second[key] = second.get(key, zeros) + (after.T @ after)
                     count[key] = count.get(key, 0) + len(after)
         tick()
+    means = {key: value / count[key] for key, value in second.items()}
     return Crossed(
         {key: value / count[key] for key, value in crossed.items()},
-        {key: value / count[key] for key, value in second.items()},
+        means,
+        {key: whitener(mean, damping) for key, mean in means.items()},
     )
 
 
@@ -131,7 +137,6 @@ def corrected(
     sites: Sequence[Site],
     metrics: Metrics,
     moments: Crossed,
-    damping: float,
     share: float = 1.0,
 ) -> Iterator[tuple[Site, Tensor]]:
     """New weights (m x n) of sites.
@@ -143,14 +148,12 @@ def corrected(
         sites: the :func:`correctable` ones.
         metrics: by site name; their output factor is used.
         moments: of the inputs.
-        damping: of A', relative to its mean eigenvalue.
         share: of the way from the weight as it is to the one that fits, which is cut then.
     """
-    roots = {key: whitener(moment, damping) for key, moment in moments.second.items()}
     for site in sites:
         key, rank = input_key(site), ranks[site.name]
         assert rank is not None
-        inputs = roots[key]
+        inputs = moments.roots[key]
         if inputs.null:
             continue
         old = canonical_weight(dense.get_submodule(site.name)).double()

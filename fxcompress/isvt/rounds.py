@@ -377,15 +377,13 @@ def _corrected(
     ranks, model, before = cut.ranks(), task.found.model, state.objective
     assert before is not None
     sites = correctable(task.found.sites, ranks, state.metrics)
-    moments = cross_moments(task.dense, model, sites, batches, task.forward, tick)
+    moments = cross_moments(task.dense, model, sites, batches, damping, task.forward, tick)
     show.stage("correct", None)
     old = _values(task)
 
     def tried(share: float) -> tuple[float, float, list[Tensor]]:
         _reset(task, old)
-        _set(
-            task, corrected(task.dense, model, ranks, sites, state.metrics, moments, damping, share)
-        )
+        _set(task, corrected(task.dense, model, ranks, sites, state.metrics, moments, share))
         return task.judge(model), share, _values(task)
 
     best = tried(SHARE)

@@ -374,13 +374,11 @@ def test_the_correction_is_the_least_squares_fit() -> None:
     case = Problem.of(model, rules(0.5), batches)
     full = {"0": 16, "2": 48, "4": 7}
     sites = correctable(case.found.sites, full, case.metrics)
-    moments = cross_moments(dense, case.found.model, sites, batches, None, lambda: None)
+    moments = cross_moments(dense, case.found.model, sites, batches, 1e-12, None, lambda: None)
 
     def fitted(rank: int, share: float = 1.0) -> Tensor:
         ranks = {**full, "2": rank}
-        found = corrected(
-            dense, case.found.model, ranks, sites, case.metrics, moments, 1e-12, share
-        )
+        found = corrected(dense, case.found.model, ranks, sites, case.metrics, moments, share)
         return {site.name: weight for site, weight in found}["2"]
 
     with torch.no_grad():
