@@ -36,7 +36,7 @@ SHAPES = {  # of one block: how many, (m, n), rank at keep 0.6
     "gate, up": (2, (1536, 576), 250),
     "down": (1, (576, 1536), 250),
 }
-REPEATS = 5
+REPEATS = 15
 
 
 def problem(m: int, n: int, rank: int) -> tuple[Tensor, Kronecker, Tensor]:

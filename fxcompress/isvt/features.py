@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms.target import Quadratic
-from fxcompress.isvt.warm import narrowed
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
@@ -62,9 +61,7 @@ class Features:
             if not isinstance(metric, Kronecker) or metric.null:
                 continue
             if isinstance(metric.outputs, Whitener) and site.out_features <= site.in_features:
-                narrow = narrowed(metric.outputs, torch.float32)
-                assert isinstance(narrow, Whitener)
-                roots[site.name] = narrow
+                roots[site.name] = metric.outputs
         return cls(weight, [site for site in sites if site.name in roots], roots)
 
     @contextmanager

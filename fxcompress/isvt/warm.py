@@ -6,7 +6,7 @@ a weight seen as one matrix; all other views are decomposed in full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -16,10 +16,13 @@ from torch import Tensor
 from fxcompress.forms.target import Losses, Ranks, Spectrum, Truncations, View
 from fxcompress.isvt.subspace import Leading, leading
 from fxcompress.metric.quadratic import Kronecker
-from fxcompress.metric.whiten import BlockWhitener, Whitener
 
 OVERSAMPLING = 8
-"""Components beside the rank that is expected: the space settles the faster, the more there are."""
+"""Components beside the rank that is expected, at least: the space settles the faster, the more
+there are, ..."""
+
+SHARE = 16
+"""... and one in so many of the rank, which may grow by these without a full decomposition."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +65,16 @@ class Warm(Kronecker):
         if view != "matrix" or self.basis is None:
             return super().truncations(weight, view)
         w = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        inputs, outputs = narrowed(self.inputs, w.dtype), narrowed(self.outputs, w.dtype)
-        half = outputs.into(w)
-        s = inputs.into(half.T).T
+        inputs, outputs = self.inputs, self.outputs
         basis = self.basis.to(w.dtype)
         if len(w) <= w.shape[1]:
-            found = leading(s, basis, self.iterations, tight=self.tight)
+            half = outputs.into(w)
+            found = leading(inputs.into(half.T).T, basis, self.iterations, tight=self.tight)
             left, right = outputs.out_of(found.left), found.left.T @ half
         else:
-            found = leading(s.T, basis, self.iterations, tight=self.tight)
-            assert isinstance(inputs, Whitener)
-            left, right = w @ inputs.colour(found.left), inputs.out_of(found.left).T
+            half = inputs.into(w.T).T
+            found = leading(outputs.into(half).T, basis, self.iterations, tight=self.tight)
+            left, right = half @ found.left, inputs.out_of(found.left).T
         return Partial(found.sigma, left, right, found)
 
 
@@ -84,29 +86,10 @@ def start(spectrum: Spectrum, metric: Kronecker, rank: int) -> Tensor:
         metric: it was decomposed in.
         rank: the expected one.
     """
-    kept = rank + max(OVERSAMPLING, rank // OVERSAMPLING)
+    kept = rank + max(OVERSAMPLING, rank // SHARE)
     m, n = len(spectrum.left), spectrum.right.shape[1]
     if isinstance(spectrum, Partial):
         return spectrum.found.right[:kept].T.contiguous()
-    dtype = spectrum.left.dtype
-    outer: Whitener | BlockWhitener = metric.inputs if m <= n else metric.outputs
-    columns = spectrum.right[:kept].T if m <= n else spectrum.left[:, :kept]
-    return narrowed(outer, dtype).into(columns).contiguous()
-
-
-def narrowed(whitener: Whitener | BlockWhitener, dtype: torch.dtype) -> Whitener | BlockWhitener:
-    """The same products in another type.
-
-    Copies that are kept from step to step would take half as much memory again as the metric, and
-    made no difference to the time of a step (``benchmark_steps.py``).
-    """
-    if isinstance(whitener, BlockWhitener):
-        blocks = tuple(cast("Whitener", narrowed(block, dtype)) for block in whitener.blocks)
-        return replace(whitener, blocks=blocks)
-    root = whitener.root
-    return Whitener(
-        lower=None if whitener.lower is None else whitener.lower.to(dtype),
-        root=None if root is None else (root[0].to(dtype), root[1].to(dtype)),
-        scale=None if whitener.scale is None else whitener.scale.to(dtype),
-        null=whitener.null,
-    )
+    if m <= n:
+        return metric.inputs.into(spectrum.right[:kept].T).contiguous()
+    return metric.outputs.into(spectrum.left[:, :kept]).contiguous()

@@ -59,18 +59,20 @@ def decompose_whitened(
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
     w = weight.detach().to(torch.float64)
     m, n = w.shape
-    half = outputs.into(w)
-    s = inputs.into(half.T).T
     if m <= n:
+        half = outputs.into(w)
+        s = inputs.into(half.T).T
         u = torch.linalg.eigh(s @ s.T).eigenvectors.flip(1)
         sigma, order = torch.sort((u.T @ s).norm(dim=1), descending=True, stable=True)
         u = u[:, order]
         left, right = outputs.out_of(u), u.T @ half
     else:
+        half = inputs.into(w.T).T
+        s = outputs.into(half)
         v = torch.linalg.eigh(s.T @ s).eigenvectors.flip(1)
         sigma, order = torch.sort((s @ v).norm(dim=0), descending=True, stable=True)
         v = v[:, order]
-        left, right = w @ inputs.colour(v), inputs.out_of(v).T
+        left, right = half @ v, inputs.out_of(v).T
     if inputs.null or outputs.null:
         sigma = torch.zeros_like(sigma)
     return Spectrum(sigma, left.to(dtype), right.to(dtype))

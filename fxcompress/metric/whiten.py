@@ -26,6 +26,8 @@ FLOOR = 1e-9
 class Whitener:
     """Products with a root L of a damped factor ``M + δ·mean(λ)·I = L Lᵀ`` (d x d).
 
+    They are computed in the type of what is multiplied.
+
     Attributes:
         lower: L as a triangular matrix (Cholesky), or None.
         root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
@@ -51,57 +53,39 @@ class Whitener:
         if self.lower is not None:
             return _transposed_product(self.lower, x)
         if self.root is not None:
-            return self.root[0].T @ x
-        return x if self.scale is None else self.scale[:, None] * x
-
-    def colour(self, x: Tensor) -> Tensor:
-        """``L x`` for x (d x k)."""
-        if self.lower is not None:
-            return _product(self.lower, x)
-        if self.root is not None:
-            return self.root[0] @ x
-        return x if self.scale is None else self.scale[:, None] * x
+            return self.root[0].T.to(x.dtype) @ x
+        return x if self.scale is None else self.scale[:, None].to(x.dtype) * x
 
     def out_of(self, x: Tensor) -> Tensor:
         """``L⁻ᵀ x`` for x (d x k)."""
         if self.lower is not None:
-            solved: Tensor = torch.linalg.solve_triangular(self.lower.T, x, upper=True)
+            lower = self.lower.to(x.dtype)
+            solved: Tensor = torch.linalg.solve_triangular(lower.T, x, upper=True)
             return solved
         if self.root is not None:
-            return self.root[1] @ x
-        return x if self.scale is None else x / self.scale[:, None]
+            return self.root[1].to(x.dtype) @ x
+        return x if self.scale is None else x / self.scale[:, None].to(x.dtype)
 
     def solve(self, x: Tensor) -> Tensor:
         """``(L Lᵀ)⁻¹ x`` for x (d x k)."""
         if self.lower is not None:
-            solved: Tensor = torch.cholesky_solve(x, self.lower)
+            solved: Tensor = torch.cholesky_solve(x, self.lower.to(x.dtype))
             return solved
         if self.root is not None:
-            return self.root[1] @ (self.root[1].T @ x)
-        return x if self.scale is None else x / self.scale.square()[:, None]
+            inverse = self.root[1].to(x.dtype)
+            return inverse @ (inverse.T @ x)
+        return x if self.scale is None else x / self.scale.square()[:, None].to(x.dtype)
 
 
-SMALLEST_BLOCK = 128
-"""Triangular matrices are not cut into smaller blocks for a product."""
-
-
-def _product(lower: Tensor, x: Tensor) -> Tensor:
-    """``L x`` for a triangular L (d x d) without the products with its zeros."""
-    half = len(lower) // 2
-    if half < SMALLEST_BLOCK:
-        return lower @ x
-    below = torch.addmm(_product(lower[half:, half:], x[half:]), lower[half:, :half], x[:half])
-    return torch.cat([_product(lower[:half, :half], x[:half]), below])
+PANEL = 192
+"""Columns of a triangular matrix that are multiplied at once."""
 
 
 def _transposed_product(lower: Tensor, x: Tensor) -> Tensor:
-    """``Lᵀ x``, likewise."""
-    half = len(lower) // 2
-    if half < SMALLEST_BLOCK:
-        return lower.T @ x
-    first = _transposed_product(lower[:half, :half], x[:half])
-    above = torch.addmm(first, lower[half:, :half].T, x[half:])
-    return torch.cat([above, _transposed_product(lower[half:, half:], x[half:])])
+    """``Lᵀ x`` for a triangular L (d x d), with little more than half of its entries."""
+    starts = range(0, len(lower), PANEL)
+    panels = ((s, lower[s:, s : s + PANEL].to(x.dtype)) for s in starts)
+    return torch.cat([panel.T @ x[s:] for s, panel in panels])
 
 
 @dataclass(frozen=True, eq=False)
