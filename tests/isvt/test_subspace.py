@@ -103,3 +103,18 @@ def test_float32_does_not_mix_components_across_the_threshold() -> None:
     kept = found.left[:, :rank].double() @ found.right[:rank].double()
     best = float(torch.linalg.svdvals(s)[rank:].square().sum())
     assert float((s - kept).square().sum()) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decades", [0, 2, 4, 6, 9, 15])
+def test_the_left_vectors_are_orthonormal_however_dependent_the_columns(
+    dtype: torch.dtype, decades: int
+) -> None:
+    """In turn: Newton's step at once, after one Cholesky, after several, Householder's QR."""
+    s = matrix(60, 40, torch.logspace(0, -decades, 20, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(decades)
+    mixed = torch.randn(40, 20, generator=generator, dtype=torch.float64)
+    for start in (mixed, torch.linalg.qr(mixed).Q, torch.linalg.svd(s).Vh[:20].T):
+        left = leading(s.to(dtype), start.to(dtype)).left.double()
+        off = torch.linalg.matrix_norm(left.T @ left - torch.eye(20, dtype=torch.float64), 2)
+        assert float(off) < 400 * torch.finfo(dtype).eps
