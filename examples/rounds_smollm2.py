@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.6, 0.8])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5, help="of the soft schedule")
-    parser.add_argument("--schedules", nargs="+", choices=["hard", "soft"], default=["soft"])
+    parser.add_argument("--schedules", nargs="*", choices=["hard", "soft"], default=["soft"])
     parser.add_argument("--features", type=float, help="their weight, if not the default one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forms", nargs="+", default=["pivoted"])

@@ -130,7 +130,7 @@ def cross_moments(
 
 
 @torch.no_grad()
-def corrected(
+def fitted(
     dense: nn.Module,
     model: nn.Module,
     ranks: Mapping[str, int | None],

@@ -16,57 +16,32 @@ All of it happens on a copy of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, calibrated_on, limited, survey
+from fxcompress.analysis import calibrated_on, limited, survey
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
-from fxcompress.isvt.correction import correctable, corrected, cross_moments
-from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
-from fxcompress.isvt.features import Features
+from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
 from fxcompress.isvt.objective import Objective, fitting, references
-from fxcompress.isvt.proximal import natural
-from fxcompress.isvt.saved import Standing, fingerprint, read, write
-from fxcompress.isvt.schedule import share
-from fxcompress.isvt.threshold import (
-    Metrics,
-    Thresholded,
-    metrics_of,
-    require_lasting_metric,
-    threshold,
-)
-from fxcompress.metric import Calibration, Loss
+from fxcompress.isvt.saved import fingerprint, read, write
+from fxcompress.isvt.task import State, Task, softened
+from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
+from fxcompress.metric import Loss
 from fxcompress.modules import canonical_weight
-from fxcompress.plan import Plan, Round, Unit
+from fxcompress.plan import Plan
 from fxcompress.planning import price
-from fxcompress.pricing import Pricing
-from fxcompress.report.progress import Progress, stages
+from fxcompress.report.progress import Progress
 from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
-from fxcompress.rewriting import Student, rewrite, student
-from fxcompress.rules import LoadedRules, at_progress
-from fxcompress.sites import Site
+from fxcompress.rewriting import rewrite
+from fxcompress.rules import LoadedRules
 
 M = TypeVar("M", bound=nn.Module)
-
-Kind = Literal["factors", "whitened", "correction"]
-
-LEARNING_RATE = 2.5e-4
-"""At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
-
-STEP_SIZE = 1.0
-"""Along a whitened gradient, to begin with: a Newton step, were the metric the Hessian."""
-
-FALL = 0.6
-"""Share of the rounds after which a soft schedule is at the budget; the rest makes up for it."""
-
-ATTEMPTS = 3
-"""Tries of a round, each at half the rate of the one before, until it is given up."""
 
 HELD_BACK = 8
 """One batch in so many is for judging, not for training ..."""
@@ -86,76 +61,6 @@ AWAY = ", by their distance from the dense weights"
 
 NOTICEABLE = 1e-3
 """Rises of the objective below this say nothing about the metric."""
-
-SHARE = 0.25
-"""Of the way to corrected weights, to begin with; shallow models can go all of it."""
-
-SMALLEST_SHARE = 0.03
-"""From which on the correction is given up."""
-
-HALVINGS = 12
-"""Of the step size along a whitened gradient, until the round is given up."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """What stays the same over all rounds.
-
-    Attributes:
-        private: the copy that is compressed.
-        found: of ``private``; the weights as they are now are in ``found.model``.
-        dense: the dense model as ``found.model`` was, in eval mode.
-        metric_batches: that the metric is estimated on.
-        pricings: for the unit of every budget.
-        objective: to descend on.
-        training: batches for gradients.
-        judging: batches that steps are accepted by.
-        references: what the dense model says of them, if that is small enough to keep.
-        size: samples that fit into the memory at once.
-        loss, forward: as of ``compile``.
-    """
-
-    private: Any
-    found: Survey
-    dense: nn.Module
-    metric_batches: Sequence[Any]
-    pricings: Mapping[Unit, Pricing]
-    objective: Objective
-    training: Sequence[Any]
-    judging: Sequence[Any]
-    references: Sequence[Any]
-    size: int | None
-    loss: Loss | None
-    forward: Forward | None
-
-    @property
-    def rules(self) -> LoadedRules:
-        return self.found.rules
-
-    def weight(self, site: Site) -> Tensor:
-        """The parameter of a site as it is now."""
-        return self.found.model.get_parameter(site.weight)
-
-    def take(self, cursor: int, count: int) -> list[Any]:
-        """The next batches, from the first again when all are used up."""
-        return [self.training[at % len(self.training)] for at in range(cursor, cursor + count)]
-
-    def judge(self, model: nn.Module) -> float:
-        """The objective on the batches held back."""
-        return self.objective.mean(model, self.judging, self.references)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _State(Standing):
-    """What changes from round to round, beside the weights.
-
-    Attributes:
-        metrics: by site name.
-        calibration: how they were estimated.
-    """
-
-    metrics: Metrics
-    calibration: Calibration
 
 
 def iterate(
@@ -198,7 +103,7 @@ def _begin(
     loss: Loss | None,
     forward: Forward | None,
     show: Progress,
-) -> tuple[_Task, _State]:
+) -> tuple[Task, State]:
     """Copy, survey, calibrate, and set batches aside."""
     solver, spec = loaded.rules.solver, loaded.rules.metric
     require_lasting_metric(loaded)
@@ -224,7 +129,7 @@ def _begin(
     held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
     judging, training = batches[-held:], batches[:-held] or batches
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))
-    whole = _Task(
+    whole = Task(
         private,
         found,
         dense,
@@ -241,12 +146,12 @@ def _begin(
     if task and not math.isfinite(whole.judge(dense)):
         raise CalibrationError("the objective of the dense model is not finite on these batches")
     state = _estimated(whole, show)
-    learned = _training_objective(whole, state)  # what features keep counts, too
+    learned = training_objective(whole, state)  # what features keep counts, too
     size = fitting(learned, found.model, judging[0], solver.memory * 2**30)
     return replace(whole, size=size), state
 
 
-def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _State:
+def _estimated(task: Task, show: Progress, state: State | None = None) -> State:
     """A state with the metric at the weights as they are now."""
     batches = task.metric_batches
     calibrated = calibrated_on(task.found, batches, len(batches), task.loss, task.forward, show)
@@ -254,34 +159,34 @@ def _estimated(task: _Task, show: Progress, state: _State | None = None) -> _Sta
     metrics = metrics_of(task.found, calibrated.moments)
     calibrated = replace(calibrated, moments={})
     if state is None:
-        return _State(metrics=metrics, calibration=calibrated)
+        return State(metrics=metrics, calibration=calibrated)
     return replace(state, metrics=metrics, calibration=calibrated)
 
 
-def _round(task: _Task, state: _State, number: int, show: Progress) -> _State:
+def _round(task: Task, state: State, number: int, show: Progress) -> State:
     """Threshold, correct if asked to, and descend."""
     solver = task.rules.rules.solver
     state, cut = _thresholded(task, state, number, show)
     if solver.correct:
-        state, cut = _corrected(task, state, cut, number, show)
+        state, cut = corrected(task, state, cut, number, show)
     if not solver.steps:
         return state
     if solver.gradient == "whitened":
-        return _whitened(task, state, cut, number, show)
-    return _trained(task, state, cut, number, show)
+        return whitened(task, state, cut, number, show)
+    return trained(task, state, cut, number, show)
 
 
 def _thresholded(
-    task: _Task, state: _State, number: int, show: Progress
-) -> tuple[_State, Thresholded]:
+    task: Task, state: State, number: int, show: Progress
+) -> tuple[State, Thresholded]:
     """Cut all weights to the budget of a round; the objective of the state is that of the result.
 
     What earlier rounds took away is put back before: a component that was not worth its cost at one
     budget may be at the next, when others went, and what was learned meanwhile stays on top of it.
     Without that soft rounds lose *more* than one cut, as they never go back on a choice.
     """
-    old = _values(task)
-    keep = _softened(task, number).rules.budgets[0].keep
+    old = task.values()
+    keep = softened(task, number).rules.budgets[0].keep
     if state.records and state.records[-1].keep == keep:
         return state, _cut(task, state, number, old, show)
     whole = _restored_parts(state, old)
@@ -289,33 +194,33 @@ def _thresholded(
     if state.objective is not None and _stale(
         before - state.objective, cut.predicted - state.predicted
     ):
-        _reset(task, old)
+        task.reset(old)
         state = _estimated(task, show, state)
         cut, before = _judged(task, state, number, whole, show)
-    taken = [one - other for one, other in zip(whole, _values(task), strict=True)]
+    taken = [one - other for one, other in zip(whole, task.values(), strict=True)]
     state = replace(state, removed=taken, predicted=cut.predicted, objective=before, scale=1.0)
     return state, cut
 
 
-def _restored_parts(state: _State, old: Sequence[Tensor]) -> list[Tensor]:
+def _restored_parts(state: State, old: Sequence[Tensor]) -> list[Tensor]:
     if not state.removed:
         return [*old]
     return [value + part for value, part in zip(old, state.removed, strict=True)]
 
 
 def _cut(
-    task: _Task, state: _State, number: int, whole: Sequence[Tensor], show: Progress
+    task: Task, state: State, number: int, whole: Sequence[Tensor], show: Progress
 ) -> Thresholded:
     """Threshold some weights, and put the outcome in place."""
-    _reset(task, whole)
+    task.reset(whole)
     tick = show.stage("threshold", len(task.found.sites))
-    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, tick=tick)
-    _set(task, cut.weights())
+    cut = threshold(task.found, state.metrics, softened(task, number), task.pricings, tick=tick)
+    task.put(cut.weights())
     return cut
 
 
 def _judged(
-    task: _Task, state: _State, number: int, whole: Sequence[Tensor], show: Progress
+    task: Task, state: State, number: int, whole: Sequence[Tensor], show: Progress
 ) -> tuple[Thresholded, float]:
     """The same with the objective of the outcome."""
     cut = _cut(task, state, number, whole, show)
@@ -333,221 +238,7 @@ def _stale(rise: float, predicted: float) -> bool:
     return not predicted / STALE < rise < predicted * STALE
 
 
-def _softened(task: _Task, number: int) -> LoadedRules:
-    solver = task.rules.rules.solver
-    falling = max(1, round(FALL * solver.rounds))
-    return at_progress(task.rules, share(solver.schedule, number / falling))
-
-
-@torch.no_grad()
-def _set(task: _Task, weights: Iterable[tuple[Site, Tensor]]) -> None:
-    """Put weights (canonical layout) in place."""
-    for site, weight in [*weights]:
-        task.weight(site).copy_(site.shape.stored(weight))
-
-
-def _record(
-    task: _Task, state: _State, number: int, removed: float, after: float, rate: float, kind: Kind
-) -> Round:
-    before = state.objective
-    assert before is not None
-    return Round(
-        round=number,
-        keep=_softened(task, number).rules.budgets[0].keep,
-        removed=removed,
-        before=before,
-        after=after if math.isfinite(after) else None,
-        accepted=after < before,
-        rate=rate,
-        kind=kind,
-    )
-
-
-def _corrected(
-    task: _Task, state: _State, cut: Thresholded, number: int, show: Progress
-) -> tuple[_State, Thresholded]:
-    """Fit the weights to the inputs that they get, as far as that descends.
-
-    The share of the way is doubled or halved from :data:`SHARE` on while that is better.
-    """
-    held = {id(batch) for batch in task.judging}  # or it would be judged by what it was fitted to
-    batches = [batch for batch in task.metric_batches if id(batch) not in held] or task.judging
-    tick = show.stage("correct", len(batches))
-    damping = task.rules.rules.metric.damping.input
-    ranks, model, before = cut.ranks(), task.found.model, state.objective
-    assert before is not None
-    sites = correctable(task.found.sites, ranks, state.metrics)
-    moments = cross_moments(task.dense, model, sites, batches, damping, task.forward, tick)
-    show.stage("correct", None)
-    old = _values(task)
-
-    def tried(share: float) -> tuple[float, float, list[Tensor]]:
-        _reset(task, old)
-        _set(task, corrected(task.dense, model, ranks, sites, state.metrics, moments, share))
-        return task.judge(model), share, _values(task)
-
-    best = tried(SHARE)
-    factor = 2.0 if best[0] < before else 0.5
-    while best[1] > SMALLEST_SHARE and best[1] * factor <= 1.0:
-        other = tried(best[1] * factor)
-        if factor > 1 and other[0] >= best[0]:
-            break
-        best = other
-        if factor < 1 and best[0] < before:
-            break
-    after, share, values = best
-    record = _record(task, state, number, cut.predicted, after, share, "correction")
-    state = replace(state, records=(*state.records, record))
-    if not record.accepted:
-        _reset(task, old)
-        return state, cut
-    _reset(task, values)
-    # Again, for the factors; the weights have these ranks already.
-    cut = threshold(task.found, state.metrics, _softened(task, number), task.pricings, cut.starts)
-    return replace(state, objective=after), cut
-
-
-@torch.no_grad()
-def _values(task: _Task) -> list[Tensor]:
-    """Copies of the weights as they are stored, in the order of the sites."""
-    return [task.weight(site).clone() for site in task.found.sites]
-
-
-@torch.no_grad()
-def _reset(task: _Task, old: Sequence[Tensor]) -> None:
-    for site, value in zip(task.found.sites, old, strict=True):
-        task.weight(site).copy_(value)
-
-
-def _trained(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
-    """Gradient steps on the factors, at the ranks of the round; at half the rate if they fail."""
-    solver = task.rules.rules.solver
-    steps, total = solver.steps, solver.steps * solver.rounds
-    highest = solver.learning_rate or LEARNING_RATE
-    objective = _training_objective(task, state)
-    for _ in range(ATTEMPTS):
-        with stages(enabled=False) as silent:
-            made = student(task.private, cut.analysis, silent)
-        left = _left_dense(task, made)
-        old = [weight.detach().clone() for weight in left]
-        rate = highest * state.scale
-        # One rise and fall over all rounds: restarted in every round, it gained less on SmolLM2.
-        rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
-        batches = task.take(state.cursor, steps)
-        state = replace(state, cursor=state.cursor + steps)
-        tick = show.stage(f"round {number}/{solver.rounds}", steps)
-        learning = [*made.parameters, *left]
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        try:
-            descend(objective, made.model, learning, batches, rates, task.size, tick)
-            show.stage("judge", None)
-            after = task.judge(made.model)
-        except Diverged:
-            after = math.inf
-        for parameter in learning:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        record = _record(task, state, number, cut.predicted, after, rate, "factors")
-        state = replace(state, records=(*state.records, record))
-        if record.accepted:
-            with torch.no_grad():
-                for site, weight, bias in made.weights():
-                    task.weight(site).copy_(weight)
-                    if bias is not None:
-                        task.found.model.get_parameter(f"{site.name}.bias").copy_(bias)
-            return replace(state, objective=after)
-        with torch.no_grad():
-            for parameter, value in zip(left, old, strict=True):
-                parameter.copy_(value)
-        state = replace(state, scale=state.scale / 2)
-    return state
-
-
-def _training_objective(task: _Task, state: _State) -> Objective:
-    """What gradients are of; what is accepted is judged by the plain objective."""
-    solver, weight = task.rules.rules.solver, task.rules.rules.solver.features
-    if task.objective.dense is None or not weight or solver.gradient == "whitened":
-        return task.objective
-    features = Features.of(weight, task.found.sites, state.metrics)
-    return replace(task.objective, features=features if features.sites else None)
-
-
-def _left_dense(task: _Task, made: Student) -> list[nn.Parameter]:
-    """Weights of matched sites that the student keeps as they are: they learn, too."""
-    cut = {site.name for site in made.plan.rewritten}
-    own = {id(parameter) for parameter in made.model.parameters()}
-    weights = [
-        task.found.model.get_parameter(site.weight)
-        for site in task.found.sites
-        if site.name not in cut
-    ]
-    return [weight for weight in weights if id(weight) in own]
-
-
-def _whitened(task: _Task, state: _State, cut: Thresholded, number: int, show: Progress) -> _State:
-    """Proximal gradient steps, backtracked on the batches that the gradient is taken on."""
-    solver = task.rules.rules.solver
-    model, sites = task.found.model, task.found.sites
-    first = solver.learning_rate or STEP_SIZE
-    rate = first * state.scale
-    now = task.objective.mean(model, task.training)
-    tick = show.stage(f"round {number}/{solver.rounds}", solver.steps)
-    learning = [model.get_parameter(site.weight) for site in sites]
-    for _ in range(solver.steps):
-        old = _values(task)
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        try:
-            gradient(task.objective, model, learning, task.training, task.size)
-        except Diverged:  # there is no direction to go in: what was reached is kept
-            break
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(False)
-        directions = [
-            natural(state.metrics[site.name], site.shape.canonical(_gradient(task, site)))
-            for site in sites
-        ]
-        for parameter in learning:
-            parameter.grad = None
-        state = replace(state, objective=now)
-        for _ in range(HALVINGS):
-            _set(
-                task,
-                (
-                    (site, site.shape.canonical(value) - rate * direction)
-                    for site, value, direction in zip(sites, old, directions, strict=True)
-                ),
-            )
-            try:
-                loaded = _softened(task, number)
-                cut = threshold(task.found, state.metrics, loaded, task.pricings, cut.starts)
-                _set(task, cut.weights())
-                after = task.objective.mean(model, task.training)
-            except ValueError:  # a step so long that weights overflow
-                after = math.inf
-            record = _record(task, state, number, cut.predicted, after, rate, "whitened")
-            state = replace(state, records=(*state.records, record))
-            if record.accepted:
-                now = after
-                break
-            _reset(task, old)
-            rate /= 2
-        else:
-            break
-        tick()
-    for parameter in learning:
-        parameter.grad = None
-    return replace(state, objective=task.judge(model), scale=rate / first)
-
-
-def _gradient(task: _Task, site: Site) -> Tensor:
-    weight = task.weight(site)
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def _finish(model: M, task: _Task, state: _State, show: Progress, inplace: bool) -> tuple[M, Plan]:
+def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -> tuple[M, Plan]:
     """Decompose in full, rewrite, and write down how it went."""
     tick = show.stage("decompose", len(task.found.sites))
     cut = threshold(task.found, state.metrics, task.rules, task.pricings, tick=tick)
@@ -565,7 +256,7 @@ def _finish(model: M, task: _Task, state: _State, show: Progress, inplace: bool)
     return rewritten, _described(task, state, planned)
 
 
-def _described(task: _Task, state: _State, planned: Plan) -> Plan:
+def _described(task: Task, state: State, planned: Plan) -> Plan:
     """The plan, with how far every weight is from the dense model's in place of its last cut."""
     sites = {site.name: site for site in task.found.sites}
     entries = []
@@ -593,7 +284,7 @@ def _described(task: _Task, state: _State, planned: Plan) -> Plan:
     )
 
 
-def _weights(task: _Task) -> dict[str, Tensor]:
+def _weights(task: Task) -> dict[str, Tensor]:
     """Weights and biases of all sites as they are now, by parameter name."""
     found = {}
     for site in task.found.sites:

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress import CalibrationError, RuleError, TrainingError
+from fxcompress.isvt import attempts
 from fxcompress.isvt import rounds as module
-from fxcompress.isvt.correction import correctable, corrected, cross_moments
+from fxcompress.isvt.correction import correctable, cross_moments, fitted
 from fxcompress.isvt.descent import gradient
 from fxcompress.isvt.objective import Objective, fitting, pieces, references
 from fxcompress.metric.output import divergence
@@ -164,7 +165,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_numbers(
     model = network()
     loaded = rules(0.35, ("pivoted",), rounds=4, steps=6, schedule=schedule, learning_rate=3e-3)
     whole, plan = compiled(model, loaded)
-    trained, calls = module._trained, []
+    trained, calls = module.trained, []
 
     def killed(*args: Any) -> Any:
         calls.append(1)
@@ -172,17 +173,17 @@ def test_a_run_that_was_killed_resumes_to_the_same_numbers(
             raise _Killed
         return trained(*args)
 
-    monkeypatch.setattr(module, "_trained", killed)
+    monkeypatch.setattr(module, "trained", killed)
     with unchanged(model), pytest.raises(_Killed):
         compiled(model, loaded, checkpoint=tmp_path)
-    monkeypatch.setattr(module, "_trained", trained)
+    monkeypatch.setattr(module, "trained", trained)
     assert [path.name for path in tmp_path.iterdir()] == ["rounds.pt"]
     resumed, again = compiled(model, loaded, checkpoint=tmp_path)
     assert again.rounds == plan.rounds
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     # what is finished is not done again
-    monkeypatch.setattr(module, "_trained", None)
+    monkeypatch.setattr(module, "trained", None)
     done, _ = compiled(model, loaded, checkpoint=tmp_path)
     assert all(
         torch.equal(a, b) for a, b in zip(done.parameters(), whole.parameters(), strict=True)
@@ -376,9 +377,9 @@ def test_the_correction_is_the_least_squares_fit() -> None:
     sites = correctable(case.found.sites, full, case.metrics)
     moments = cross_moments(dense, case.found.model, sites, batches, 1e-12, None, lambda: None)
 
-    def fitted(rank: int, share: float = 1.0) -> Tensor:
+    def corrected(rank: int, share: float = 1.0) -> Tensor:
         ranks = {**full, "2": rank}
-        found = corrected(dense, case.found.model, ranks, sites, case.metrics, moments, share)
+        found = fitted(dense, case.found.model, ranks, sites, case.metrics, moments, share)
         return {site.name: weight for site, weight in found}["2"]
 
     with torch.no_grad():
@@ -386,10 +387,12 @@ def test_the_correction_is_the_least_squares_fit() -> None:
         after = torch.tanh(model[0](X.double()))  # type: ignore[index]
         wanted = before @ dense[2].weight.T  # type: ignore[index]
     direct = torch.linalg.lstsq(after, wanted).solution.T
-    torch.testing.assert_close(fitted(48), direct, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(corrected(48), direct, rtol=1e-3, atol=1e-5)
     now = model[2].weight.detach()  # type: ignore[union-attr]
-    torch.testing.assert_close(fitted(48, 0.25), now + 0.25 * (direct - now), rtol=1e-3, atol=1e-5)  # type: ignore[operator]
-    low = fitted(9)
+    torch.testing.assert_close(
+        corrected(48, 0.25), now + 0.25 * (direct - now), rtol=1e-3, atol=1e-5
+    )  # type: ignore[operator]
+    low = corrected(9)
     lower_g = case.metrics["2"].outputs.lower
 
     def error(weight: Tensor) -> float:
@@ -432,10 +435,10 @@ def test_the_correction_goes_as_far_as_that_descends(monkeypatch: pytest.MonkeyP
     searched = found()
     assert searched.accepted
     assert searched.after is not None
-    monkeypatch.setattr(module, "SMALLEST_SHARE", 1.0)
+    monkeypatch.setattr(attempts, "SMALLEST_SHARE", 1.0)
     afters = {}
     for share in (1.0, 2 * searched.rate, searched.rate / 2):
-        monkeypatch.setattr(module, "SHARE", share)
+        monkeypatch.setattr(attempts, "SHARE", share)
         afters[share] = found()
     assert not afters[1.0].accepted
     others = [one.after for one in afters.values() if one.after is not None]
