@@ -1,14 +1,15 @@
 """Gradient steps on the factors of a compressed model.
 
 Ranks are given here; what moves is where the singular subspaces lie.  Two-dimensional factors are
-trained by Muon (``torch.optim.Muon``): its update has all singular values alike.  That suits
+trained by Muon (:mod:`fxcompress.isvt.muon`): its update has all singular values alike.  That suits
 factors: the components of a truncated weight differ in scale by orders of magnitude, and an
 update of Adam is as large in a direction that noise alone points to as in one that matters.
 Tried beside it on SmolLM2-135M, on a text that nothing is trained on, and behind it at equal steps:
 Adam in the coordinates of the weights, and in the eigenbases of the K-FAC factors (SOAP).
 No better, at equal steps there: factors of balanced scale (``U √Σ``) instead of the form's own;
 Muon in coordinates stretched or squeezed by fourth roots of the K-FAC factors; four passages of
-128 tokens a step instead of one of 512; half the rate, and twice.
+128 tokens a step instead of one of 512; half the rate, and twice; half of the text, for the metric,
+too, by another author.
 Everything else (kernels, biases) is trained by Adam, whose updates have the same root mean square.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcompress.isvt.muon import Muon
 from fxcompress.isvt.objective import Objective, pieces
 from fxcompress.metric.output import NotFinite
 
@@ -44,10 +46,7 @@ class Optimizer:
         others = [p for p in parameters if p.dim() != 2 or min(p.shape) <= 1]
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = torch.optim.Muon(
-                matrices, lr=0.0, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"
-            )
-            self.parts.append(muon)
+            self.parts.append(Muon(matrices))
         if others:
             self.parts.append(torch.optim.Adam(others, lr=0.0, betas=(0.9, 0.99)))
 
