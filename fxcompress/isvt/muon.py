@@ -5,8 +5,9 @@ Newton-Schulz iteration (Jordan et al. 2024, "Muon"), so that a step goes as far
 small gradients as in those of large ones.
 
 ``torch.optim.Muon`` does the same in bfloat16, which processors without instructions for it
-multiply twenty to thirty times slower than float32: a step on SmolLM2 would take minutes there.
-Here the iteration runs on the Gram matrix, the smaller of two, which makes up for float32.
+multiply twenty to thirty times slower than float32 (seen with ``ONEDNN_MAX_CPU_ISA=AVX2``): a step
+on SmolLM2 would take minutes there.  Here the iteration runs on the smaller one of the two Gram
+matrices, which makes up for float32 where bfloat16 is fast.
 """
 
 from __future__ import annotations
