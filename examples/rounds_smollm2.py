@@ -111,14 +111,16 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="plain distillation, too")
     parser.add_argument("--only-rounds", action="store_true", help="without the one-shot row")
     parser.add_argument("--validation", action="store_true", help="on the rest of Moby Dick")
+    parser.add_argument("--device", default="cpu", help="where the model and all batches are")
     parser.add_argument("--out", type=Path, default=RESULTS / "rounds.md")
     given = parser.parse_args()
 
     model, tokenizer = load_model()
     length = len(tokenizer(CALIBRATION.read_text(encoding="utf-8")).input_ids) // LENGTH
-    text = sequences(tokenizer, CALIBRATION, length)
+    model = model.to(given.device)
+    text = sequences(tokenizer, CALIBRATION, length).to(given.device)
     data = batches(text[:-KEPT_BACK], 1)
-    shown: Tensor = sequences(tokenizer, HELD_OUT, given.evaluate)
+    shown: Tensor = sequences(tokenizer, HELD_OUT, given.evaluate).to(given.device)
     reference = Reference(model, text[-8:] if given.validation else shown)
     rows: list[Row] = []
 
@@ -148,8 +150,8 @@ def main() -> None:
                 start = time.perf_counter()
                 small = _once(given, model, data, keep, "low_rank", seed)
                 add("low_rank, one-shot", keep, 0, seed, small, start)
-                few = data[: given.steps]
-                distil(model, small, few, ADAM_RATES.get(keep, 5e-5), seed)
+                taken = [data[at % len(data)] for at in range(given.steps)]
+                distil(model, small, taken, ADAM_RATES.get(keep, 5e-5), seed)
                 add("low_rank, distilled (Adam)", keep, given.steps, seed, small, start)
                 del small
     report = table(rows, reference, given.calibrate)
