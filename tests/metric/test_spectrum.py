@@ -197,3 +197,25 @@ def test_diagonal_is_the_diagonal_of_the_exact_fisher() -> None:
     spectrum: Spectrum = decompose(model.weight, None, w, damping=(0, 0))
     weighted = model.weight * w.sqrt()[:, None]
     torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(weighted))
+
+
+@pytest.mark.parametrize("size", [1, 191, 192, 193, 500])
+@pytest.mark.parametrize("kind", ["triangular", "root", "diagonal"])
+def test_products_of_a_whitener_are_those_of_its_root(size: int, kind: str) -> None:
+    """In panels, the last of them narrower; in the type of what is multiplied."""
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    factor = rows.T @ rows / len(rows)
+    if kind == "diagonal":
+        factor = factor.diagonal().clone()
+    found = whitener(factor, 0.0 if kind == "root" else 1e-2)
+    x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    dense = found.matrix if kind != "diagonal" else torch.diag(factor + 1e-2 * factor.mean())
+    assert dense is not None
+    there = found.into(x)
+    torch.testing.assert_close(there.T @ there, x.T @ dense @ x)  # L Lᵀ is the factor
+    torch.testing.assert_close(found.out_of(there), x)
+    torch.testing.assert_close(found.solve(x), torch.linalg.solve(dense, x))
+    for product in (found.into, found.out_of, found.solve):
+        assert product(x.float()).dtype == torch.float32
+        torch.testing.assert_close(product(x.float()).double(), product(x), rtol=1e-3, atol=1e-3)
