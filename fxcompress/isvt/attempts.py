@@ -180,10 +180,8 @@ def whitened(task: Task, state: State, cut: Thresholded, number: int, show: Prog
         state = replace(state, objective=now)
         for _ in range(HALVINGS):
             task.put(
-                (
-                    (site, site.shape.canonical(value) - rate * direction)
-                    for site, value, direction in zip(sites, old, directions, strict=True)
-                ),
+                (site, site.shape.canonical(value) - rate * direction)
+                for site, value, direction in zip(sites, old, directions, strict=True)
             )
             try:
                 loaded = softened(task, number)

@@ -5,7 +5,7 @@ Newton-Schulz iteration (Jordan et al. 2024, "Muon"), so that a step goes as far
 small gradients as in those of large ones.
 
 ``torch.optim.Muon`` does the same in bfloat16, which processors without instructions for it
-multiply twenty to thirty times slower than float32 (seen with ``ONEDNN_MAX_CPU_ISA=AVX2``): a step
+multiply some twenty times slower than float32 (seen with ``ONEDNN_MAX_CPU_ISA=AVX2``): a step
 on SmolLM2 would take minutes there.  Here the iteration runs on the smaller one of the two Gram
 matrices, which makes up for float32 where bfloat16 is fast.
 """
@@ -53,8 +53,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 grad = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
                 state: dict[str, Any] = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(grad))
-                momentum.lerp_(grad, 1 - MOMENTUM)
+                if not state:
+                    state["momentum"] = torch.zeros_like(grad)
+                momentum = state["momentum"].lerp_(grad, 1 - MOMENTUM)
                 update = orthogonalized(grad.lerp(momentum, MOMENTUM))
                 length = 0.2 * max(parameter.shape) ** 0.5 * group["lr"]
                 parameter.add_(update.to(parameter.dtype), alpha=-length)

@@ -16,12 +16,13 @@ from torch import Tensor
 from fxcompress.forms.target import Losses, Ranks, Spectrum, Truncations, View
 from fxcompress.isvt.subspace import Leading, leading
 from fxcompress.metric.quadratic import Kronecker
+from fxcompress.metric.spectrum import Whitened
 
 OVERSAMPLING = 8
 """Components beside the rank that is expected, at least: the space settles the faster, the more
 there are, ..."""
 
-SHARE = 16
+GROWTH = 16
 """... and one in so many of the rank, which may grow by these without a full decomposition."""
 
 
@@ -65,17 +66,10 @@ class Warm(Kronecker):
         if view != "matrix" or self.basis is None:
             return super().truncations(weight, view)
         w = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        inputs, outputs = self.inputs, self.outputs
+        whitened = Whitened.of(w, self.inputs, self.outputs)
         basis = self.basis.to(w.dtype)
-        if len(w) <= w.shape[1]:
-            half = outputs.into(w)
-            found = leading(inputs.into(half.T).T, basis, self.iterations, tight=self.tight)
-            left, right = outputs.out_of(found.left), found.left.T @ half
-        else:
-            half = inputs.into(w.T).T
-            found = leading(outputs.into(half).T, basis, self.iterations, tight=self.tight)
-            left, right = half @ found.left, inputs.out_of(found.left).T
-        return Partial(found.sigma, left, right, found)
+        found = leading(whitened.matrix, basis, self.iterations, tight=self.tight)
+        return Partial(found.sigma, *whitened.factors(found.left), found)
 
 
 def start(spectrum: Spectrum, metric: Kronecker, rank: int) -> Tensor:
@@ -86,7 +80,7 @@ def start(spectrum: Spectrum, metric: Kronecker, rank: int) -> Tensor:
         metric: it was decomposed in.
         rank: the expected one.
     """
-    kept = rank + max(OVERSAMPLING, rank // SHARE)
+    kept = rank + max(OVERSAMPLING, rank // GROWTH)
     m, n = len(spectrum.left), spectrum.right.shape[1]
     if isinstance(spectrum, Partial):
         return spectrum.found.right[:kept].T.contiguous()

@@ -7,6 +7,8 @@ so the best rank-r weight comes from the truncated decomposition of ``S = L_Gᵀ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,42 @@ def decompose(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Whitened:
+    """A weight W (m x n) in coordinates in which its metric is the identity.
+
+    A tall weight is looked at transposed: there are no fewer columns than rows.
+
+    Attributes:
+        matrix: ``L_Gᵀ W L_A``, or its transpose (k x l), k ≤ l.
+        half: the same, whitened on the side of its rows only.
+        rows: the whitener of that side.
+        tall: whether it was transposed.
+    """
+
+    matrix: Tensor
+    half: Tensor
+    rows: Whitener | BlockWhitener
+    tall: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, inputs: Whitener, outputs: Whitener | BlockWhitener) -> Whitened:
+        """Of a weight, in its own type."""
+        tall = weight.shape[0] > weight.shape[1]
+        rows, columns = (inputs, outputs) if tall else (outputs, inputs)
+        half = rows.into(weight.T if tall else weight)
+        return cls(columns.into(half.T).T, half, rows, tall)
+
+    def factors(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight projected: factors (m x p) and (p x n) of the unwhitened ``U Uᵀ S``.
+
+        Args:
+            left: orthonormal columns U (k x p) in the coordinates of ``matrix``.
+        """
+        first, second = self.rows.out_of(left), left.T @ self.half
+        return (second.T, first.T) if self.tall else (first, second)
+
+
 def decompose_whitened(
     weight: Tensor,
     inputs: Whitener,
@@ -57,22 +95,11 @@ def decompose_whitened(
     if not bool(weight.isfinite().all()):
         raise ValueError("the weight is not finite")
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-    w = weight.detach().to(torch.float64)
-    m, n = w.shape
-    if m <= n:
-        half = outputs.into(w)
-        s = inputs.into(half.T).T
-        u = torch.linalg.eigh(s @ s.T).eigenvectors.flip(1)
-        sigma, order = torch.sort((u.T @ s).norm(dim=1), descending=True, stable=True)
-        u = u[:, order]
-        left, right = outputs.out_of(u), u.T @ half
-    else:
-        half = inputs.into(w.T).T
-        s = outputs.into(half)
-        v = torch.linalg.eigh(s.T @ s).eigenvectors.flip(1)
-        sigma, order = torch.sort((s @ v).norm(dim=0), descending=True, stable=True)
-        v = v[:, order]
-        left, right = half @ v, inputs.out_of(v).T
+    whitened = Whitened.of(weight.detach().to(torch.float64), inputs, outputs)
+    s = whitened.matrix
+    u = torch.linalg.eigh(s @ s.T).eigenvectors.flip(1)
+    sigma, order = torch.sort((u.T @ s).norm(dim=1), descending=True, stable=True)
+    left, right = whitened.factors(u[:, order])
     if inputs.null or outputs.null:
         sigma = torch.zeros_like(sigma)
     return Spectrum(sigma, left.to(dtype), right.to(dtype))

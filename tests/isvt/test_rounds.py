@@ -389,9 +389,8 @@ def test_the_correction_is_the_least_squares_fit() -> None:
     direct = torch.linalg.lstsq(after, wanted).solution.T
     torch.testing.assert_close(corrected(48), direct, rtol=1e-3, atol=1e-5)
     now = model[2].weight.detach()  # type: ignore[union-attr]
-    torch.testing.assert_close(
-        corrected(48, 0.25), now + 0.25 * (direct - now), rtol=1e-3, atol=1e-5
-    )  # type: ignore[operator]
+    quarter = now + 0.25 * (direct - now)  # type: ignore[operator]
+    torch.testing.assert_close(corrected(48, 0.25), quarter, rtol=1e-3, atol=1e-5)
     low = corrected(9)
     lower_g = case.metrics["2"].outputs.lower
 
