@@ -28,7 +28,8 @@ from torch import fx, nn
 from fxcompress.analysis import iterate, working_copy
 from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
 from fxcompress.fidelity import assess, units
-from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model
+from fxcompress.graph.inputs import Forward, device_of, run_model
+from fxcompress.graph.padding import follow_padding, settle
 from fxcompress.metric.output import Family, OutputKind, divergence, heads
 from fxcompress.plan import Fidelity, Plan, attach_plan, history, plan_of
 from fxcompress.report.progress import stages
@@ -199,14 +200,15 @@ def _measure_batch(
         except CalibrationError as error:
             raise CalibrationError(f"on batch {index}, the {what}: {error}") from error
 
-    mask = padding_mask(batch)
-    reference = run(dense, "dense model")
+    with follow_padding(dense, batch) as (batch, mask):
+        reference = run(dense, "dense model")
+    settle(mask, reference)
     singly = []
     for name, exchange in exchanges.items():
         with _exchanged(dense, exchange):
             singly.append(lost(dense, f"model with only {name} rewritten")[0])
     whole, predictions = lost(compressed, "compressed model")
-    families = dict.fromkeys(head.family for head in heads(reference, kind))
+    families = dict.fromkeys(head.family for head in heads(reference, kind, mask))
     return _Batch(singly, whole, predictions, ", ".join(families))
 
 

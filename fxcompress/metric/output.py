@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.padding import NONE, Padding
 
 Family = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -72,22 +73,22 @@ class Head:
             return rows[:, 0].to(self.tensor.dtype)
         return rows.movedim(-1, self.classes).to(self.tensor.dtype)
 
-    def real(self, mask: Tensor | None) -> Tensor | None:
-        """Which rows count (...): those that a mask (batch, positions) fits; None for all."""
-        rows = self.rows(self.tensor)
-        if mask is None or rows.dim() < 3 or rows.shape[:2] != mask.shape:
-            return None
-        mask = mask.to(rows.device)
-        return mask.reshape(*mask.shape, *(1,) * (rows.dim() - 3)).expand(rows.shape[:-1])
+    def real(self, mask: Padding) -> Tensor | None:
+        """Which rows count (...): those that are not padding; None for all.
 
-    def predictions(self, mask: Tensor | None) -> int:
+        Raises:
+            CalibrationError: which of them are padding could not be followed.
+        """
+        return mask.real(self.rows(self.tensor), f"the model's output {self.name}".rstrip())
+
+    def predictions(self, mask: Padding) -> int:
         """How many rows count."""
         real = self.real(mask)
         rows = self.rows(self.tensor)
         return rows[..., 0].numel() if real is None else int(real.sum())
 
 
-def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
+def heads(output: Any, kind: OutputKind = "auto", mask: Padding = NONE) -> list[Head]:
     """The tensors that carry a model's predictions.
 
     ``auto`` asks a Hugging Face output for ``logits`` (categorical), for ``start_logits`` and
@@ -99,10 +100,15 @@ def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
         CalibrationError: no floating-point tensor is to be found, or not the one that was
             declared; values that are not finite; or what the family makes no sense of.
     """
-    found = _declared(output, kind) if isinstance(kind, Mapping) else _detected(output, kind)
+    found = _heads(output, kind)
     for head in found:
-        _require_sense(head)
+        _require_sense(head, head.real(mask))
     return found
+
+
+def _heads(output: Any, kind: OutputKind) -> list[Head]:
+    """As :func:`heads`, not looked into."""
+    return _declared(output, kind) if isinstance(kind, Mapping) else _detected(output, kind)
 
 
 def _detected(output: Any, kind: str) -> list[Head]:
@@ -153,10 +159,16 @@ def _fields(output: Any) -> dict[str, Any]:
     return dict(vars(output)) if hasattr(output, "__dict__") else {}
 
 
-def _require_sense(head: Head) -> None:
-    """Outputs that the family makes no sense of would pass for layers without influence."""
+def _require_sense(head: Head, real: Tensor | None) -> None:
+    """Outputs that the family makes no sense of would pass for layers without influence.
+
+    Args:
+        head: the output.
+        real: which of its rows are looked at; None for all.
+    """
     tensor, where = head.tensor, f" {head.name}" if head.name else ""
-    if not bool(tensor.isfinite().all()):
+    seen = tensor if real is None else head.rows(tensor)[real]
+    if not bool(seen.isfinite().all()):
         raise NotFinite(f"the model's output{where} has NaN or infinite values")
     if tensor.dim() == 0:
         raise CalibrationError(
@@ -197,7 +209,7 @@ def per_prediction(loss: Loss, output: Any, batch: Any) -> Tensor:
 
 
 def divergence(
-    dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
+    dense: Any, other: Any, kind: OutputKind = "auto", mask: Padding = NONE
 ) -> tuple[float, int]:
     """KL divergence from a model's predictions to another's.
 
@@ -205,7 +217,7 @@ def divergence(
         dense: what the dense model returned.
         other: what the other model returned on the same batch.
         kind: the families of the outputs.
-        mask: (batch, positions) real positions; the others make no prediction.
+        mask: what is padding in the outputs of one of them; it makes no prediction.
 
     Returns:
         The sum over predictions, in nats, and how many there are.
@@ -221,7 +233,7 @@ def divergence_sum(
     dense: Any,
     other: Any,
     kind: OutputKind = "auto",
-    mask: Tensor | None = None,
+    mask: Padding = NONE,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int]:
     """As :func:`divergence`, a tensor that can be differentiated with respect to ``other``.
@@ -231,15 +243,20 @@ def divergence_sum(
         dtype: to compute in.
     """
     totals, predictions = [], 0
-    for p, q in zip(heads(dense, kind), heads(other, kind), strict=True):
+    for p, q in zip(_heads(dense, kind), _heads(other, kind), strict=True):
         if p.tensor.shape != q.tensor.shape:
             raise CalibrationError(
                 f"the outputs have shapes {tuple(p.tensor.shape)} and {tuple(q.tensor.shape)}"
             )
-        each = _row_divergence(p.family, p.rows(p.tensor).to(dtype), q.rows(q.tensor).to(dtype))
         real = p.real(mask)
-        totals.append((each if real is None else each[real]).sum())
-        predictions = max(predictions, p.predictions(mask))
+        real = q.real(mask) if real is None else real
+        for head in (p, q):
+            _require_sense(head, real)
+        # Rows are taken before anything is computed: NaN times a gradient of zero is NaN.
+        before, after = (h.rows(h.tensor) if real is None else h.rows(h.tensor)[real] for h in (p, q))
+        each = _row_divergence(p.family, before.to(dtype), after.to(dtype))
+        totals.append(each.sum())
+        predictions = max(predictions, each.numel())
     return torch.stack(totals).sum(), predictions
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import Shape
+from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
-    output_mask,
-    padding_mask,
     run_model,
     to_device,
 )
+from fxcompress.graph.marks import PAD
+from fxcompress.graph.padding import NONE, Padding, follow_padding, settle
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
@@ -55,6 +55,10 @@ def input_key(site: SiteFacts) -> InputKey:
 
 class Visitor(Protocol):
     """What is done with the values of a pass.
+
+    A mask says which rows count: positions of a value (its shape without features; of a
+    convolution, items x extents of its output; of an embedding, of its look-ups).  What it leaves
+    out is never NaN in inputs, and zero in gradients.
 
     Attributes:
         backward: whether gradients are wanted.
@@ -142,16 +146,18 @@ def run_pass(
     kind = "none"
     with session.attached():
         for batch in batches:
-            session.begin(count, padding_mask(batch))
-            with torch.set_grad_enabled(visitor.backward):
-                result = _forward(model, batch, forward, count)
+            with torch.set_grad_enabled(visitor.backward), _named(count):
+                with follow_padding(model, batch) as (copy, padding):
+                    session.begin(count, padding)
+                    result = _forward(model, copy, forward, count)
+                    if visitor.backward:
+                        starts = backward_starts(
+                            result, to_device(copy, device_of(model)), kind=drawn.output,
+                            fisher=drawn.fisher, loss=loss, mask=padding, generator=generator,
+                        )  # fmt: skip
+                settle(padding)
                 if visitor.backward:
                     with _named(count):
-                        starts = backward_starts(
-                            result, to_device(batch, device_of(model)), kind=drawn.output,
-                            fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
-                            generator=generator,
-                        )  # fmt: skip
                         for at, start in enumerate(starts.passes):
                             _backward(start, again=at + 1 < len(starts.passes))
                             visitor.end()
@@ -224,7 +230,7 @@ class _Session:
     model: nn.Module
     sites: Sequence[SiteFacts]
     visitor: Visitor
-    mask: Tensor | None = None
+    padding: Padding = NONE
     batch: int = 0
 
     def __post_init__(self) -> None:
@@ -253,8 +259,8 @@ class _Session:
             for module in training:
                 module.training = True
 
-    def begin(self, batch: int, mask: Tensor | None) -> None:
-        self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
+    def begin(self, batch: int, padding: Padding) -> None:
+        self.batch, self.padding = batch, padding
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
@@ -270,7 +276,8 @@ class _Session:
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self._see_input(site, data)
+            with self.padding.paused():
+                self._see_input(site, data, out)
             if not torch.is_grad_enabled():
                 return None
             replaced = None
@@ -278,13 +285,16 @@ class _Session:
                 # The first sites of the network; the clone is no leaf, so that an in-place
                 # activation may follow.
                 out = replaced = out.detach().requires_grad_().clone()
-            kept = data.detach() if self.visitor.keeps_inputs else None
-            out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
+            with self.padding.paused():
+                kept, marks = None, output_marks(self.padding, site, out)
+                if self.visitor.keeps_inputs:
+                    kept = self.padding.clean(data.detach())
+            out.register_hook(partial(self._see_gradient, site, kept, marks))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
 
-    def _see_input(self, site: SiteFacts, data: Tensor) -> None:
+    def _see_input(self, site: SiteFacts, data: Tensor, out: Tensor) -> None:
         if data.numel():
             self.reached.add(site.name)
         version = -1 if data.is_inference() else data._version
@@ -298,11 +308,22 @@ class _Session:
                 f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
             )
         seen.append((weakref.ref(data), version))
-        self._require_finite(self.visitor.input(site, data.detach(), self.mask), site, "input")
+        real = input_mask(self.padding, site, data, out)
+        finite = self.visitor.input(site, self.padding.clean(data.detach()), real)
+        self._require_finite(finite, site, "input")
 
     def _see_gradient(
-        self, site: SiteFacts, data: Tensor | None, mask: Tensor | None, gradient: Tensor
+        self, site: SiteFacts, data: Tensor | None, marks: Tensor | None, gradient: Tensor
     ) -> None:
+        mask = None if marks is None else marks != PAD
+        if mask is not None:
+            rows = mask[..., None]
+            if isinstance(site.shape, ConvShape):
+                rows = mask.unsqueeze(-site.shape.dims - 1)
+            gradient = gradient.masked_fill(~rows, 0)
+        if data is not None and _samples_second(marks, gradient):
+            data, gradient = data.transpose(0, 1), gradient.transpose(0, 1)
+            mask = None if mask is None else mask.transpose(0, 1)
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 
@@ -313,3 +334,56 @@ class _Session:
                 f"{self.batch}; check the batch and the model's weights (a float16 model can "
                 "overflow: try model.float())"
             )
+
+
+def input_mask(padding: Padding, site: SiteFacts, data: Tensor, out: Tensor) -> Tensor | None:
+    """Which rows of a site's input count: of a convolution, those whose outputs do.
+
+    Args:
+        padding: of the pass.
+        site: that was called.
+        data: its input.
+        out: what it returned.
+
+    Raises:
+        CalibrationError: which rows are padding could not be followed.
+    """
+    if isinstance(site.shape, ConvShape):
+        marks = output_marks(padding, site, out)
+        return None if marks is None else marks != PAD
+    dims = 0 if isinstance(site.shape, EmbeddingShape) else 1
+    return padding.real(data, f"the input of {site.name}", dims)
+
+
+def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | None:
+    """Marks of a site's output rows (...); of a convolution (items x extents).
+
+    Args:
+        padding: of the pass.
+        site: that was called.
+        out: what it returned.
+
+    Raises:
+        CalibrationError: as :func:`input_mask`.
+    """
+    rows = out.movedim(-site.shape.dims - 1, -1) if isinstance(site.shape, ConvShape) else out
+    return padding.row_marks(rows, f"the output of {site.name}")
+
+
+def _samples_second(marks: Tensor | None, gradient: Tensor) -> bool:
+    """Whether the rows of a sample are a column: (positions, batch, features).
+
+    >>> _samples_second(torch.tensor([[2, 3], [2, 1], [2, 1]]), torch.zeros(3, 2, 8))
+    True
+    """
+    if marks is None or marks.dim() != 2 or gradient.dim() != 3:
+        return False
+    real = marks.int()
+    highest = torch.where(marks > PAD, real, real.new_zeros(()))
+    lowest = torch.where(marks > PAD, real, real.max() + 1)
+
+    def alike(dim: int) -> bool:
+        top, low = highest.amax(dim), lowest.amin(dim)
+        return bool(((top == low) | (top == 0)).all())
+
+    return not alike(1) and alike(0)

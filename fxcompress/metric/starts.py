@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.padding import Padding
 from fxcompress.metric.output import Head, Loss, OutputKind, heads, per_prediction
 
 FisherKind = Literal["sampled", "exact", "empirical"]
@@ -72,7 +73,7 @@ def backward_starts(
     kind: OutputKind,
     fisher: FisherKind,
     loss: Loss | None,
-    mask: Tensor | None,
+    mask: Padding,
     generator: torch.Generator,
 ) -> Starts:
     """The backward passes whose squared gradients add up to the Fisher of a batch.
@@ -83,7 +84,7 @@ def backward_starts(
         kind: the families of the outputs.
         fisher: how the mean over labels is taken.
         loss: the user's own negative log-likelihood, which replaces both.
-        mask: (batch, positions) real positions; the others make no prediction.
+        mask: what is padding in the output; it makes no prediction.
         generator: the source of labels and signs.
 
     Raises:
@@ -92,7 +93,7 @@ def backward_starts(
     """
     if loss is not None:
         return _from_loss(output, batch, loss, mask)
-    found = heads(output, kind)
+    found = heads(output, kind, mask)
     named = isinstance(kind, Mapping)
     words = (f"{head.name} {head.family}" if named else head.family for head in found)
     name = ", ".join(dict.fromkeys(words))
@@ -102,20 +103,29 @@ def backward_starts(
     counts, gradients = [], []
     for head in found:
         if fisher == "sampled":
-            rows, real = _sampled(head, generator), head.real(mask)
+            real = head.real(mask)
+            rows = _sampled(head, real, generator)
         else:
             rows, real = _empirical(head, batch, mask, len(found))
-        if real is not None:
-            rows = rows * real[..., None]
+            if real is not None:
+                rows = rows.masked_fill(~real[..., None], 0)
         gradients.append(head.like(rows))
         counts.append(rows[..., 0].numel() if real is None else int(real.sum()))
     start = Start(tuple(head.tensor for head in found), tuple(gradients))
     return Starts([start], max(counts), name)
 
 
-def _sampled(head: Head, generator: torch.Generator) -> Tensor:
-    """Gradients of rows (..., C) for labels drawn from the model."""
+def _sampled(head: Head, real: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Gradients of rows (..., C) for labels drawn from the model, zero where there are none."""
     f = head.rows(head.tensor.detach().float())
+    if real is None:
+        return _drawn(head, f, generator)
+    rows = torch.zeros_like(f)
+    rows[real] = _drawn(head, f[real], generator)
+    return rows
+
+
+def _drawn(head: Head, f: Tensor, generator: torch.Generator) -> Tensor:
     if head.family == "gaussian":
         # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
         return torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
@@ -129,7 +139,7 @@ def _sampled(head: Head, generator: torch.Generator) -> Tensor:
     return flat.reshape(p.shape)
 
 
-def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[Start]:
+def _exact(head: Head, mask: Padding, generator: torch.Generator) -> list[Start]:
     """One pass for each column of a root of the Hessian."""
     f = head.rows(head.tensor.detach().float())
     columns = f.shape[-1]
@@ -158,13 +168,13 @@ def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[
             coin = torch.rand(f.shape[:-1], generator=generator, device=f.device)
             rows = rows * ((coin < 0.5).to(rows.dtype) * 2 - 1)[..., None]
         if real is not None:
-            rows = rows * real[..., None]
+            rows = rows.masked_fill(~real[..., None], 0)
         starts.append(Start((head.tensor,), (head.like(rows),)))
     return starts
 
 
 def _empirical(
-    head: Head, batch: Any, mask: Tensor | None, outputs: int
+    head: Head, batch: Any, mask: Padding, outputs: int
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of rows for the labels of the data, and which rows have one."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -214,8 +224,8 @@ def _misfit(labels: Tensor, head: Head) -> str:
     )
 
 
-def _from_loss(output: Any, batch: Any, loss: Loss, mask: Tensor | None) -> Starts:
-    """Start from the user's own loss; where a mask fits its values, padding is left out.
+def _from_loss(output: Any, batch: Any, loss: Loss, mask: Padding) -> Starts:
+    """Start from the user's own loss; values at padding are left out.
 
     Raises:
         CalibrationError: the loss fails, is reduced to a scalar, not finite, or not
@@ -227,10 +237,10 @@ def _from_loss(output: Any, batch: Any, loss: Loss, mask: Tensor | None) -> Star
             "loss(output, batch) returned a tensor without a gradient: it has to be computed "
             "from the output, without detach(), argmax() or no_grad()"
         )
-    if not bool(value.isfinite().all()):
+    real = mask.real(value, "the values of loss(output, batch)", dims=0)
+    if not bool((value if real is None else value[real]).isfinite().all()):
         raise CalibrationError("loss(output, batch) returned NaN or infinite values")
     counted = torch.ones_like(value)
-    if mask is not None and value.shape[:2] == mask.shape:
-        fitted = mask.reshape(*mask.shape, *(1,) * (value.dim() - 2))
-        counted = counted * fitted.to(value.device, value.dtype)
+    if real is not None:
+        counted = counted.masked_fill(~real, 0)
     return Starts([Start((value,), (counted,))], int(counted.sum()), "loss")
