@@ -157,10 +157,9 @@ def run_pass(
                         )  # fmt: skip
                 settle(padding)
                 if visitor.backward:
-                    with _named(count):
-                        for at, start in enumerate(starts.passes):
-                            _backward(start, again=at + 1 < len(starts.passes))
-                            visitor.end()
+                    for at, start in enumerate(starts.passes):
+                        _backward(start, again=at + 1 < len(starts.passes))
+                        visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
             count += 1
