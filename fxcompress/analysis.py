@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
+from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
+from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.plan import Folded, Size, history
 from fxcompress.report.progress import Progress
@@ -65,23 +66,38 @@ class Survey:
 
 
 @dataclass(frozen=True, eq=False)
+class Estimate:
+    """How the metric was estimated.
+
+    Attributes:
+        calibration: of the batches that it was estimated on.
+        held_back: the others.
+        damping: of the input and of the output factor, relative to their mean eigenvalues.
+    """
+
+    calibration: Calibration
+    held_back: HeldBack = field(default_factory=HeldBack)
+    damping: tuple[float, float] = DAMPING
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis(Survey):
     """What the stages before the budget found out.
 
     Attributes:
-        calibration: how the data pass went; without its moments.
+        estimate: how the metric was estimated; without its moments.
         decomposed: every site in its metric.
     """
 
-    calibration: Calibration
+    estimate: Estimate
     decomposed: Decomposition
 
     @classmethod
-    def of(cls, survey: Survey, calibration: Calibration, decomposed: Decomposition) -> Analysis:
+    def of(cls, survey: Survey, estimate: Estimate, decomposed: Decomposition) -> Analysis:
         """A survey with what was found since, without bundles that have an idle site."""
         known = {each.name: getattr(survey, each.name) for each in fields(Survey)}
         known["bundles"] = tuple(b for b in survey.bundles if b.name in decomposed.bundles)
-        return cls(**known, calibration=calibration, decomposed=decomposed)
+        return cls(**known, estimate=estimate, decomposed=decomposed)
 
 
 def analyse(
@@ -99,22 +115,22 @@ def analyse(
     metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
     if loss is not None and not metric.backward:
         surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
-    batches, total = limited(batches, spec.batches, total)
-    if metric.directions:
-        batches = [*batches]  # gone through twice
-    calibrated = calibrated_on(surveyed, batches, total, loss, forward, show)
+    division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
+    used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
+    estimated = estimate(surveyed, used, division, loss, forward, show)
 
-    moments = dict(calibrated.moments)
-    calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
-    metric_of = metric_from(moments, metric, (spec.damping.input, spec.damping.output))
+    moments = dict(estimated.calibration.moments)
+    # So that each is freed once it is used.
+    estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
+    metric_of = metric_from(moments, metric, estimated.damping)
     tick = show.stage("decompose", len(sites))
     decomposed = decompose_sites(work, sites, surveyed.bundles, metric_of, tick)
     if metric.directions:
         wanted = wanted_directions(decomposed, sites, surveyed.bundles)
-        tick = show.stage("directions", total)
+        tick = show.stage("directions", division.count)
         energies = measure_directions(
-            work, sites, wanted, batches,
-            drawn=draws(loaded), loss=loss, forward=forward, tick=tick,
+            work, sites, wanted, used,
+            drawn=draws(loaded), loss=loss, forward=forward, places=division.places, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
     surveyed.notes.extend(
@@ -122,7 +138,45 @@ def analyse(
         "gradients); its predicted loss is 0 at every rank"
         for name in decomposed.idle
     )
-    return Analysis.of(surveyed, calibrated, decomposed)
+    return Analysis.of(surveyed, estimated, decomposed)
+
+
+def estimate(
+    found: Survey,
+    batches: Iterable[Any],
+    division: Division,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+) -> Estimate:
+    """The metric's moments, those of the batches held back, and damping chosen on these.
+
+    Args:
+        found: has the model, the sites and the rules.
+        batches: those of ``division`` that are not held back.
+        division: of the calibration data.
+        loss, forward: as of ``compile``.
+        show: told of the stages.
+
+    Raises:
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+    """
+    spec = found.rules.rules.metric
+    metric = METRICS[spec.kind]
+    calibrated = calibrated_on(found, batches, division.count, loss, forward, show, division.places)
+    held = division.held if metric.needs else division.untouched()
+    moments: Mapping[str, Moments] = {}
+    if held and metric.needs:
+        tick = show.stage("held back", len(held))
+        moments = calibrate(
+            found.model, found.sites, held, metric,
+            drawn=draws(found.rules), loss=loss, forward=forward,
+            everywhere=False, places=division.held_places, tick=tick,
+        ).moments  # fmt: skip
+        show.stage("damping", None)
+    given = (spec.damping.input, spec.damping.output)
+    damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
+    return Estimate(calibrated, HeldBack(tuple(held), moments, loss), damping)
 
 
 def calibrated_on(
@@ -132,6 +186,7 @@ def calibrated_on(
     loss: Loss | None,
     forward: Forward | None,
     show: Progress,
+    places: Sequence[int] | None = None,
 ) -> Calibration:
     """The moments that the metric of the rules needs, at the weights as they are now.
 
@@ -141,6 +196,7 @@ def calibrated_on(
         total: how many they are, if that is known.
         loss, forward: as of ``compile``.
         show: told of the stage.
+        places: what errors call the batches, if these are a part of others.
 
     Raises:
         CalibrationError: as of :func:`fxcompress.metric.calibrate`.
@@ -148,7 +204,7 @@ def calibrated_on(
     tick = show.stage("calibrate", total)
     return calibrate(
         found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
+        drawn=draws(found.rules), loss=loss, forward=forward, places=places, tick=tick,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.graph.recorder import record
 from fxcompress.io import read_plan
 from fxcompress.report import diff_plan
+from fxcompress.report.summary import held_back_line
 from fxcompress.rules import (
     LoadedRules,
     MatchResult,
@@ -123,7 +124,8 @@ def compile(
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
     _copy_tokenizer(model, out)
     typer.echo(str(difference))
-    typer.echo(f"\nsaved to {out}; load it with fxcompress.load({str(out)!r})")
+    typer.echo(f"\n{held_back_line(difference.plan)}")
+    typer.echo(f"saved to {out}; load it with fxcompress.load({str(out)!r})")
 
 
 @app.command()

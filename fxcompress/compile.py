@@ -22,7 +22,7 @@ from fxcompress.graph.recorder import record
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
 from fxcompress.plan import Plan, attach_plan
-from fxcompress.planning import make_plan
+from fxcompress.planning import foreseen, make_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Explanation, Rules, read_rules, with_keep
@@ -111,7 +111,7 @@ def plan(
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        planned = make_plan(analysis, {}, show)
+        planned = foreseen(analysis, make_plan(analysis, {}, show))
     return planned.model_copy(
         update={"seconds": dict(show.seconds), "warnings": tuple(analysis.notes)}
     )

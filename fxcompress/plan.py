@@ -15,7 +15,7 @@ from fxcompress.errors import RewriteError
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 
-FORMAT = 3
+FORMAT = 4
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -94,7 +94,8 @@ class SitePlan(_Frozen):
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
         parts: what the form puts in the operator's place; empty if the site stays dense.
-        predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
+        predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
+            of the batches held back, if there are any that reach the site.
         energy: share of the squared singular values that is kept, in [0, 1].
         before, after: sizes of this operator; what a bundle shares counts for its first site.
         seconds: measured time of this operator before and after, where a budget is about it;
@@ -226,7 +227,8 @@ class BudgetOutcome(_Frozen):
         dense: what they cost before.
         multiplier: λ, predicted loss per unit of cost; None for uniform ranks.
         predicted: predicted loss, summed over sites.
-        bound: no plan within the budget can have a lower predicted loss; None for uniform.
+        fitted: the same by the damped moments that the ranks were chosen by: what was minimized.
+        bound: no plan within the budget can have a lower fitted loss; None for uniform.
     """
 
     keep: float
@@ -238,12 +240,13 @@ class BudgetOutcome(_Frozen):
     dense: float
     multiplier: float | None
     predicted: float
+    fitted: float
     bound: float | None
 
     @property
     def gap(self) -> float | None:
         """Duality gap, in the unit of the predicted loss."""
-        return None if self.bound is None else self.predicted - self.bound
+        return None if self.bound is None else self.fitted - self.bound
 
 
 class MeasuredSite(_Frozen):
@@ -300,6 +303,23 @@ class Fidelity(_Frozen):
         return {name: one for one in self.sites for name in one.sites}
 
 
+class HeldBack(_Frozen):
+    """The whole compressed model beside the dense one, on calibration batches held back.
+
+    Attributes:
+        batches, predictions: how much data.
+        output: family of the output distribution; ``"loss"`` for a user's loss.
+        measured: KL to the dense model, or what the user's loss rises by; nats per prediction.
+        error: its standard error, from the differences between batches; None of one batch.
+    """
+
+    batches: int
+    predictions: int
+    output: str
+    measured: float
+    error: float | None
+
+
 class Round(_Frozen):
     """One attempt at a round of ISVT: a thresholding, and gradient steps after it.
 
@@ -342,6 +362,10 @@ class Plan(_Frozen):
         metric: name of the metric.
         loss_unit: what predicted losses are measured in.
         calibration: what the metric was estimated on (batches, predictions, family, seed).
+        damping: of the input and of the output factors, given or chosen; empty where the metric
+            has none.
+        held_back: the model measured on the batches that the metric did not see; None if it is
+            not rewritten yet, or nothing was held back.
         budget: the budget and how it was met; the first of several.
         limits: the other budgets, and those of single rules.
         sites: every matched site, in graph order.
@@ -366,6 +390,8 @@ class Plan(_Frozen):
     metric: str
     loss_unit: str
     calibration: dict[str, int | str]
+    damping: tuple[float, ...] = ()
+    held_back: HeldBack | None = None
     budget: BudgetOutcome
     limits: tuple[Limit, ...] = ()
     sites: tuple[SitePlan, ...]

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
@@ -14,7 +16,9 @@ from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
 from fxcompress.graph.operator import Operator
 from fxcompress.latency import ROUNDS, Table, table_path
-from fxcompress.metric import METRICS
+from fxcompress.metric import METRICS, Metric
+from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.modules import canonical_weight
 from fxcompress.parts import layers
 from fxcompress.plan import (
     ZERO,
@@ -76,15 +80,18 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         metric=rules.metric.kind,
         loss_unit=METRICS[rules.metric.kind].unit,
         calibration={
-            "batches": analysis.calibration.batches,
-            "predictions": analysis.calibration.predictions,
-            "output": analysis.calibration.kind,
+            "batches": analysis.estimate.calibration.batches,
+            "predictions": analysis.estimate.calibration.predictions,
+            "output": analysis.estimate.calibration.kind,
+            "held back": len(analysis.estimate.held_back.batches),
             "seed": rules.metric.seed,
         },
+        damping=analysis.estimate.damping if _is_damped(METRICS[rules.metric.kind]) else (),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
             predicted=allocation.loss,
+            fitted=allocation.loss,
             bound=solution.bound,
         ),
         limits=tuple(more),
@@ -99,6 +106,54 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     )
     tick()
     return planned
+
+
+def foreseen(analysis: Analysis, planned: Plan) -> Plan:
+    """The plan with its losses predicted by the moments of the batches held back.
+
+    The moments that it was made by are fitted to it: where data are few it looks far better in
+    their eyes than it is.
+
+    Args:
+        analysis: has the decompositions and the moments.
+        planned: of it; as it is if nothing was held back.
+    """
+    known = analysis.estimate.held_back.moments
+    if not known:
+        return planned
+    metric = METRICS[analysis.rules.rules.metric.kind]
+    sites = {site.name: site for site in analysis.sites}
+    entries = []
+    for entry in planned.sites:
+        if entry.form is not None and entry.name in known:
+            module = analysis.model.get_submodule(entry.name)
+            dense = canonical_weight(module).detach().to(torch.float64)
+            change = _approximated(analysis, planned, sites[entry.name], entry) - dense
+            loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
+            entry = entry.model_copy(update={"predicted": loss})
+        entries.append(entry)
+    predicted = math.fsum(entry.predicted for entry in entries)
+    budget = planned.budget.model_copy(update={"predicted": predicted})
+    return planned.model_copy(update={"sites": tuple(entries), "budget": budget})
+
+
+def _approximated(analysis: Analysis, planned: Plan, site: Site, entry: SitePlan) -> Tensor:
+    """The dense weight (canonical layout, float64) that the form of a site stands for."""
+    chosen, rank = entry.choice
+    if not entry.bundle:
+        form, target = site.forms[chosen], analysis.decomposed.sites[site.name].target
+        return form.product(
+            site.shape, [factor.to(torch.float64) for factor in form.factors(target, rank)]
+        )
+    members = planned.bundles[entry.bundle]
+    left, right = analysis.decomposed.bundles[entry.bundle].target.truncations().factors(rank)
+    place = [member.name for member in members].index(entry.name)
+    part = torch.split(left, [member.out_features for member in members])[place]
+    return part.to(torch.float64) @ right.to(torch.float64)
+
+
+def _is_damped(metric: Metric) -> bool:
+    return metric.factors is not None and bool(metric.needs)
 
 
 def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:

@@ -18,7 +18,7 @@ from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
 from fxcompress.plan import attach_plan
-from fxcompress.planning import make_plan
+from fxcompress.planning import foreseen, make_plan
 from fxcompress.report.progress import stages
 from fxcompress.report.sweep import Point, Sweep
 from fxcompress.rewriting import rewrite
@@ -115,7 +115,7 @@ def _point(
     with stages(enabled=False) as own:
         try:
             if evaluate is None:
-                planned = make_plan(analysis, {}, own)
+                planned = foreseen(analysis, make_plan(analysis, {}, own))
                 planned = planned.model_copy(update={"warnings": tuple(analysis.notes)})
             else:
                 small, planned = rewrite(model, analysis, forward, own)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.analysis import Analysis, Survey
+from fxcompress.analysis import Analysis, Estimate, Survey
 from fxcompress.decomposition import (
     Decomposed,
     Decomposition,
@@ -32,6 +32,7 @@ from fxcompress.decomposition import (
 )
 from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
+from fxcompress.held_back import default_damping
 from fxcompress.isvt.subspace import Leading
 from fxcompress.isvt.warm import Partial, Warm, start
 from fxcompress.metric import METRICS, Calibration
@@ -80,7 +81,7 @@ def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quad
         ValueError: a moment is not finite.
     """
     spec = survey.rules.rules.metric
-    damping = (spec.damping.input, spec.damping.output)
+    damping = default_damping((spec.damping.input, spec.damping.output))
     metric_of = metric_from(dict(moments), METRICS[spec.kind], damping)
     found = {}
     for site in survey.sites:
@@ -252,7 +253,7 @@ def _analysis(
 ) -> Analysis:
     sites = {name: each for name, each in found.items() if name not in bundles}
     joint = {name: each for name, each in found.items() if name in bundles}
-    return Analysis.of(survey, Calibration({}), Decomposition(sites, joint, ()))
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, ()))
 
 
 def _spectrum(decomposed: Decomposed) -> Spectrum | None:

@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, Survey, calibrated_on, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
@@ -204,7 +204,7 @@ class ISVT(Generic[M]):
         with torch.inference_mode(False), stages(self._progress) as show:
             self._sync_buffers()
             found = self._find(1.0, {})
-            analysis = replace(found.analysis, calibration=self._calibration)
+            analysis = replace(found.analysis, estimate=Estimate(self._calibration))
             small, planned = rewrite(self.model, analysis, self._forward, show)
         unit = f"{planned.loss_unit}{LAST}"
         attach_plan(

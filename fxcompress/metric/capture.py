@@ -30,7 +30,8 @@ class Calibration:
     """The outcome of the data pass.
 
     Attributes:
-        moments: per site name; sites with one input share one ``Moments.input`` tensor.
+        moments: per site name, of sites that data came to; sites with one input share one
+            ``Moments.input`` tensor.
         batches: number of batches seen.
         predictions: number of predictions that the Fisher is a mean over.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
@@ -51,13 +52,15 @@ def calibrate(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    everywhere: bool = True,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Gather the moments that ``metric`` needs at every site.
 
     Args:
         metric: says which statistics are needed.
-        model, sites, batches, drawn, loss, forward, tick: as of
+        model, sites, batches, drawn, loss, forward, everywhere, places, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Raises:
@@ -68,9 +71,10 @@ def calibrate(
     sums = _Sums(model, sites, metric.needs, metric.backward)
     passed = run_pass(
         model, sites, batches, sums,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, everywhere=everywhere, places=places, tick=tick,
     )  # fmt: skip
-    moments = sums.finish(passed.predictions)
+    found = sums.finish(passed.predictions)
+    moments = {name: each for name, each in found.items() if name in passed.reached}
     return Calibration(moments, passed.batches, passed.predictions, passed.kind)
 
 

@@ -85,13 +85,14 @@ def measure_directions(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Tensor]:
     """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
 
     Args:
         wanted: site name -> any key -> components.
-        model, sites, batches, drawn, loss, forward, tick: as of
+        model, sites, batches, drawn, loss, forward, places, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Returns:
@@ -103,7 +104,7 @@ def measure_directions(
     visitor = _Products(wanted)
     passed = run_pass(
         model, [site for site in sites if wanted.get(site.name)], batches, visitor,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, places=places, tick=tick,
     )  # fmt: skip
     return {key: total / passed.predictions for key, total in visitor.squares.items()}
 

@@ -196,6 +196,25 @@ def per_prediction(loss: Loss, output: Any, batch: Any) -> Tensor:
     return value
 
 
+def loss_sum(loss: Loss, output: Any, batch: Any, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum of a user's loss over the predictions of a batch, and how many they are.
+
+    Args:
+        loss: the user's.
+        output: what the model returned.
+        batch: that it was given, on the model's device.
+        mask: (batch, positions) real positions; the others make no prediction.
+
+    Raises:
+        CalibrationError: as :func:`per_prediction`.
+    """
+    value = per_prediction(loss, output, batch)
+    if mask is None or value.shape[:2] != mask.shape:
+        return value.sum(), value.numel()
+    real = mask.to(value.device)
+    return value[real].sum(), value[real].numel()
+
+
 def divergence(
     dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
 ) -> tuple[float, int]:

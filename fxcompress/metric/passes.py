@@ -102,11 +102,13 @@ class Passed:
         batches: number of batches seen.
         predictions: number of predictions in them, 0 without a backward pass.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
+        reached: names of the sites that data came to.
     """
 
     batches: int
     predictions: int
     kind: str
+    reached: frozenset[str]
 
 
 def run_pass(
@@ -118,6 +120,8 @@ def run_pass(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    everywhere: bool = True,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -130,6 +134,8 @@ def run_pass(
         drawn: what the outputs mean, and where labels come from.
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
+        everywhere: whether the data have to reach every site.
+        places: what errors call the batches, if these are a part of others.
         tick: called after every batch.
 
     Raises:
@@ -142,11 +148,12 @@ def run_pass(
     kind = "none"
     with session.attached():
         for batch in batches:
-            session.begin(count, padding_mask(batch))
+            place = count if places is None else places[count]
+            session.begin(place, padding_mask(batch))
             with torch.set_grad_enabled(visitor.backward):
-                result = _forward(model, batch, forward, count)
+                result = _forward(model, batch, forward, place)
                 if visitor.backward:
-                    with _named(count):
+                    with _named(place):
                         starts = backward_starts(
                             result, to_device(batch, device_of(model)), kind=drawn.output,
                             fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
@@ -169,8 +176,9 @@ def run_pass(
             "the calibration batches hold no prediction at all: they are empty, or their "
             "attention_mask is zero everywhere"
         )
-    session.require_reached()
-    return Passed(count, predictions, kind)
+    if everywhere:
+        session.require_reached()
+    return Passed(count, predictions, kind, frozenset(session.reached))
 
 
 def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:

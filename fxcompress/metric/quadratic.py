@@ -84,6 +84,40 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
     return Grouped(parts) if groups else parts[0]
 
 
+def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor) -> float:
+    """Loss of a change of a weight by the moments themselves: ``½ tr(G Δ A Δᵀ)``, undamped.
+
+    For moments that the change was not chosen by: there is nothing to be careful about.
+
+    Args:
+        metric: makes factors of moments.
+        shape: of the operator.
+        moments: of the site.
+        change: Δ (canonical layout), float64.
+    """
+    if metric.factors is None:
+        assert moments.entries is not None
+        return Elementwise.of(moments.entries, shape).loss(change)
+    grouped = isinstance(shape, ConvShape)
+    parts = change.flatten(2) if grouped else change[None]
+    factors = [
+        [None] * len(parts) if factor is None else [*factor] if grouped else [factor]
+        for factor in metric.factors(moments)
+    ]
+    return 0.5 * sum(
+        float((_times(g, part) * _times(a, part.T).T).sum())
+        for a, g, part in zip(*factors, parts, strict=True)
+    )
+
+
+def _times(factor: Factor, x: Tensor) -> Tensor:
+    """``M x`` for a factor M (d x d), its diagonal (d) or the identity, and x (d x k)."""
+    if factor is None:
+        return x
+    factor = factor.to(x.dtype)
+    return factor[:, None] * x if factor.dim() == 1 else factor @ x
+
+
 def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
     """The metric of weights on one input, stacked to one (Σm x n).
 

@@ -92,11 +92,14 @@ def _different(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
 
 
 class Damping(_Model):
-    """Added to each factor's eigenvalues, relative to their mean."""
+    """Added to each factor's eigenvalues, relative to their mean.
 
-    input: Annotated[Number, Field(ge=0)] = 1e-3
+    What is left out is chosen by what it loses on the batches held back; 1e-3 and 1e-1 if none are.
+    """
+
+    input: Annotated[Number, Field(ge=0)] | None = None
     """For the second moments of the inputs."""
-    output: Annotated[Number, Field(ge=0)] = 1e-1
+    output: Annotated[Number, Field(ge=0)] | None = None
     """For the second moments of the gradients of the outputs."""
 
 
@@ -122,7 +125,10 @@ class Metric(_Model):
     seed: Whole = 0
     """Of the draws from the model's predictions."""
     batches: Count | None = None
-    """How many of the calibration batches it is estimated on, from the first; all if left out."""
+    """How many of the calibration batches are used, from the first; all if left out."""
+    held_back: Share = 0.125
+    """Share of them that the metric never sees, one of two or more at least: the loss of the plan
+    is predicted and measured on these.  0 for none."""
 
 
 class Solver(_Model):
