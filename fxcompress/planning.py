@@ -117,6 +117,8 @@ def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
+            if table.unkept and table.unkept not in analysis.notes:
+                analysis.notes.append(table.unkept)
     return pricings
 
 

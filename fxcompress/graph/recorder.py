@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
+from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.operator import Operator
@@ -147,7 +147,7 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     model.eval()
     try:
         example = to_device(example, device_of(model))  # before, so that no node comes of it
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounter() as flops:
             recorder.run(lambda: run_model(model, example, forward))
     except Exception as error:
         raise RecordError(
@@ -159,7 +159,7 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     finally:
         for module in training:
             module.training = True
-    return recorder.finish(flops.get_total_flops() // 2)
+    return recorder.finish(flops.total // 2)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, UntypedStorage, fx, nn
 
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
@@ -15,9 +16,27 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def skeleton(model: M) -> M:
-    """A deep copy that shares the parameters (not the buffers: a forward may write those)."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    """A deep copy that shares the parameters (not the buffers: a forward may write those).
+
+    Parameters that were made in inference mode are copied: nothing can be computed from them
+    that has gradients.
+    """
+    own: dict[int, UntypedStorage] = {}
+    memo: dict[int, Any] = {
+        id(parameter): _ordinary(parameter, own) if parameter.is_inference() else parameter
+        for parameter in model.parameters()
+    }
     return copy.deepcopy(model, {**memo, **_computed(model)})
+
+
+def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Parameter:
+    """A copy that is no inference tensor; parameters that share memory still do."""
+    memory = parameter.untyped_storage()
+    with torch.inference_mode(False):
+        copied = own.setdefault(memory.data_ptr(), memory.clone())
+        fresh = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        fresh.set_(copied, parameter.storage_offset(), parameter.shape, parameter.stride())
+        return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
 
 
 def _computed(model: nn.Module) -> dict[int, Tensor]:
