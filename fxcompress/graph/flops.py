@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+_DISABLED = torch._C._disabled_torch_dispatch_impl
 
 
 class FlopCounter(TorchDispatchMode):
@@ -32,8 +33,8 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if NestedTensor in types:
-            return NotImplemented  # it computes with the tensor of its rows, which comes by again
+        if any(each.__torch_dispatch__ is not _DISABLED for each in types):
+            return NotImplemented  # what such a class computes with plain tensors comes by again
         if func is torch.ops.higher_order.cond:
             chosen, yes, no, operands = args
             with self:

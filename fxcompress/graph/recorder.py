@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
@@ -31,6 +31,7 @@ from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
+from fxcompress.graph.physical import physical
 from fxcompress.graph.versions import Version, Versions, counter
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
@@ -149,6 +150,8 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
         example = to_device(example, device_of(model))  # before, so that no node comes of it
         with FlopCounter() as flops:
             recorder.run(lambda: run_model(model, example, forward))
+    except RecordError:
+        raise
     except Exception as error:
         raise RecordError(
             f"the model failed on the example batch: {type(error).__name__}: {error}\n"
@@ -162,8 +165,33 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     return recorder.finish(flops.total // 2)
 
 
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """None for a nested tensor, whose rows have different ones."""
+    if not tensor.is_nested:
+        return tuple(tensor.shape)
+    if tensor.layout == torch.strided:
+        raise RecordError(
+            "the model computes with nested tensors of strided layout, which tell nothing of their "
+            "shape: make them with layout=torch.jagged, or pad instead"
+        )
+    return None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors of a value: of containers that torch knows, and of dataclasses."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    found = []
+    for leaf in tree_leaves(tree, is_leaf=_is_tensor):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, each.name, None) for each in fields(leaf)])
+    return found
 
 
 class _Recorder(TorchFunctionMode):
@@ -272,7 +300,7 @@ class _Recorder(TorchFunctionMode):
 
     def tag(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.producers[tensor] = (node, self.versions.of(tensor))
-        node.meta["shape"] = tuple(tensor.shape)
+        node.meta["shape"] = _shape(tensor)
         return node
 
     def node_of(self, value: Any) -> Any:
@@ -298,8 +326,22 @@ class _Recorder(TorchFunctionMode):
             node.meta.update(op="input", attributes={}, scope="", path="")
         return self.tag(value, node)
 
+    def nodes(self, value: Any) -> Any:
+        """The same with nodes for tensors.
+
+        Containers of other classes become tuples: theirs may take nothing but tensors.
+        """
+        if type(value) in (list, tuple):
+            return type(value)(map(self.nodes, value))
+        if type(value) is dict:
+            return {str(key): self.nodes(each) for key, each in value.items()}
+        leaves = tree_leaves(value, is_leaf=_is_tensor)
+        if len(leaves) == 1 and leaves[0] is value:
+            return self.node_of(value)
+        return tuple(map(self.nodes, leaves))
+
     def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, Version]]]:
-        nodes = tree_map(self.node_of, (tuple(args), dict(kwargs)))
+        nodes = tuple(map(self.nodes, args)), {key: self.nodes(kwargs[key]) for key in kwargs}
         return nodes, [(tensor, self.versions.of(tensor)) for tensor in _tensors((args, kwargs))]
 
     def emit(self, node: fx.Node, before: list[tuple[Tensor, Version]], out: Any) -> Any:
@@ -329,12 +371,13 @@ class _Recorder(TorchFunctionMode):
         producer = self.producers.get(data, (None, None))[0]
         self.reads[key].append(node)
         self.sources[key].append(f"{producer}@{self.versions.of(data)}")
-        data = _physical(data).detach()
+        op = node.meta["op"]
+        extents = int(op[-2]) if op in CONVOLUTIONS else None
+        data = physical(data, extents).detach()
         if not data.dim() or not data.numel():
             return
-        op = node.meta["op"]
-        if op in CONVOLUTIONS:
-            items = data.unsqueeze(0) if data.dim() < int(op[-2]) + 2 else data
+        if extents is not None:
+            items = data.unsqueeze(0) if data.dim() < extents + 2 else data
             self.inputs[key].append((len(items), *items.shape[2:]))
             few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))
             self.samples[key].append(items[: min(few, SAMPLE_ROWS)].clone())
@@ -379,16 +422,6 @@ class _Recorder(TorchFunctionMode):
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         called = frozenset(self.called)
         return Recording(self.graph, operators, weights, macs, samples, called)
-
-
-def _physical(tensor: Tensor) -> Tensor:
-    """The tensor behind the ones that ``torch.func`` hands to a model, all rows included."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        inner = functorch.get_unwrapped(tensor)
-        batched = functorch.is_batchedtensor(tensor)
-        tensor = inner.movedim(functorch.maybe_get_bdim(tensor), 0) if batched else inner
-    return tensor
 
 
 def _operator(node: fx.Node, weight: str | None) -> Operator:
@@ -439,11 +472,10 @@ def _patched_call(recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _no_fast_paths() -> Iterator[None]:
-    """Fused kernels of nn.TransformerEncoder hide operators; compiled regions do too."""
+    """Fused kernels of nn.TransformerEncoder hide operators."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
