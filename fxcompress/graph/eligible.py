@@ -58,6 +58,8 @@ def obstacle(
             return f"its weight is also read by {readers}, which would bypass a rewritten layer"
         if facts.dtype not in FLOATING:
             return f"its weight is {facts.dtype}, not a floating type"
+        if 0 in facts.shape:
+            return f"its weight has no entries: its shape is {facts.shape}"
         if operator.path.startswith(finished):
             return "it is part of a layer that was factorized before"
         return _module_obstacle(model.get_submodule(operator.path), recording, operator)

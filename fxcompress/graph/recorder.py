@@ -252,7 +252,8 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_module(name, *nodes)
                 meta = canonicalize(module=module, args=args, kwargs=kwargs)
                 node.meta.update(meta, path=name, scope=self.scope())
-                weight = module._parameters.get("weight")
+                scripted = isinstance(module, torch.jit.ScriptModule)
+                weight = None if scripted else module._parameters.get("weight")
                 key = None if weight is None else self.ownership.key(weight)
                 if key is not None and before:
                     self.applied(key, node, before[0][0])

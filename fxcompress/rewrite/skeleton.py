@@ -26,7 +26,19 @@ def skeleton(model: M) -> M:
         id(parameter): _ordinary(parameter, own) if parameter.is_inference() else parameter
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, {**memo, **_computed(model)})
+    return _copied(model, memo)
+
+
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """A deep copy, also of what torch cannot copy by itself."""
+    # With gradients on, TorchScript copies parameters as operations on them.
+    with torch.no_grad():
+        copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        if isinstance(old, torch.jit.ScriptModule):
+            for source, parameter in zip(old.parameters(), new.parameters(), strict=True):
+                parameter.requires_grad_(source.requires_grad)
+    return copied
 
 
 def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Parameter:
@@ -39,10 +51,24 @@ def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Par
         return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
 
 
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    """Tensors that a graph of autograd hangs on (as weight_norm keeps) cannot be copied."""
-    held = (value for module in model.modules() for value in vars(module).values())
-    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+
+def _uncopyable(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of tensors that ``deepcopy`` has no way to copy.
+
+    Those that a graph of autograd hangs on (as weight_norm keeps), and compressed sparse ones.
+    """
+    held = (
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+    )
+    return {
+        id(value): value.detach().clone()
+        for value in held
+        if isinstance(value, Tensor) and (not value.is_leaf or value.layout in _COMPRESSED)
+    }
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -63,4 +89,4 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     """
     shared = {id(parameter) for parameter in original.parameters()}
     memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
-    return copy.deepcopy(rewritten, {**memo, **_computed(rewritten)})
+    return _copied(rewritten, memo)
