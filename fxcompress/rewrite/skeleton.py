@@ -34,7 +34,7 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
     # With gradients on, TorchScript copies parameters as operations on them.
     with torch.no_grad():
         copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
-    for old, new in zip(model.modules(), copied.modules(), strict=True):
+    for old, new in zip(model.modules(), copied.modules(), strict=False):
         if isinstance(old, torch.jit.ScriptModule):
             for source, parameter in zip(old.parameters(), new.parameters(), strict=True):
                 parameter.requires_grad_(source.requires_grad)
