@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,10 +12,11 @@ from torch.nn.utils import parametrize
 
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.operator import Operator
-from fxcompress.graph.recorder import Recording
+from fxcompress.graph.recorder import Recording, Weight
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MADE_BY_HOOK = "its weight is made by a hook (torch.nn.utils.weight_norm): remove that first"
 PARAMETRIZED = "its weight is parametrized (torch.nn.utils.parametrize): remove that first"
 
 
@@ -35,22 +38,15 @@ def obstacle(
             module = modules.get(operator.path) if operator.module else None
             if module is not None and parametrize.is_parametrized(module):
                 return PARAMETRIZED
-            if module is not None and module._forward_pre_hooks:
-                return (
-                    "its weight is made by a hook (torch.nn.utils.weight_norm): remove that first"
-                )
+            if module is not None and made_by_hook(module):
+                return MADE_BY_HOOK
             return "it applies no parameter of its own"
         facts = recording.weights[operator.weight]
         if len(facts.aliases) > 1:
             others = ", ".join(name for name in facts.aliases if name != operator.weight)
             return f"its weight is tied to {others}"
         if not operator.module:
-            where = f"the forward of {operator.scope}" if operator.scope else "the model's forward"
-            return (
-                f"its weight {operator.weight} is applied by a function call in {where}, not by a "
-                "module that could be replaced; use nn.Linear there, or give compile() an "
-                "fx.GraphModule"
-            )
+            return _function_obstacle(operator, facts)
         if not operator.path:
             return "it is the model itself; wrap it in nn.Sequential"
         if facts.strangers:
@@ -65,6 +61,37 @@ def obstacle(
         return _module_obstacle(model.get_submodule(operator.path), recording, operator)
 
     return reason
+
+
+def made_by_hook(module: nn.Module) -> bool:
+    """Whether a hook makes the weight of a module before every call."""
+    held = module._parameters
+    return bool(module._forward_pre_hooks) and "weight" not in held and "weight" in vars(module)
+
+
+def forward_of(scope: str) -> str:
+    """What messages call the place where a function was called."""
+    return f"the forward of {scope}" if scope else "the model's forward"
+
+
+def _function_obstacle(operator: Operator, facts: Weight) -> str:
+    whole = operator.op != "linear" or math.prod(facts.shape) == (
+        cast("int", operator.attributes["in_features"])
+        * cast("int", operator.attributes["out_features"])
+    )
+    return (
+        f"{'its weight' if whole else 'a part of its weight'} {operator.weight} is applied by a "
+        f"function call in {forward_of(operator.scope)}, not by a module that could be replaced"
+        f"{_REMEDIES.get(operator.op, '') if whole else ''}"
+    )
+
+
+_REMEDIES = {
+    "linear": "; use nn.Linear there, or give compile() an fx.GraphModule",
+    "embedding": "; use nn.Embedding there",
+    **{f"conv{n}d": f"; use nn.Conv{n}d there" for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": f"; use nn.ConvTranspose{n}d there" for n in (1, 2, 3)},
+}
 
 
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:

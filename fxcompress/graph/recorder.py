@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
+from fxcompress.graph.names import function_name
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
 from fxcompress.graph.physical import physical
+from fxcompress.graph.union import union
 from fxcompress.graph.versions import Version, Versions, counter
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
@@ -61,6 +63,7 @@ class Weight:
             their channels, (items, then extents); empty for anything that applies rows.
         strangers: scopes that read its values while no owner of it was running.
         source: key of the value it was applied to; equal for weights with the same input.
+        readers: (function, scope) of the calls that computed with its values, one of each.
     """
 
     name: str
@@ -74,18 +77,19 @@ class Weight:
     inputs: tuple[tuple[int, ...], ...]
     strangers: tuple[str, ...]
     source: str
+    readers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The operator graph of one forward pass.
+    """The operator graph of one forward pass, or of several.
 
     Attributes:
         graph: nodes carry ``meta["op"]``, ``["scope"]``, ``["path"]``, ``["shape"]`` and
-            ``["attributes"]``.
-        operators: the same graph as frozen values, in execution order.
+            ``["attributes"]``; of the first pass.
+        operators: the same as frozen values, in execution order; those of all passes.
         weights: facts per parameter, by its first name.
-        macs: multiply-accumulates of the recorded pass (matrix products, convolutions and
+        macs: multiply-accumulates of the recorded passes (matrix products, convolutions and
             attention, as counted by ``torch.utils.flop_counter``).
         samples: for each weight, some of the input that it met, to verify a rewrite on: up to
             :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
@@ -109,12 +113,13 @@ SAMPLE_ENTRIES = 1 << 18
 def record(
     model: nn.Module, examples: Sequence[Any], *, forward: Forward | None = None
 ) -> Recording:
-    """Run ``model`` once on every example and return the graph of the first run.
+    """Run ``model`` once on every example and return the graph of all runs.
 
     Args:
         model: any module that runs; it is not changed.
         examples: one or more batches (see :mod:`fxcompress.graph.inputs`).  Facts about
-            weights (who shares an input, who reads them) are kept only if true of all runs.
+            weights (who shares an input, who reads them) are kept only if true of all runs that
+            use them; sizes and multiply-accumulates are added up.
         forward: how to call the model on a batch, if neither its type nor the convention of
             :mod:`fxcompress.graph.inputs` says so.
 
@@ -125,21 +130,38 @@ def record(
         raise RecordError("recording needs at least one example batch, and got none")
     runs = [_record_one(model, example, forward) for example in examples]
     first = runs[0]
-    weights = {name: _agree([run.weights[name] for run in runs]) for name in first.weights}
+    if len(runs) == 1:
+        return first
+    whole = union([run.operators for run in runs])
+    weights = {
+        name: _agree([run.weights[name] for run in runs], whole.names) for name in first.weights
+    }
+    samples = {name: each for run in reversed(runs) for name, each in run.samples.items()}
     called = frozenset[str]().union(*(run.called for run in runs))
-    return Recording(first.graph, first.operators, weights, first.macs, first.samples, called)
+    macs = sum(run.macs for run in runs)
+    return Recording(first.graph, whole.operators, weights, macs, samples, called)
 
 
-def _agree(facts: list[Weight]) -> Weight:
-    """The facts about one weight that hold in all recordings."""
-    head = facts[0]
-    strangers = tuple(dict.fromkeys(scope for fact in facts for scope in fact.strangers))
-    # Joined keys are equal for two weights only if they shared their input in every run.
-    source = "|".join(fact.source for fact in facts)
-    return Weight(
-        head.name, head.aliases, head.shape, head.dtype, head.device, head.bytes,
-        head.calls, head.rows, head.inputs, strangers, source,
-    )  # fmt: skip
+def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weight:
+    """One weight in all recordings together.
+
+    Args:
+        facts: of each.
+        names: of the operators of each in the whole.
+    """
+    pairs = zip(facts, names, strict=True)
+    calls = dict.fromkeys(called[call] for fact, called in pairs for call in fact.calls)
+    return replace(
+        facts[0],
+        calls=tuple(calls),
+        rows=sum(fact.rows for fact in facts),
+        inputs=tuple(size for fact in facts for size in fact.inputs),
+        strangers=tuple(dict.fromkeys(scope for fact in facts for scope in fact.strangers)),
+        # Joined keys are equal for two weights only if they shared their input in every run; one
+        # that is not used in a run shares it with nothing that is.
+        source="|".join(fact.source for fact in facts),
+        readers=tuple(dict.fromkeys(reader for fact in facts for reader in fact.readers)),
+    )
 
 
 def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Recording:
@@ -213,6 +235,7 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[str] = []
         self.leaf_depth = 0
         self.strangers: dict[int, list[str]] = defaultdict(list)
+        self.readers: dict[int, dict[tuple[str, str], None]] = defaultdict(dict)
         self.reads: dict[int, list[fx.Node]] = defaultdict(list)
         self.sources: dict[int, list[str]] = defaultdict(list)
         self.rows: dict[int, int] = defaultdict(int)
@@ -271,7 +294,7 @@ class _Recorder(TorchFunctionMode):
             out = function(*args, **kwargs)
             if not isinstance(out, Tensor) or self.ownership.key(out) is not None:
                 return out
-        self.notice_strangers(args, kwargs)
+        self.notice_readers(function, args, kwargs)
         nodes, before = ((), []) if self.leaf_depth else self.arguments(args, kwargs)
         arguments = _tensors((args, kwargs))
         counters = [counter(tensor) for tensor in arguments]
@@ -389,10 +412,12 @@ class _Recorder(TorchFunctionMode):
             step = max(1, len(rows) // SAMPLE_ROWS)
             self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
 
-    def notice_strangers(self, args: Any, kwargs: Any) -> None:
-        """A parameter's values are read although no owner of it is running."""
+    def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Who reads a parameter's values, and who does while no owner of it is running."""
         for tensor in _tensors((args, kwargs)):
             key = self.ownership.key(tensor)
+            if key is not None:
+                self.readers[key].setdefault((function_name(function), self.scope()))
             if key is not None and not self.ownership.owners(key) & set(self.stack):
                 self.strangers[key].append(self.scope())
 
@@ -415,6 +440,7 @@ class _Recorder(TorchFunctionMode):
                 inputs=tuple(self.inputs[key]),
                 strangers=tuple(dict.fromkeys(self.strangers[key])),
                 source=" ".join(self.sources[key]),
+                readers=tuple(self.readers[key]),
             )
             weight_of.update({node.name: name for node in self.reads[key]})
             parts = self.samples[key]
