@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fxcompress.decomposition import (
     Decomposition,
@@ -341,7 +341,7 @@ def _require_whole(model: nn.Module) -> None:
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     for name, tensor in named:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise RecordError(
                 f"{name} has no shape yet (a lazy module): call the model on a batch once, then "
                 "compress it"

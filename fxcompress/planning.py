@@ -340,9 +340,7 @@ def _unseen(analysis: Analysis) -> list[Unmatched]:
     return out
 
 
-def _unseen_reason(
-    model: nn.Module, name: str, facts: Weight, ran: Mapping[str, str]
-) -> str:
+def _unseen_reason(model: nn.Module, name: str, facts: Weight, ran: Mapping[str, str]) -> str:
     """Why no operator has a weight.
 
     Args:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -97,7 +98,8 @@ _REMEDIES = {
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:
     if parametrize.is_parametrized(module):
         return PARAMETRIZED
-    if not _runs_as_usual(module):
+    inside = recording.inside.get(operator.path, frozenset())
+    if not _runs_as_usual(module) and not computes_the_same(module, inside):
         return f"its class {type(module).__name__} has a forward of its own"
     if operator.attributes.get("output_size"):
         return "it is called with output_size, which decides its output padding anew every time"
@@ -126,6 +128,80 @@ _PLAIN_CLASSES = (
     *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+
+
+# What a linear map, a convolution and a look-up can be written with.
+_PARTS: dict[type[nn.Module], set[str]] = {
+    nn.Linear: {"linear", "matmul", "mm", "transpose", "add", "addmm"},
+    nn.Embedding: {"embedding"},
+    **{cls: {cls.__name__.lower(), "pad"} for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+}
+
+
+def computes_the_same(module: nn.Module, inside: frozenset[str]) -> bool:
+    """Whether a class with a forward of its own computes what its base class does.
+
+    ``x @ W.T + b`` does.  It has to be made of the operators of the plain one, so that it is a
+    polynomial in input, weight and bias, and to agree with it on random values of all of them, in
+    evaluation and in training.
+
+    Args:
+        module: of a subclass.
+        inside: operators that its forward was seen to consist of.
+    """
+    plain = next((cls for cls in _PARTS if isinstance(module, cls)), None)
+    if plain is None or not inside or not inside <= _PARTS[plain]:
+        return False
+    if "forward" in module.__dict__:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            return all(
+                own.shape == usual.shape and torch.allclose(own, usual, rtol=1e-9, atol=1e-9)
+                for own, usual in _trials(module, plain, draw)
+            )
+    except Exception:
+        return False  # it is particular about sizes or types
+
+
+def _trials(
+    module: nn.Module, plain: type[nn.Module], draw: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What both forwards make of random inputs, on a small copy in float64 on the CPU."""
+    small = {
+        id(p): nn.Parameter(torch.randn(_few(plain, p), generator=draw, dtype=torch.float64))
+        for p in module.parameters()
+    }
+    trial: Any = copy.deepcopy(module, small)
+    if plain is nn.Linear:
+        trial.out_features, trial.in_features = trial.weight.shape
+    elif plain is nn.Embedding:
+        trial.num_embeddings, trial.embedding_dim = trial.weight.shape
+    for training in (False, True):
+        trial.train(training)
+        for x in _inputs(trial, draw):
+            yield trial.forward(x), plain.forward(trial, x)
+
+
+def _few(plain: type[nn.Module], parameter: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a parameter for the trial: of a matrix, rows and columns at most."""
+    most = (5, 7) if plain in (nn.Linear, nn.Embedding) else parameter.shape
+    return tuple(map(min, parameter.shape, most))
+
+
+def _inputs(module: Any, draw: torch.Generator) -> list[torch.Tensor]:
+    """Random inputs of the ranks that a plain operator takes."""
+    sizes: list[tuple[int, ...]]
+    if isinstance(module, nn.Embedding):
+        high = module.num_embeddings
+        return [torch.randint(high, size, generator=draw) for size in ((5,), (2, 3))]
+    if isinstance(module, nn.Linear):
+        sizes = [(module.in_features,), (3, module.in_features), (2, 3, module.in_features)]
+    else:
+        pairs = zip(module.dilation, module.kernel_size, strict=True)
+        sizes = [(2, module.in_channels, *(d * (k - 1) + 3 for d, k in pairs))]
+    return [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
 
 
 def _runs_as_usual(module: nn.Module) -> bool:

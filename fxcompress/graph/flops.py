@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 _DISABLED = torch._C._disabled_torch_dispatch_impl
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs inside, by the formulas of ``torch.utils.flop_counter``.
 
     Not torch's own ``FlopCounterMode``: to count by module, that one hooks into every module
@@ -26,12 +26,10 @@ class FlopCounter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(each.__torch_dispatch__ is not _DISABLED for each in types):
             return NotImplemented  # what such a class computes with plain tensors comes by again

@@ -30,7 +30,7 @@ def base(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         # Each place counts the dimensions that the level below it leaves.
         for level, place in enumerate(reversed(places)):
             value = value.movedim(place + level, 0)
-        return value.values() if value.is_nested else value  # type: ignore[no-untyped-call]
+        return value.values() if value.is_nested else value
 
     return tensor, ordered
 

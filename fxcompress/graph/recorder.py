@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
-from fxcompress.graph.names import function_name
+from fxcompress.graph.names import function_name, function_operator
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
 from fxcompress.graph.physical import physical
 from fxcompress.graph.union import union
+from fxcompress.graph.values import is_tensor, shape_of, tensors_in
 from fxcompress.graph.versions import Version, Versions, counter
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
@@ -95,6 +96,7 @@ class Recording:
             :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
             items of a convolution (items x channels x extents).
         called: paths of all modules that were called in any of the passes.
+        inside: path of a module that became one operator -> the operators that it is made of.
     """
 
     graph: fx.Graph
@@ -103,6 +105,7 @@ class Recording:
     macs: int
     samples: Mapping[str, Tensor]
     called: frozenset[str]
+    inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 SAMPLE_ROWS = 32
@@ -139,7 +142,11 @@ def record(
     samples = {name: each for run in reversed(runs) for name, each in run.samples.items()}
     called = frozenset[str]().union(*(run.called for run in runs))
     macs = sum(run.macs for run in runs)
-    return Recording(first.graph, whole.operators, weights, macs, samples, called)
+    paths = dict.fromkeys(path for run in runs for path in run.inside)
+    inside = {
+        path: frozenset[str]().union(*(run.inside.get(path, ()) for run in runs)) for path in paths
+    }
+    return Recording(first.graph, whole.operators, weights, macs, samples, called, inside)
 
 
 def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weight:
@@ -187,35 +194,6 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     return recorder.finish(flops.total // 2)
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...] | None:
-    """None for a nested tensor, whose rows have different ones."""
-    if not tensor.is_nested:
-        return tuple(tensor.shape)
-    if tensor.layout == torch.strided:
-        raise RecordError(
-            "the model computes with nested tensors of strided layout, which tell nothing of their "
-            "shape: make them with layout=torch.jagged, or pad instead"
-        )
-    return None
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """All tensors of a value: of containers that torch knows, and of dataclasses."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    found = []
-    for leaf in tree_leaves(tree, is_leaf=_is_tensor):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, each.name, None) for each in fields(leaf)])
-    return found
-
-
 class _Recorder(TorchFunctionMode):
     """Turns one real forward pass into an ``fx.Graph``.
 
@@ -242,6 +220,8 @@ class _Recorder(TorchFunctionMode):
         self.inputs: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
         self.called: set[str] = set()
+        self.leaf = ""
+        self.inside: dict[str, set[str]] = defaultdict(set)
 
     # ---- running -----------------------------------------------------------------
 
@@ -250,7 +230,7 @@ class _Recorder(TorchFunctionMode):
         with _patched_call(self), torch.no_grad(), _no_fast_paths(), self:
             result = function()
         with torch._C.DisableTorchFunction():
-            outputs = tuple(self.node_of(tensor) for tensor in _tensors(result))
+            outputs = tuple(self.node_of(tensor) for tensor in tensors_in(result))
         self.graph.output(outputs).meta.update(op="output", scope="", path="", attributes={})
 
     def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -260,6 +240,8 @@ class _Recorder(TorchFunctionMode):
             self.called.add(name)
         leaf = name is not None and not self.leaf_depth and is_leaf(module)
         if leaf:
+            assert name is not None
+            self.leaf = name
             with torch._C.DisableTorchFunction():
                 nodes, before = self.arguments(args, kwargs)
         self.stack.append(self.stack[-1] if name is None and self.stack else name or "")
@@ -296,16 +278,18 @@ class _Recorder(TorchFunctionMode):
                 return out
         self.notice_readers(function, args, kwargs)
         nodes, before = ((), []) if self.leaf_depth else self.arguments(args, kwargs)
-        arguments = _tensors((args, kwargs))
+        arguments = tensors_in((args, kwargs))
         counters = [counter(tensor) for tensor in arguments]
         out = function(*args, **kwargs)
         self.versions.notice(name, arguments, counters)
         if self.leaf_depth:
+            op = function_operator(function_name(function), args, kwargs)
+            self.inside[self.leaf].add(op)
             return out
         if name in ("__setitem__", "__set__"):
             node = self.function_node(function, nodes, args, kwargs)
             self.tag(args[0], node)
-        elif _tensors(out):
+        elif tensors_in(out):
             out = self.emit(self.function_node(function, nodes, args, kwargs), before, out)
         return out
 
@@ -316,7 +300,7 @@ class _Recorder(TorchFunctionMode):
         key = meta.pop("weight", None)
         node.meta.update(meta, path=self.scope(), scope=self.scope())
         if key is not None:
-            data = next(t for t in _tensors((args, kwargs)) if parameter(t) is None)
+            data = next(t for t in tensors_in((args, kwargs)) if parameter(t) is None)
             self.applied(key, node, data)
         return node
 
@@ -324,7 +308,7 @@ class _Recorder(TorchFunctionMode):
 
     def tag(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.producers[tensor] = (node, self.versions.of(tensor))
-        node.meta["shape"] = _shape(tensor)
+        node.meta["shape"] = shape_of(tensor)
         return node
 
     def node_of(self, value: Any) -> Any:
@@ -359,14 +343,14 @@ class _Recorder(TorchFunctionMode):
             return type(value)(map(self.nodes, value))
         if type(value) is dict:
             return {str(key): self.nodes(each) for key, each in value.items()}
-        leaves = tree_leaves(value, is_leaf=_is_tensor)
+        leaves = tree_leaves(value, is_leaf=is_tensor)
         if len(leaves) == 1 and leaves[0] is value:
             return self.node_of(value)
         return tuple(map(self.nodes, leaves))
 
     def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, Version]]]:
         nodes = tuple(map(self.nodes, args)), {key: self.nodes(kwargs[key]) for key in kwargs}
-        return nodes, [(tensor, self.versions.of(tensor)) for tensor in _tensors((args, kwargs))]
+        return nodes, [(tensor, self.versions.of(tensor)) for tensor in tensors_in((args, kwargs))]
 
     def emit(self, node: fx.Node, before: list[tuple[Tensor, Version]], out: Any) -> Any:
         if isinstance(out, Tensor) and any(
@@ -375,7 +359,7 @@ class _Recorder(TorchFunctionMode):
             # Dropout in eval mode and no-op .to() hand back their argument: give the result
             # an identity of its own, so that the node stays visible.
             out = out.view_as(out)
-        tensors = _tensors(out)
+        tensors = tensors_in(out)
         if len(tensors) == 1:
             self.tag(tensors[0], node)
         else:
@@ -414,7 +398,7 @@ class _Recorder(TorchFunctionMode):
 
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             key = self.ownership.key(tensor)
             if key is not None:
                 self.readers[key].setdefault((function_name(function), self.scope()))
@@ -448,7 +432,8 @@ class _Recorder(TorchFunctionMode):
                 samples[name] = torch.cat(parts)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         called = frozenset(self.called)
-        return Recording(self.graph, operators, weights, macs, samples, called)
+        inside = {path: frozenset(ops) for path, ops in self.inside.items()}
+        return Recording(self.graph, operators, weights, macs, samples, called, inside)
 
 
 def _operator(node: fx.Node, weight: str | None) -> Operator:

@@ -299,8 +299,9 @@ class _Session:
             if not base(out)[0].requires_grad:
                 # The first sites of the network; the result is no leaf, so that an in-place
                 # activation may follow.  Inside of vmap only a sum takes part in autograd.
-                new = out.detach()
-                new = new + self.zero.to(new) if is_transformed(out) else new.requires_grad_().clone()
+                fresh = out.detach()
+                inside = is_transformed(out)
+                new = fresh + self.zero.to(fresh) if inside else fresh.requires_grad_().clone()
                 out = replaced = new
             kept = self._plain(site, data) if self.visitor.keeps_inputs else None
             inner, ordered = base(out)

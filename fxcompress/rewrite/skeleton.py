@@ -45,7 +45,9 @@ def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Par
     """A copy that is no inference tensor; parameters that share memory still do."""
     memory = parameter.untyped_storage()
     with torch.inference_mode(False):
-        copied = own.setdefault(memory.data_ptr(), memory.clone())
+        if memory.data_ptr() not in own:
+            own[memory.data_ptr()] = memory.clone()  # type: ignore[no-untyped-call]
+        copied = own[memory.data_ptr()]
         fresh = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         fresh.set_(copied, parameter.storage_offset(), parameter.shape, parameter.stride())
         return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
