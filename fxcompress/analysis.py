@@ -318,8 +318,8 @@ def working_copy(model: nn.Module) -> nn.Module:
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise RecordError(
-            "the model is a TorchScript program, which hides its operators: give the module that it "
-            "was scripted or traced from"
+            "the model is a TorchScript program, which hides its operators: give the module that "
+            "it was scripted or traced from"
         )
     _require_whole(model)
     try:
@@ -348,8 +348,8 @@ def _require_whole(model: nn.Module) -> None:
             )
         if type(tensor).__name__ in ("DTensor", "FlatParameter"):
             raise RecordError(
-                f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): compress "
-                "the whole model in one process before it is sharded, from a full state dict "
+                f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
+                "compress the whole model in one process before it is sharded, from a full state dict "
                 "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True)"
             )

@@ -229,6 +229,11 @@ class _Recorder(TorchFunctionMode):
         """Call ``function`` and record all that happens inside."""
         with _patched_call(self), torch.no_grad(), _no_fast_paths(), self:
             result = function()
+        if isinstance(result, Iterator):
+            raise RecordError(
+                "the model returns a generator, which computes nothing until somebody reads it: "
+                "pass forward=lambda model, batch: list(model(batch)), or what fits your batches"
+            )
         with torch._C.DisableTorchFunction():
             outputs = tuple(self.node_of(tensor) for tensor in tensors_in(result))
         self.graph.output(outputs).meta.update(op="output", scope="", path="", attributes={})
