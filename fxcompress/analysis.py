@@ -349,8 +349,8 @@ def _require_whole(model: nn.Module) -> None:
         if type(tensor).__name__ in ("DTensor", "FlatParameter"):
             raise RecordError(
                 f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
-                "compress the whole model in one process before it is sharded, from a full state dict "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "compress the whole model in one process before it is sharded, from a full state "
+                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True)"
             )
 

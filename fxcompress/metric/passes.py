@@ -153,6 +153,7 @@ def run_pass(
             session.begin(count, padding_mask(batch))
             with torch.set_grad_enabled(visitor.backward):
                 result = _forward(model, batch, forward, count)
+                session.require_shared()
                 if visitor.backward:
                     with _named(count):
                         starts = backward_starts(
@@ -227,6 +228,13 @@ def _backward(start: Start, again: bool) -> None:
         ) from error
 
 
+def _not_shared(name: str, batch: int) -> str:
+    return (
+        f"{name} shared its input with another layer when the model was recorded, "
+        f"but not on calibration batch {batch}; pass examples=[...] of both kinds"
+    )
+
+
 def _extents(site: SiteFacts) -> int | None:
     return site.shape.dims if isinstance(site.shape, ConvShape) else None
 
@@ -273,6 +281,14 @@ class _Session:
         self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
+
+    def require_shared(self) -> None:
+        """Layers that share inputs share their moments: none may have been left out."""
+        first: dict[InputKey, SiteFacts] = {}
+        for site in self.sites:
+            other = first.setdefault(input_key(site), site)
+            if self.calls[site.name] != self.calls[other.name]:
+                raise CalibrationError(_not_shared(site.name, self.batch))
 
     def require_reached(self) -> None:
         unreached = [site.name for site in self.sites if site.name not in self.reached]
@@ -329,10 +345,7 @@ class _Session:
         if call < len(seen):
             if seen[call][0]() is data and seen[call][1] == version:
                 return
-            raise CalibrationError(
-                f"{site.name} shared its input with another layer when the model was recorded, "
-                f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
-            )
+            raise CalibrationError(_not_shared(site.name, self.batch))
         seen.append((weakref.ref(data), version))
         with outside(data):
             finite = self.visitor.input(site, self._plain(site, data), self.mask)
