@@ -406,7 +406,8 @@ class _Recorder(TorchFunctionMode):
         for tensor in tensors_in((args, kwargs)):
             key = self.ownership.key(tensor)
             if key is not None:
-                self.readers[key].setdefault((function_name(function), self.scope()))
+                op = function_operator(function_name(function), args, kwargs)
+                self.readers[key].setdefault((op, self.scope()))
             if key is not None and not self.ownership.owners(key) & set(self.stack):
                 self.strangers[key].append(self.scope())
 

@@ -113,7 +113,7 @@ def test_moments_are_not_shared_where_one_layer_is_left_out() -> None:
             return self.a(x) + self.b(x) if x[0, 0] < 0 else self.a(x)
 
     model, data = Sometimes().eval(), [batch(-1.0, 64), batch(1.0, 64)]
-    with pytest.raises(CalibrationError, match="b shared its input .* examples=.* of both kinds"):
+    with pytest.raises(CalibrationError, match=r"b shared its input .* examples=.* of both kinds"):
         fxcompress.plan(model, rules(0.6), data)
     plan = fxcompress.plan(model, rules(0.6), data, examples=data)
     assert {site.name for site in plan.sites} == {"a", "b"}
