@@ -10,7 +10,9 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxcompress.decomposition import (
     Decomposition,
@@ -370,14 +372,43 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RecordError(
+            "the model is a TorchScript program, which hides its operators: give the module that "
+            "it was scripted or traced from"
+        )
+    _require_whole(model)
     try:
+        for parameter in model.parameters():
+            if type(parameter) not in (nn.Parameter, Tensor):
+                copy.deepcopy(parameter)  # now, not when all the work is done
         return prepared(model)
-    except (TypeError, RuntimeError, copy.Error) as error:
+    except Exception as error:
         raise RecordError(
             f"this {type(model).__name__} cannot be copied (copy.deepcopy), and the given model is "
             f"never changed: {error}; take what cannot be copied off the model meanwhile, or give "
             "its class a __deepcopy__"
         ) from error
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Every parameter is there, and all of it."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    for name, tensor in named:
+        if is_lazy(tensor):
+            raise RecordError(
+                f"{name} has no shape yet (a lazy module): call the model on a batch once, then "
+                "compress it"
+            )
+        if type(tensor).__name__ in ("DTensor", "FlatParameter"):
+            raise RecordError(
+                f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
+                "compress the whole model in one process before it is sharded, from a full state "
+                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True)"
+            )
 
 
 def _require_values(model: nn.Module) -> None:

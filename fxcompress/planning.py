@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
+from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.recorder import Weight
 from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
@@ -34,6 +36,7 @@ from fxcompress.plan import (
 )
 from fxcompress.pricing import Counted, Pricing, timed
 from fxcompress.report.progress import Progress
+from fxcompress.rules.result import STEPS
 from fxcompress.sites import Site, SiteBundle, decoded, on_meta
 from fxcompress.solving import solve
 
@@ -172,6 +175,8 @@ def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
+            if table.unkept and table.unkept not in analysis.notes:
+                analysis.notes.append(table.unkept)
     return pricings
 
 
@@ -332,7 +337,9 @@ def _used_templates(analysis: Analysis, sites: Sequence[SitePlan]) -> dict[str, 
 def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
     """Matrices and larger weights that stay as they are, each with the nearest reason."""
     matched = {site.weight for site in analysis.sites}
-    reasons = {miss.operator: miss.reason for miss in analysis.matched.misses}
+    # Of several rules that lost an operator, the one that it came furthest with.
+    misses = sorted(analysis.matched.misses, key=lambda miss: -STEPS.index(miss.step))
+    reasons = {miss.operator: miss.reason for miss in reversed(misses)}
     for kept in analysis.matched.protected:
         reasons[kept.operators[0]] = f"kept dense by rule {kept.rule_id} ({kept.location})"
     weights = analysis.recording.weights
@@ -350,7 +357,7 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
             continue  # norms and other vectors: nothing to factorize
         seen.add(weight)
         shape = weights[weight].shape
-        if operator.op == "linear":  # (out x in), whichever way it is stored
+        if operator.op == "linear" and len(shape) == 2:  # (out x in), whichever way it is stored
             shape = tuple(int(operator.attributes[k]) for k in ("out_features", "in_features"))  # type: ignore[arg-type]
         out.append(
             Unmatched(
@@ -358,7 +365,7 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
                 op=operator.op,
                 weight=weight,
                 shape=shape,
-                parameters=math.prod(shape),
+                parameters=math.prod(weights[weight].shape),
                 reason=reasons.get(operator.name, f"no rule is about operator {operator.op}"),
             )
         )
@@ -367,18 +374,13 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
 
 def _unseen(analysis: Analysis) -> list[Unmatched]:
     """Weights that no operator of the graph applies: rules cannot be about them."""
-    ran = {operator.path: operator.op for operator in analysis.recording.operators}
+    ran = {o.path: o.op for o in analysis.recording.operators if o.module}
     out = []
     for name, facts in analysis.recording.weights.items():
         owner = name.rpartition(".")[0]
         if facts.calls or len(facts.shape) < 2:
             continue
-        if owner in ran:
-            reason = f"{ran[owner]} applies it inside, out of the reach of rules"
-        elif ".parametrizations." in name:
-            reason = "it is parametrized (torch.nn.utils.parametrize): remove that first"
-        else:
-            reason = "the example does not use it; if other inputs do, pass examples=[...] of both"
+        reason = _unseen_reason(analysis.model, name, facts, ran)
         out.append(
             Unmatched(
                 name=owner or name,
@@ -390,6 +392,35 @@ def _unseen(analysis: Analysis) -> list[Unmatched]:
             )
         )
     return out
+
+
+def _unseen_reason(model: nn.Module, name: str, facts: Weight, ran: Mapping[str, str]) -> str:
+    """Why no operator has a weight.
+
+    Args:
+        model: as it was recorded.
+        name: of the weight.
+        facts: about it.
+        ran: operators of the modules that were called as one, by path.
+    """
+    owner = name.rpartition(".")[0]
+    above = [owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", ".")]
+    if any(ran.get(path) == "script_module" for path in above):
+        return (
+            "it is part of a TorchScript program, which hides its operators: compress the model "
+            "before that is scripted"
+        )
+    if ".parametrizations." in name:
+        return PARAMETRIZED.replace("its weight", "it")
+    if owner in ran and made_by_hook(model.get_submodule(owner)):
+        return MADE_BY_HOOK
+    inside = [function for function, scope in facts.readers if owner in ran and scope == owner]
+    if inside:
+        return f"{ran[owner]} applies it inside, out of the reach of rules"
+    if facts.readers:
+        function, scope = facts.readers[0]
+        return f"{function} in {forward_of(scope)} computes with it, out of the reach of rules"
+    return "the example does not use it; if other inputs do, pass examples=[...] of both"
 
 
 def sum_sizes(sizes: Iterable[Size]) -> Size:

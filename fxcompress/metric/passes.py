@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import Shape
+from fxcompress.forms.shape import ConvShape, Shape
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -27,6 +27,14 @@ from fxcompress.graph.inputs import (
     padding_mask,
     run_model,
     to_device,
+)
+from fxcompress.graph.physical import (
+    base,
+    folded,
+    is_differentiated,
+    is_transformed,
+    outside,
+    physical,
 )
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
@@ -152,6 +160,7 @@ def run_pass(
             session.begin(place, padding_mask(batch))
             with torch.set_grad_enabled(visitor.backward):
                 result = _forward(model, batch, forward, place)
+                session.require_shared()
                 if visitor.backward:
                     with _named(place):
                         starts = backward_starts(
@@ -160,7 +169,9 @@ def run_pass(
                             generator=generator,
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
+                            session.backward = True
                             _backward(start, again=at + 1 < len(starts.passes))
+                            session.backward = False
                             visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
@@ -225,6 +236,17 @@ def _backward(start: Start, again: bool) -> None:
         ) from error
 
 
+def _not_shared(name: str, batch: int) -> str:
+    return (
+        f"{name} shared its input with another layer when the model was recorded, "
+        f"but not on calibration batch {batch}; pass examples=[...] of both kinds"
+    )
+
+
+def _extents(site: SiteFacts) -> int | None:
+    return site.shape.dims if isinstance(site.shape, ConvShape) else None
+
+
 @dataclass
 class _Session:
     """The hooks of one pass."""
@@ -234,11 +256,13 @@ class _Session:
     visitor: Visitor
     mask: Tensor | None = None
     batch: int = 0
+    backward: bool = False
 
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
         self.reached: set[str] = set()
+        self.zero = torch.zeros((), device=device_of(self.model), requires_grad=True)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -266,6 +290,14 @@ class _Session:
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
+    def require_shared(self) -> None:
+        """Layers that share inputs share their moments: none may have been left out."""
+        first: dict[InputKey, SiteFacts] = {}
+        for site in self.sites:
+            other = first.setdefault(input_key(site), site)
+            if self.calls[site.name] != self.calls[other.name]:
+                raise CalibrationError(_not_shared(site.name, self.batch))
+
     def require_reached(self) -> None:
         unreached = [site.name for site in self.sites if site.name not in self.reached]
         if unreached:
@@ -279,18 +311,38 @@ class _Session:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
             self._see_input(site, data)
-            if not torch.is_grad_enabled():
+            if not (self.visitor.backward and torch.is_grad_enabled()):
                 return None
+            if is_differentiated(out):
+                raise CalibrationError(
+                    f"the model takes derivatives of {site.name} inside its forward (torch.func), "
+                    "and what the layer does to them has no measure here; leave it out of the "
+                    "rules (unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
             replaced = None
-            if not out.requires_grad:
-                # The first sites of the network; the clone is no leaf, so that an in-place
-                # activation may follow.
-                out = replaced = out.detach().requires_grad_().clone()
-            kept = data.detach() if self.visitor.keeps_inputs else None
-            out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
+            if not base(out)[0].requires_grad:
+                # The first sites of the network; the result is no leaf, so that an in-place
+                # activation may follow.  Inside of vmap only a sum takes part in autograd.
+                fresh = out.detach()
+                inside = is_transformed(out)
+                new = fresh + self.zero.to(fresh) if inside else fresh.requires_grad_().clone()
+                out = replaced = new
+            kept = self._plain(site, data) if self.visitor.keeps_inputs else None
+            inner, ordered = base(out)
+            if not inner.requires_grad:
+                raise CalibrationError(
+                    f"{site.name} runs where no gradient can be followed (inside of torch.cond or "
+                    "another higher-order operator); leave it out of the rules "
+                    "(unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
+            inner.register_hook(partial(self._see_gradient, site, kept, self.mask, ordered))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
+
+    @staticmethod
+    def _plain(site: SiteFacts, data: Tensor) -> Tensor:
+        return physical(data, _extents(site)).detach()
 
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
         if data.numel():
@@ -301,16 +353,23 @@ class _Session:
         if call < len(seen):
             if seen[call][0]() is data and seen[call][1] == version:
                 return
-            raise CalibrationError(
-                f"{site.name} shared its input with another layer when the model was recorded, "
-                f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
-            )
+            raise CalibrationError(_not_shared(site.name, self.batch))
         seen.append((weakref.ref(data), version))
-        self._require_finite(self.visitor.input(site, data.detach(), self.mask), site, "input")
+        with outside(data):
+            finite = self.visitor.input(site, self._plain(site, data), self.mask)
+        self._require_finite(finite, site, "input")
 
     def _see_gradient(
-        self, site: SiteFacts, data: Tensor | None, mask: Tensor | None, gradient: Tensor
+        self,
+        site: SiteFacts,
+        data: Tensor | None,
+        mask: Tensor | None,
+        ordered: Callable[[Tensor], Tensor],
+        gradient: Tensor,
     ) -> None:
+        if not self.backward:
+            return  # of a derivative that the model takes itself
+        gradient = folded(ordered(gradient.detach()), _extents(site))
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 
