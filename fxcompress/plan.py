@@ -6,23 +6,56 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import fx, nn
 
-from fxcompress.errors import RewriteError
+from fxcompress.errors import RewriteError, printable
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 
-FORMAT = 3
+FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
+LARGEST = 2**63 - 1
+"""The largest whole number in a plan, either way."""
+
+LARGEST_FLOAT = 1e250
+"""The largest other number, so that sums of such are finite."""
+
+Whole = Annotated[int, Field(ge=0)]
+
+
 class _Frozen(BaseModel):
+    """A record that any report can show: its texts are printable, its numbers not too large.
+
+    That holds whoever made it; texts that came with control characters have escapes in their
+    place (:func:`printable`).
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _showable(cls, value: Any) -> Any:
+        return _showable(value)
+
+
+def _showable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, tuple):
+        return tuple(map(_showable, value))
+    if isinstance(value, dict):
+        return {_showable(key): _showable(one) for key, one in value.items()}
+    largest = LARGEST_FLOAT if isinstance(value, float) else LARGEST
+    if isinstance(value, int | float) and abs(value) > largest:
+        raise ValueError("the number is too large")
+    return value
 
 
 class Size(_Frozen):
@@ -69,9 +102,9 @@ class Part(_Frozen):
 
     path: str
     op: str
-    in_features: int | None = None
-    out_features: int | None = None
-    kernel: tuple[int, ...] = ()
+    in_features: Whole | None = None
+    out_features: Whole | None = None
+    kernel: tuple[Whole, ...] = ()
 
 
 class SitePlan(_Frozen):
@@ -108,11 +141,11 @@ class SitePlan(_Frozen):
     weight: str
     op: str
     operator: str
-    in_features: int
-    out_features: int
+    in_features: Whole
+    out_features: Whole
     bias: bool
     dtype: FloatingType
-    calls: int
+    calls: Whole
     rule: str
     location: str
     forms: tuple[str, ...]
@@ -177,8 +210,8 @@ class Unmatched(_Frozen):
     name: str
     op: str
     weight: str
-    shape: tuple[int, ...]
-    parameters: int
+    shape: tuple[Whole, ...]
+    parameters: Whole
     reason: str
 
 
@@ -189,7 +222,7 @@ class NodeSummary(_Frozen):
     op: str
     path: str
     inputs: tuple[str, ...]
-    shape: tuple[int, ...] | None
+    shape: tuple[Whole, ...] | None
 
 
 Unit = Literal["parameters", "macs", "bytes", "latency"]
@@ -279,8 +312,8 @@ class Fidelity(_Frozen):
         warnings: where prediction and measurement part, and what to do about it.
     """
 
-    batches: int
-    predictions: int
+    batches: Whole
+    predictions: Whole
     output: str
     sites: tuple[MeasuredSite, ...]
     measured: float
@@ -315,7 +348,7 @@ class Round(_Frozen):
         kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
     """
 
-    round: int
+    round: Whole
     keep: float
     removed: float
     before: float
@@ -360,7 +393,7 @@ class Plan(_Frozen):
             was a compressed one.
     """
 
-    format: int = FORMAT
+    format: Literal[3] = FORMAT
     model_class: str
     rules: str
     metric: str
