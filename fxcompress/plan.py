@@ -126,6 +126,7 @@ class SitePlan(_Frozen):
         rank: its rank, None if the site stays dense; ``tucker2`` has two of them.
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
+        member: place in that bundle, from 0, in the order of the rule's pattern.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
         energy: share of the squared singular values that is kept, in [0, 1].
@@ -153,6 +154,7 @@ class SitePlan(_Frozen):
     rank: Rank | None
     full_rank: Rank
     bundle: str = ""
+    member: Whole = 0
     parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
@@ -432,9 +434,12 @@ class Plan(_Frozen):
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:
-        """The sites that are rewritten together, by the name of their bundle."""
+        """The sites that are rewritten together, by the name of their bundle.
+
+        They stand in the order of the rule's pattern, as the forms have them.
+        """
         found: dict[str, tuple[SitePlan, ...]] = {}
-        for site in self.sites:
+        for site in sorted(self.sites, key=lambda site: site.member):
             if site.bundle:
                 found[site.bundle] = (*found.get(site.bundle, ()), site)
         return found

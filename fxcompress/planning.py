@@ -15,7 +15,7 @@ from fxcompress.forms.target import Ranks
 from fxcompress.graph.operator import Operator
 from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS
-from fxcompress.parts import layers
+from fxcompress.parts import joint_layers, layers
 from fxcompress.plan import (
     ZERO,
     BudgetOutcome,
@@ -157,6 +157,7 @@ class _Chosen:
     rank: Rank | None
     parts: tuple[Part, ...] = ()
     bundle: str = ""
+    member: int = 0
 
 
 def _single(site: Site, analysis: Analysis, allocation: Allocation) -> _Chosen:
@@ -180,8 +181,7 @@ def _joint_choices(
     body = form.empty([on_meta(shape) for shape in bundle.shapes], choice.rank)
     predicted = analysis.decomposed.bundles[bundle.name].predicted(choice.loss, choice.rank)
     sizes = bundle.sizes(choice.form, choice.rank, body)
-    for index, (site, head) in enumerate(zip(bundle.sites, body.heads, strict=True)):
-        shared = layers(body.shared, "shared.") if index == 0 else ()
+    for index, (site, parts) in enumerate(zip(bundle.sites, joint_layers(body), strict=True)):
         yield (
             site.name,
             _Chosen(
@@ -190,8 +190,9 @@ def _joint_choices(
                 sizes[index],
                 form.full_rank(bundle.shapes),
                 choice.rank,
-                (*shared, *layers(head)),
+                parts,
                 bundle.name,
+                index,
             ),
         )
 
@@ -234,6 +235,7 @@ def _site_plan(
         rank=chosen.rank,
         full_rank=chosen.full_rank,
         bundle=chosen.bundle,
+        member=chosen.member,
         parts=chosen.parts,
         predicted=chosen.predicted,
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
