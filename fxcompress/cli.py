@@ -27,7 +27,7 @@ import fxcompress
 from fxcompress.analysis import match_model, working_copy
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.graph.recorder import record
-from fxcompress.io import read_plan
+from fxcompress.loading import read_plan
 from fxcompress.report import diff_plan
 from fxcompress.rules import (
     LoadedRules,

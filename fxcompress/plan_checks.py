@@ -50,6 +50,12 @@ def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Problem]:
         parts: whether to build bodies on the meta device, to compare their parts; whoever builds
             them anyway compares with :func:`body_problems`.
     """
+    rewritten: set[str] = set()
+    for earlier in plan.earlier:
+        rewritten |= {site.name for site in earlier.rewritten}
+    for index, site in enumerate(plan.sites):
+        if site.name in rewritten:
+            yield f"sites[{index}].name", f"{site.name} was rewritten before"
     for index, earlier in enumerate(plan.earlier):
         place = f"earlier[{index}]."
         if earlier.earlier:
