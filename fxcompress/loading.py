@@ -239,7 +239,7 @@ def _read_plan(path: Path, *, parts: bool) -> Plan:
     try:
         plan = Plan.model_validate_json(text)
     except ValidationError as error:
-        _refuse(path, ((_place(each["loc"]), each["msg"]) for each in _errors(error)))
+        _refuse(path, ((_place(each["loc"]), _said(each)) for each in _errors(error)))
         raise
     steps = (*plan.earlier, plan)
     used = {str(site.form) for step in steps for site in step.rewritten}
@@ -254,6 +254,10 @@ def _read_plan(path: Path, *, parts: bool) -> Plan:
 
 def _errors(error: ValidationError) -> Iterable[Mapping[str, object]]:
     return error.errors(include_url=False, include_context=False, include_input=False)  # type: ignore[return-value]
+
+
+def _said(error: Mapping[str, object]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _place(location: object) -> str:
