@@ -253,7 +253,7 @@ def _read_plan(path: Path, *, parts: bool) -> Plan:
 
 
 def _errors(error: ValidationError) -> Iterable[Mapping[str, object]]:
-    return error.errors(include_url=False, include_context=False, include_input=False)  # type: ignore[return-value]
+    return error.errors(include_url=False, include_context=False, include_input=False)
 
 
 def _said(error: Mapping[str, object]) -> str:

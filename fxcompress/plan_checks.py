@@ -74,11 +74,11 @@ def body_problems(
         parts: of a site or of all members of a bundle, by its name.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    for name, members in units(plan).items():
-        own = {site.name: site.parts for site in plan.sites if site.name in members}
-        for member, found in zip(own, parts(name), strict=True):
-            if own[member] != found:
-                yield places[member], "they are not what the form consists of"
+    alone = {site.name: (site,) for site in plan.rewritten if not site.bundle}
+    for name, sites in (alone | plan.bundles).items():
+        for site, found in zip(sites, parts(name), strict=True):
+            if site.parts != found:
+                yield places[site.name], "they are not what the form consists of"
 
 
 def _placed(prefix: str, problems: Iterator[Problem]) -> Iterator[Problem]:

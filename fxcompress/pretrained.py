@@ -63,7 +63,7 @@ class _TooLargeError(Exception):
     """A model that has more parameters than the plan and the weights say."""
 
 
-class _Bounded(TorchDispatchMode):
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is made on the meta device, and stops where it is too much.
 
     Only large tensors count: a model on the meta device takes as many small operations as it
@@ -71,11 +71,11 @@ class _Bounded(TorchDispatchMode):
     """
 
     def __init__(self, most: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = most
         self.made = 0
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))

@@ -318,8 +318,8 @@ def _made_problems(made: Template) -> list[Problem]:
     for step in made.steps:
         if message := _misnamed(step.name):
             problems.append(Problem(("graph", step.name), "reserved-name", message))
-        if not known.issuperset(step.inputs) or step.name in known:
-            message = f"'{step.name}' runs before what it reads"
+        if not step.inputs or not known.issuperset(step.inputs) or step.name in known:
+            message = f"'{step.name}' reads nothing, or what comes after it"
             problems.append(Problem(("graph", step.name), "unbound-value", message))
         known.add(step.name)
     if problems:
