@@ -314,6 +314,9 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    for path, _ in model.named_modules():
+        if not path.isprintable():  # a plan holds printable names only
+            raise RecordError(f"a module is called {path!r}: give it a name that can be printed")
     try:
         return prepared(model)
     except (TypeError, RuntimeError, copy.Error) as error:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import LoadError, RuleError, plan_of
+from fxcompress import LoadError, RecordError, RuleError, plan_of
 from fxcompress.errors import printable
 from fxcompress.forms.reserved import is_reserved
 from fxcompress.forms.shape import parse_shape
@@ -146,6 +146,13 @@ def test_texts_of_a_stranger_are_shown_not_obeyed(tmp_path: Path) -> None:
     state = load_file(tmp_path / WEIGHTS)
     save_file({**state, evil: torch.ones(1)}, tmp_path / WEIGHTS)
     refused(tmp_path, lambda p: None, r"the model has no \x1b[2J")
+
+
+def test_names_that_no_plan_could_hold_are_refused_at_once() -> None:
+    model = net()
+    model.add_module("a\x1b", nn.Linear(2, 2))
+    with pytest.raises(RecordError, match=r"a\\x1b"):
+        fxcompress.compile(model, rules(), data())
 
 
 def test_printable() -> None:
