@@ -272,7 +272,7 @@ def build_template(
             steps=tuple(steps),
             outputs=tuple((role, outputs[role]) for role in roles),
         )
-        problems += _shape_problems(made) or _factor_problems(made)
+        problems += _made_problems(made)
         if not problems:
             return Template(
                 name=made.name, input=made.input, steps=made.steps, outputs=made.outputs
