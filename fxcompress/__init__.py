@@ -19,8 +19,9 @@ from fxcompress.errors import (
     TrainingError,
 )
 from fxcompress.forms import register_form
-from fxcompress.io import load, save
+from fxcompress.io import save
 from fxcompress.isvt import ISVT
+from fxcompress.loading import load
 from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
 from fxcompress.sweep import sweep

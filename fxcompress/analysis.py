@@ -377,6 +377,9 @@ def working_copy(model: nn.Module) -> nn.Module:
             "the model is a TorchScript program, which hides its operators: give the module that "
             "it was scripted or traced from"
         )
+    for path, _ in model.named_modules():
+        if not path.isprintable():  # a plan holds printable names only
+            raise RecordError(f"a module is called {path!r}: give it a name that can be printed")
     _require_whole(model)
     try:
         for parameter in model.parameters():

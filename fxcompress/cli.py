@@ -27,7 +27,7 @@ import fxcompress
 from fxcompress.analysis import match_model, working_copy
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.graph.recorder import record
-from fxcompress.io import read_plan
+from fxcompress.loading import read_plan
 from fxcompress.report import diff_plan
 from fxcompress.report.summary import held_back_line
 from fxcompress.rules import (
@@ -249,11 +249,28 @@ def check(rules: Rules) -> None:
 
 
 @app.command("test")
-def run_tests(rules: Rules, as_json: Json = False) -> None:
+def run_tests(
+    rules: Rules,
+    run_models: Annotated[
+        bool,
+        typer.Option("--run-models", help="run the code that tests name under 'model' and 'data'"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Run the tests that a rule file carries; exit status 1 if one fails."""
     loaded = load_rules(rules)
     directory = (preset_path(rules) or Path(rules)).parent
-    results = run_cases(loaded, lambda case: _match_case(loaded, case, directory))
+
+    def match(case: Case) -> MatchResult:
+        if not run_models:
+            named = " and ".join(source for source in (case.model, case.data) if source)
+            raise LoadError(
+                f"it would run code: it imports {named}; look at that, and allow it with "
+                "fxcompress test --run-models"
+            )
+        return _match_case(loaded, case, directory)
+
+    results = run_cases(loaded, match)
     failed = sum(not result.passed for result in results)
     if as_json:
         plain = {"rules": loaded.filename, "tests": [result.to_json() for result in results]}
@@ -317,7 +334,7 @@ def load_model(source: str) -> nn.Module:
     if Path(source).is_dir():
         transformers = _transformers()
         with _reading(f"a model from {source}"):
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             name = (config.architectures or [None])[0]
             cls = getattr(transformers, name or "", None)
             if cls is None:
@@ -341,7 +358,7 @@ def load_data(source: str | None, model: str, sequences: int, length: int) -> It
         raise typer.BadParameter("a text file needs the tokenizer of a Hugging Face directory")
     transformers = _transformers()
     with _reading(f"a tokenizer from {model}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     with _reading(f"text from {source}"):
         text = path.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0]

@@ -6,23 +6,56 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import fx, nn
 
-from fxcompress.errors import RewriteError
+from fxcompress.errors import RewriteError, printable
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 
-FORMAT = 4
+FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
+LARGEST = 2**63 - 1
+"""The largest whole number in a plan, either way."""
+
+LARGEST_FLOAT = 1e250
+"""The largest other number, so that sums of such are finite."""
+
+Whole = Annotated[int, Field(ge=0)]
+
+
 class _Frozen(BaseModel):
+    """A record that any report can show: its texts are printable, its numbers not too large.
+
+    That holds whoever made it; texts that came with control characters have escapes in their
+    place (:func:`printable`).
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _showable(cls, value: Any) -> Any:
+        return _showable(value)
+
+
+def _showable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, tuple):
+        return tuple(map(_showable, value))
+    if isinstance(value, dict):
+        return {_showable(key): _showable(one) for key, one in value.items()}
+    largest = LARGEST_FLOAT if isinstance(value, float) else LARGEST
+    if isinstance(value, int | float) and abs(value) > largest:
+        raise ValueError("the number is too large")
+    return value
 
 
 class Size(_Frozen):
@@ -69,9 +102,9 @@ class Part(_Frozen):
 
     path: str
     op: str
-    in_features: int | None = None
-    out_features: int | None = None
-    kernel: tuple[int, ...] = ()
+    in_features: Whole | None = None
+    out_features: Whole | None = None
+    kernel: tuple[Whole, ...] = ()
 
 
 class SitePlan(_Frozen):
@@ -93,6 +126,7 @@ class SitePlan(_Frozen):
         rank: its rank, None if the site stays dense; ``tucker2`` has two of them.
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
+        member: place in that bundle, from 0, in the order of the rule's pattern.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
             of the batches held back, if there are any that reach the site.
@@ -109,11 +143,11 @@ class SitePlan(_Frozen):
     weight: str
     op: str
     operator: str
-    in_features: int
-    out_features: int
+    in_features: Whole
+    out_features: Whole
     bias: bool
     dtype: FloatingType
-    calls: int
+    calls: Whole
     rule: str
     location: str
     forms: tuple[str, ...]
@@ -121,6 +155,7 @@ class SitePlan(_Frozen):
     rank: Rank | None
     full_rank: Rank
     bundle: str = ""
+    member: Whole = 0
     parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
@@ -178,8 +213,8 @@ class Unmatched(_Frozen):
     name: str
     op: str
     weight: str
-    shape: tuple[int, ...]
-    parameters: int
+    shape: tuple[Whole, ...]
+    parameters: Whole
     reason: str
 
 
@@ -190,7 +225,7 @@ class NodeSummary(_Frozen):
     op: str
     path: str
     inputs: tuple[str, ...]
-    shape: tuple[int, ...] | None
+    shape: tuple[Whole, ...] | None
 
 
 Unit = Literal["parameters", "macs", "bytes", "latency"]
@@ -243,6 +278,14 @@ class BudgetOutcome(_Frozen):
     fitted: float
     bound: float | None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_kind(cls, values: Any) -> Any:
+        """Plans of version 0.1.0 knew one predicted loss, the fitted one."""
+        if isinstance(values, dict) and "predicted" in values:
+            return {"fitted": values["predicted"], **values}
+        return values
+
     @property
     def gap(self) -> float | None:
         """Duality gap, in the unit of the predicted loss."""
@@ -282,8 +325,8 @@ class Fidelity(_Frozen):
         warnings: where prediction and measurement part, and what to do about it.
     """
 
-    batches: int
-    predictions: int
+    batches: Whole
+    predictions: Whole
     output: str
     sites: tuple[MeasuredSite, ...]
     measured: float
@@ -335,7 +378,7 @@ class Round(_Frozen):
         kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
     """
 
-    round: int
+    round: Whole
     keep: float
     removed: float
     before: float
@@ -384,7 +427,7 @@ class Plan(_Frozen):
             was a compressed one.
     """
 
-    format: int = FORMAT
+    format: Literal[3] = FORMAT
     model_class: str
     rules: str
     metric: str
@@ -425,9 +468,12 @@ class Plan(_Frozen):
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:
-        """The sites that are rewritten together, by the name of their bundle."""
+        """The sites that are rewritten together, by the name of their bundle.
+
+        They stand in the order of the rule's pattern, as the forms have them.
+        """
         found: dict[str, tuple[SitePlan, ...]] = {}
-        for site in self.sites:
+        for site in sorted(self.sites, key=lambda site: site.member):
             if site.bundle:
                 found[site.bundle] = (*found.get(site.bundle, ()), site)
         return found

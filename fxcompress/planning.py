@@ -21,7 +21,7 @@ from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
 from fxcompress.modules import canonical_weight
-from fxcompress.parts import layers
+from fxcompress.parts import joint_layers, layers
 from fxcompress.plan import (
     ZERO,
     BudgetOutcome,
@@ -131,7 +131,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
         if entry.form is not None and entry.name in known:
             module = analysis.model.get_submodule(entry.name)
             dense = canonical_weight(module).detach().to(torch.float64)
-            change = _approximated(analysis, planned, sites[entry.name], entry) - dense
+            change = _approximated(analysis, sites[entry.name], entry) - dense
             loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
             entry = entry.model_copy(update={"predicted": loss})
         entries.append(entry)
@@ -140,7 +140,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
     return planned.model_copy(update={"sites": tuple(entries), "budget": budget})
 
 
-def _approximated(analysis: Analysis, planned: Plan, site: Site, entry: SitePlan) -> Tensor:
+def _approximated(analysis: Analysis, site: Site, entry: SitePlan) -> Tensor:
     """The dense weight (canonical layout, float64) that the form of a site stands for."""
     chosen, rank = entry.choice
     if not entry.bundle:
@@ -148,10 +148,9 @@ def _approximated(analysis: Analysis, planned: Plan, site: Site, entry: SitePlan
         return form.product(
             site.shape, [factor.to(torch.float64) for factor in form.factors(target, rank)]
         )
-    members = planned.bundles[entry.bundle]
+    (members,) = (each.sites for each in analysis.bundles if each.name == entry.bundle)
     left, right = analysis.decomposed.bundles[entry.bundle].target.truncations().factors(rank)
-    place = [member.name for member in members].index(entry.name)
-    part = torch.split(left, [member.out_features for member in members])[place]
+    part = torch.split(left, [member.out_features for member in members])[members.index(site)]
     return part.to(torch.float64) @ right.to(torch.float64)
 
 
@@ -217,6 +216,7 @@ class _Chosen:
     rank: Rank | None
     parts: tuple[Part, ...] = ()
     bundle: str = ""
+    member: int = 0
 
 
 def _single(site: Site, analysis: Analysis, allocation: Allocation) -> _Chosen:
@@ -240,8 +240,7 @@ def _joint_choices(
     body = form.empty([on_meta(shape) for shape in bundle.shapes], choice.rank)
     predicted = analysis.decomposed.bundles[bundle.name].predicted(choice.loss, choice.rank)
     sizes = bundle.sizes(choice.form, choice.rank, body)
-    for index, (site, head) in enumerate(zip(bundle.sites, body.heads, strict=True)):
-        shared = layers(body.shared, "shared.") if index == 0 else ()
+    for index, (site, parts) in enumerate(zip(bundle.sites, joint_layers(body), strict=True)):
         yield (
             site.name,
             _Chosen(
@@ -250,8 +249,9 @@ def _joint_choices(
                 sizes[index],
                 form.full_rank(bundle.shapes),
                 choice.rank,
-                (*shared, *layers(head)),
+                parts,
                 bundle.name,
+                index,
             ),
         )
 
@@ -294,6 +294,7 @@ def _site_plan(
         rank=chosen.rank,
         full_rank=chosen.full_rank,
         bundle=chosen.bundle,
+        member=chosen.member,
         parts=chosen.parts,
         predicted=chosen.predicted,
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),

@@ -519,7 +519,8 @@ class Case(_Model):
     graph: Annotated[dict[Identifier, CaseNode] | None, Field(min_length=1, max_length=256)] = None
     """A small graph, operator by operator."""
     model: Text | None = None
-    """file.py:function for a function that returns a model; the file stands next to the rules."""
+    """file.py:function for a function that returns a model; the file stands next to the rules.
+    It is run by 'fxcompress test --run-models' only."""
     data: Text | None = None
     """file.py:function for a function that returns batches; goes with 'model'."""
     matches: dict[Text, tuple[Members, ...]] = Field(default_factory=dict)
