@@ -16,13 +16,15 @@ from fxcompress.errors import (
     RecordError,
     RewriteError,
     RuleError,
+    SaveError,
     TrainingError,
 )
 from fxcompress.forms import register_form
-from fxcompress.io import load, save
+from fxcompress.io import load
 from fxcompress.isvt import ISVT
 from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
+from fxcompress.saving import save
 from fxcompress.sweep import sweep
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022 (as sorted() has them)
     "RecordError",
     "RewriteError",
     "RuleError",
+    "SaveError",
     "TrainingError",
     "compile",
     "diff",

@@ -1,58 +1,35 @@
-"""Save and load: ``model.fxcompress.safetensors`` and ``plan.json``; nothing is pickled.
-
-The weights do not lie under the name ``model.safetensors`` on purpose: Hugging Face's
-``from_pretrained`` would take that file for the dense model, and fill what it cannot find with
-random numbers.
-"""
+"""Load: what :mod:`fxcompress.saving` wrote; nothing is unpickled."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxcompress.errors import LoadError
 from fxcompress.forms import form_words
 from fxcompress.plan import FORMAT, Plan, attach_plan, history, plan_of
 from fxcompress.rewrite import apply_plan, empty_bodies, mismatches, skeleton
+from fxcompress.wrappers import unwrapped
 
 WEIGHTS = "model.fxcompress.safetensors"
+"""Its metadata have copies of the files below, under their names."""
 PLAN = "plan.json"
-
-
-def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
-    """Write a compressed model: weights, plan and, for a Hugging Face model, its config.
-
-    Args:
-        model: came from :func:`fxcompress.compile` or :func:`fxcompress.load`.
-        directory: made if it is missing.
-
-    Returns:
-        The directory.
-
-    Raises:
-        RewriteError: the model carries no plan.
-    """
-    plan = plan_of(model)
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(path / WEIGHTS), metadata={"format": "pt", "fxcompress": str(FORMAT)})
-    (path / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    for name in ("config", "generation_config"):
-        config: Any = getattr(model, name, None)
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(path)
-    return path
+CONFIGS = ("config.json", "generation_config.json")
+"""Of Hugging Face models."""
+SAVE_ID = "fxcompress_save"
+"""In the metadata of the weights and in a saved ``config.json``: the id of the save."""
 
 
 def load(
@@ -61,10 +38,10 @@ def load(
     *,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load a model saved by :func:`save`.
+    """Load a model saved by :func:`fxcompress.save`.
 
     Args:
-        directory: as given to :func:`save`.
+        directory: as given to :func:`fxcompress.save`.
         model: a freshly built model of the original architecture (its weights do not matter;
             it is rewritten in place).  Not needed for a Hugging Face model.
         device: where to put it.
@@ -77,10 +54,13 @@ def load(
             the weights do not fit it exactly.
     """
     path = Path(directory)
-    plan = read_plan(path)
-    stored = _read_weights(path / WEIGHTS)
+    plan = _read_plan_file(path)
+    stored, about = _read_weights(path / WEIGHTS)
+    plan = _owned_by(plan, about, path)
     if model is None:
-        model = _build_pretrained(path, plan)
+        with _config_place(path, about) as place:
+            model = _build_pretrained(place, plan)
+    model = unwrapped(model)
     if history(model):
         raise LoadError(
             f"this {type(model).__name__} is compressed already: build one as it was before "
@@ -96,15 +76,55 @@ def load(
         if name in stored and tensor.dtype != stored[name].dtype:
             tensor.data = tensor.data.to(stored[name].dtype)  # as it was saved
     model.load_state_dict(stored, strict=False)  # it is: only names of tied weights may be missing
-    attach_plan(model, plan)
+    attach_plan(model, plan.model_copy(update={"save_id": ""}))
     model.to(device)
     nn.Module.train(model, False)  # torch.export forbids .eval() on what it returns
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _owned_by(plan: Plan, about: Mapping[str, str], path: Path) -> Plan:
+    """The plan that belongs to weights: the one beside them, or their copy of their own.
+
+    A process that died while it saved may have left the plan of the save before.
+    """
+    if about.get(SAVE_ID, plan.save_id) == plan.save_id or PLAN not in about:
+        return plan
+    return _parse_plan(about[PLAN], path / WEIGHTS)
+
+
+def rebuilt(plan: Plan, config: Any) -> nn.Module:
+    """A Hugging Face model as a plan makes it, from a config, without values (meta device).
+
+    Raises:
+        LoadError: the config does not build a model that the plan fits.
+    """
+    with torch.device("meta"):
+        model = _from_config(_model_class(plan), config, plan)
+        _rewrite_empty(model, plan)
+    return model
+
+
+@contextmanager
+def _config_place(path: Path, about: Mapping[str, str]) -> Iterator[Path]:
+    """A directory with the configs that belong to weights, as :func:`_owned_by` has it of plans."""
+    owner = None
+    with suppress(OSError, ValueError, AttributeError):
+        owner = json.loads((path / CONFIGS[0]).read_text(encoding="utf-8")).get(SAVE_ID)
+    if owner is None or about.get(SAVE_ID, owner) == owner or CONFIGS[0] not in about:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CONFIGS:
+            if name in about:
+                (Path(folder) / name).write_text(about[name], encoding="utf-8")
+        yield Path(folder)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors and metadata of a weights file."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
     except (SafetensorError, OSError, ValueError) as error:
@@ -128,6 +148,15 @@ def _misfits(state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
     given = {_memory(state[name]) for name in stored if name in state}
     missing = [n for n, t in state.items() if n not in stored and _memory(t) not in given]
     problems = [f"the file has no {name}" for name in missing]
+    kept: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in stored.items():
+        if name in state and tensor.numel():
+            twin = kept.setdefault(_memory(state[name]), name)
+            if twin != name and not torch.equal(stored[twin], tensor):
+                problems.append(
+                    f"the model ties {name} to {twin}, and in the file they differ: build it "
+                    "untied (tie_word_embeddings=False)"
+                )
     for name, tensor in stored.items():
         place = state.get(name)
         if place is None:
@@ -154,13 +183,30 @@ def read_plan(directory: str | PathLike[str]) -> Plan:
     Raises:
         LoadError: it is missing, broken, or of another version.
     """
-    path = Path(directory) / PLAN
+    path = Path(directory)
+    plan = _read_plan_file(path)
+    about: Mapping[str, str] = {}
+    with suppress(SafetensorError, OSError, ValueError), safe_open(path / WEIGHTS, "pt") as file:
+        about = file.metadata() or {}
+    return _owned_by(plan, about, path)
+
+
+def _read_plan_file(directory: Path) -> Plan:
+    path = directory / PLAN
     try:
         text = path.read_text(encoding="utf-8")
-        version = json.loads(text).get("format")
     except FileNotFoundError as error:
         raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    return _parse_plan(text, path)
+
+
+def _parse_plan(text: str, path: Path) -> Plan:
+    """A plan from the text of ``path``."""
+    try:
+        version = json.loads(text).get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     if version != FORMAT:
         raise LoadError(
@@ -182,12 +228,33 @@ def read_plan(directory: str | PathLike[str]) -> Plan:
 
 def _build_pretrained(path: Path, plan: Plan) -> nn.Module:
     """An uninitialized Hugging Face model of the class that the plan names."""
+    if not (path / CONFIGS[0]).exists():
+        raise LoadError(_NO_CONFIG.format(plan.model_class))
+    cls = _model_class(plan)
+    try:
+        config: Any = cls.config_class.from_pretrained(path)
+    except Exception as error:
+        raise _misdescribed(cls, path / CONFIGS[0], error) from error
+    if hasattr(config, SAVE_ID):
+        delattr(config, SAVE_ID)
+    model = _from_config(cls, config, plan, path / CONFIGS[0])
+    if (path / CONFIGS[1]).exists():
+        transformers = importlib.import_module("transformers")
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
+
+
+_NO_CONFIG = (
+    "{} is not a Hugging Face model: build one as it was before compression and pass it, "
+    "load(directory, model)"
+)
+
+
+def _model_class(plan: Plan) -> Any:
+    """The class of Hugging Face's that a plan names; no other is imported."""
     module_name, _, class_name = plan.model_class.rpartition(".")
-    if not module_name.startswith("transformers.models.") or not (path / "config.json").exists():
-        raise LoadError(
-            f"{plan.model_class} is not a Hugging Face model: build one as it was before "
-            "compression and pass it, load(directory, model)"
-        )
+    if not module_name.startswith("transformers.models."):
+        raise LoadError(_NO_CONFIG.format(plan.model_class))
     try:
         import transformers
     except ImportError as error:
@@ -200,16 +267,17 @@ def _build_pretrained(path: Path, plan: Plan) -> nn.Module:
         raise LoadError(
             f"transformers {transformers.__version__} has no model class {plan.model_class}"
         )
+    return cls
+
+
+def _from_config(cls: Any, config: Any, plan: Plan, source: object = "config.json") -> nn.Module:
     dtype = getattr(torch, plan.sites[0].dtype) if plan.sites else torch.float32
     try:
-        built: Any = cls
-        config: Any = built.config_class.from_pretrained(path)
-        model: nn.Module = built._from_config(config, dtype=dtype)
+        model: nn.Module = cls._from_config(config, dtype=dtype)
     except Exception as error:
-        raise LoadError(
-            f"{path / 'config.json'} does not describe a {class_name}: {error}"
-        ) from error
-    if (path / "generation_config.json").exists():
-        generation = transformers.GenerationConfig.from_pretrained(path)
-        model.generation_config = generation  # type: ignore[assignment]
+        raise _misdescribed(cls, source, error) from error
     return model
+
+
+def _misdescribed(cls: Any, source: object, error: Exception) -> LoadError:
+    return LoadError(f"{source} does not describe a {cls.__name__}: {error}")

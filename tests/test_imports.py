@@ -19,8 +19,8 @@ ROOT = Path(fxcompress.__file__).parent
 
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
-    {"errors"},
-    {"graph", "budget", "forms"},
+    {"errors", "structure", "wrappers"},
+    {"graph", "budget", "forms", "files"},
     {"rules", "metric", "plan", "modules"},
     {"report", "rewrite", "sites", "parts", "latency"},
     {"decomposition", "fidelity"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"rewriting"},
     {"isvt"},
     {"compile", "compare", "io"},
-    {"measure", "sweep"},
+    {"measure", "sweep", "saving"},
     {"cli"},
 ]
 """The order of the package, the ground first: parts of it by name, file or folder."""
