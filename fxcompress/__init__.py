@@ -22,10 +22,14 @@ from fxcompress.errors import (
 from fxcompress.forms import register_form
 from fxcompress.io import load
 from fxcompress.isvt import ISVT
+from fxcompress.late import import_after
 from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
 from fxcompress.saving import save
 from fxcompress.sweep import sweep
+
+# So that from_pretrained knows compressed models, whichever of both is imported first.
+import_after("transformers.quantizers.auto", "fxcompress.hf")
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxcompress.errors import SaveError
@@ -50,12 +50,9 @@ def _sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # directories cannot be opened on Windows
         return
-    try:
+    with suppress(OSError):  # nor flushed on every file system
         os.fsync(descriptor)
-    except OSError:  # nor flushed on every file system
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 @contextmanager
@@ -68,10 +65,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
+        with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # some network file systems have no locks
-            pass
         yield
     finally:
         os.close(descriptor)

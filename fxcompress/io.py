@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import LoadError
 from fxcompress.forms import form_words
-from fxcompress.plan import FORMAT, Plan, attach_plan, history, plan_of
+from fxcompress.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import apply_plan, empty_bodies, mismatches, skeleton
 from fxcompress.wrappers import unwrapped
 
@@ -30,6 +30,8 @@ CONFIGS = ("config.json", "generation_config.json")
 """Of Hugging Face models."""
 SAVE_ID = "fxcompress_save"
 """In the metadata of the weights and in a saved ``config.json``: the id of the save."""
+METHOD = "fxcompress"
+"""``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.hf`)."""
 
 
 def load(
@@ -54,6 +56,8 @@ def load(
             the weights do not fit it exactly.
     """
     path = Path(directory)
+    if model is None and not (path / PLAN).exists() and by_save_pretrained(path):
+        return _from_pretrained(path, device)
     plan = _read_plan_file(path)
     stored, about = _read_weights(path / WEIGHTS)
     plan = _owned_by(plan, about, path)
@@ -67,11 +71,11 @@ def load(
             "compression and pass that"
         )
     trial = skeleton(model)  # so that a model that does not fit is left as it was
-    _rewrite_empty(trial, plan)
+    rewrite_empty(trial, plan)
     misfits = _misfits(trial.state_dict(), stored)
     if misfits:
         raise LoadError(f"{path / WEIGHTS} does not fit {plan.model_class}: {misfits}")
-    _rewrite_empty(model, plan)
+    rewrite_empty(model, plan)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored and tensor.dtype != stored[name].dtype:
             tensor.data = tensor.data.to(stored[name].dtype)  # as it was saved
@@ -82,6 +86,31 @@ def load(
     return model
 
 
+def by_save_pretrained(path: Path) -> bool:
+    """Whether ``save_pretrained`` of a compressed Hugging Face model wrote to a directory."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        config = json.loads((path / CONFIGS[0]).read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
+    return False
+
+
+def _from_pretrained(path: Path, device: str | torch.device) -> nn.Module:
+    """A compressed Hugging Face model from what its ``save_pretrained`` wrote."""
+    transformers = _transformers()
+    try:
+        config = json.loads((path / CONFIGS[0]).read_text(encoding="utf-8"))
+        cls = getattr(transformers, str(config["architectures"][0]))
+        model, found = cls.from_pretrained(path, output_loading_info=True, local_files_only=True)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    if wrong := [f"{len(names)} {kind}" for kind, names in found.items() if names]:
+        raise LoadError(f"{path} does not fit {cls.__name__}: {', '.join(wrong)}")
+    loaded: nn.Module = model.to(device)
+    return loaded
+
+
 def _owned_by(plan: Plan, about: Mapping[str, str], path: Path) -> Plan:
     """The plan that belongs to weights: the one beside them, or their copy of their own.
 
@@ -89,7 +118,7 @@ def _owned_by(plan: Plan, about: Mapping[str, str], path: Path) -> Plan:
     """
     if about.get(SAVE_ID, plan.save_id) == plan.save_id or PLAN not in about:
         return plan
-    return _parse_plan(about[PLAN], path / WEIGHTS)
+    return parse_plan(about[PLAN], path / WEIGHTS)
 
 
 def rebuilt(plan: Plan, config: Any) -> nn.Module:
@@ -100,7 +129,7 @@ def rebuilt(plan: Plan, config: Any) -> nn.Module:
     """
     with torch.device("meta"):
         model = _from_config(_model_class(plan), config, plan)
-        _rewrite_empty(model, plan)
+        rewrite_empty(model, plan)
     return model
 
 
@@ -131,8 +160,12 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise LoadError(f"{path} cannot be read: {error}; save the model again") from error
 
 
-def _rewrite_empty(model: nn.Module, plan: Plan) -> None:
-    """Give a model the structure of the saved one; the factors have no values yet."""
+def rewrite_empty(model: nn.Module, plan: Plan) -> None:
+    """Give a model the structure of the saved one; the factors have no values yet.
+
+    Raises:
+        LoadError: the plan was made for another model.
+    """
     for step in (*plan.earlier, plan):
         problems = mismatches(model, step)
         if problems:
@@ -199,11 +232,15 @@ def _read_plan_file(directory: Path) -> Plan:
         raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
     except (ValueError, OSError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
-    return _parse_plan(text, path)
+    return parse_plan(text, path)
 
 
-def _parse_plan(text: str, path: Path) -> Plan:
-    """A plan from the text of ``path``."""
+def parse_plan(text: str, path: str | Path) -> Plan:
+    """A plan from the text of a file.
+
+    Raises:
+        LoadError: it is broken, or of another version.
+    """
     try:
         version = json.loads(text).get("format")
     except (ValueError, AttributeError, RecursionError) as error:
@@ -239,8 +276,7 @@ def _build_pretrained(path: Path, plan: Plan) -> nn.Module:
         delattr(config, SAVE_ID)
     model = _from_config(cls, config, plan, path / CONFIGS[0])
     if (path / CONFIGS[1]).exists():
-        transformers = importlib.import_module("transformers")
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -255,10 +291,7 @@ def _model_class(plan: Plan) -> Any:
     module_name, _, class_name = plan.model_class.rpartition(".")
     if not module_name.startswith("transformers.models."):
         raise LoadError(_NO_CONFIG.format(plan.model_class))
-    try:
-        import transformers
-    except ImportError as error:
-        raise LoadError("loading this needs transformers: pip install 'fxcompress[hf]'") from error
+    transformers = _transformers()
     try:
         cls: Any = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError:
@@ -268,6 +301,13 @@ def _model_class(plan: Plan) -> Any:
             f"transformers {transformers.__version__} has no model class {plan.model_class}"
         )
     return cls
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise LoadError("loading this needs transformers: pip install 'fxcompress[hf]'") from error
 
 
 def _from_config(cls: Any, config: Any, plan: Plan, source: object = "config.json") -> nn.Module:

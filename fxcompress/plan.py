@@ -6,6 +6,7 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -426,6 +427,10 @@ def attach_plan(model: nn.Module, plan: Plan) -> None:
     """Let a model that was just rewritten carry its plan; it survives ``deepcopy`` and pickling."""
     _carry(model, _PLAN, plan)
     _carry(model, _STRUCTURE, structure_of(model))
+    if "transformers.modeling_utils" in sys.modules:
+        from fxcompress.hf import watch
+
+        watch(model)
 
 
 def update_plan(model: nn.Module, plan: Plan) -> None:

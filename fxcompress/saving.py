@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcompress.errors import LoadError, SaveError
 from fxcompress.files import one_at_a_time, replace_files, try_directory
-from fxcompress.io import CONFIGS, PLAN, SAVE_ID, WEIGHTS, rebuilt
+from fxcompress.io import CONFIGS, METHOD, PLAN, SAVE_ID, WEIGHTS, rebuilt
 from fxcompress.plan import FORMAT, Plan, plan_of, rewritten_structure
 from fxcompress.structure import changes, structure_of
 from fxcompress.wrappers import unwrapped
@@ -67,7 +67,7 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
     path = Path(directory)
     check_directory(path)
     configs = _configs(model)
-    own = _content(plan, tensors, configs)
+    own = save_id(plan, tensors, configs)
     text = plan.model_copy(update={"save_id": own}).model_dump_json(indent=1)
     configs = {n: _owned(t, own) if n == CONFIGS[0] else t for n, t in configs.items()}
     kept = {name: configs[name] for name in CONFIGS if name in configs}
@@ -126,9 +126,9 @@ def require_unchanged(model: nn.Module) -> None:
         again = None
     if again is None or changes(again, now):
         raise SaveError(
-            f"this {type(model).__name__} was changed after it was rewritten, so what is saved could "
-            f"not be loaded: {changed}. Save it without these changes and make them anew after "
-            "loading (merge or unload adapters, unwrap layers), or change the model before it is "
+            f"this {type(model).__name__} was changed after it was rewritten, so what is saved "
+            f"could not be loaded: {changed}. Save it without these changes and make them anew "
+            "after loading (merge or unload adapters, unwrap layers), or change the model before it is "
             "compressed"
         )
 
@@ -223,7 +223,7 @@ def _without_quantizer(text: str) -> str:
     """A config without what only holds for a directory of ``save_pretrained``."""
     content = json.loads(text)
     method = content.get("quantization_config") or {}
-    if isinstance(method, dict) and method.get("quant_method") == "fxcompress":
+    if isinstance(method, dict) and method.get("quant_method") == METHOD:
         del content["quantization_config"]
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
     return text
@@ -234,7 +234,7 @@ def _owned(config: str, save_id: str) -> str:
     return json.dumps({**json.loads(config), SAVE_ID: save_id}, indent=2, sort_keys=True) + "\n"
 
 
-def _content(plan: Plan, tensors: Mapping[str, Tensor], configs: Mapping[str, str]) -> str:
+def save_id(plan: Plan, tensors: Mapping[str, Tensor], configs: Mapping[str, str]) -> str:
     """The id of a save: equal for equal content only."""
     digest = hashlib.sha256(json.dumps(dict(configs), sort_keys=True).encode())
     digest.update(plan.model_dump_json().encode())

@@ -67,7 +67,8 @@ def _changes(before: Structure, now: Structure) -> Iterator[str]:
         old, new = before.classes.get(path), now.classes.get(path)
         if old != new and news(path):
             told.append(path)
-            yield _difference(path or "the model itself", _short(old), _short(new))
+            shown = (_short(old), _short(new)) if _short(old) != _short(new) else (old, new)
+            yield _difference(path or "the model itself", *shown)
             if not path:
                 return
     for name in sorted({*before.shapes, *now.shapes}):
