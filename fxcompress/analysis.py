@@ -31,6 +31,7 @@ from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 from fxcompress.sites import Site, SiteBundle, gather_sites
+from fxcompress.wrappers import replaced_forward, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +185,6 @@ def survey(
     loaded = replace(loaded, filename=Path(loaded.filename).name)
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
-    _require_values(work)
     examples = [] if examples is None else list(iterate("examples", examples))
     first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
 
@@ -314,6 +314,9 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    model = unwrapped(model)
+    if problem := replaced_forward(model):
+        raise RecordError(f"this {type(model).__name__} cannot be copied: {problem}")
     try:
         return prepared(model)
     except (TypeError, RuntimeError, copy.Error) as error:
@@ -329,7 +332,7 @@ def _require_values(model: nn.Module) -> None:
         if tensor.is_meta:
             raise CalibrationError(
                 f"{name} is on the meta device, where tensors have no values: load the model's "
-                "weights first"
+                "weights first (if accelerate offloaded it: load the model without offloading)"
             )
 
 

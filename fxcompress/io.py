@@ -21,7 +21,7 @@ from fxcompress.errors import LoadError
 from fxcompress.forms import form_words
 from fxcompress.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import apply_plan, empty_bodies, mismatches, skeleton
-from fxcompress.wrappers import unwrapped
+from fxcompress.wrappers import replaced_forward, unwrapped
 
 WEIGHTS = "model.fxcompress.safetensors"
 """Its metadata have copies of the files below, under their names."""
@@ -70,6 +70,8 @@ def load(
             f"this {type(model).__name__} is compressed already: build one as it was before "
             "compression and pass that"
         )
+    if problem := replaced_forward(model):
+        raise LoadError(f"this {type(model).__name__} cannot be rewritten: {problem}")
     trial = skeleton(model)  # so that a model that does not fit is left as it was
     rewrite_empty(trial, plan)
     misfits = _misfits(trial.state_dict(), stored)

@@ -128,8 +128,8 @@ def require_unchanged(model: nn.Module) -> None:
         raise SaveError(
             f"this {type(model).__name__} was changed after it was rewritten, so what is saved "
             f"could not be loaded: {changed}. Save it without these changes and make them anew "
-            "after loading (merge or unload adapters, unwrap layers), or change the model before it is "
-            "compressed"
+            "after loading (merge or unload adapters, unwrap layers), or change the model before "
+            "it is compressed"
         )
 
 
