@@ -39,15 +39,15 @@ MARKER = 1
 
 
 @register_quantization_config(METHOD)
-class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressedConfig(QuantizationConfigMixin):
     """What ``config.json`` says of a compressed model: that it is one."""
 
     def __init__(self, **others: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
 
 
 @register_quantizer(METHOD)
-class CompressedQuantizer(HfQuantizer):  # type: ignore[misc]
+class CompressedQuantizer(HfQuantizer):
     """Saves and loads compressed models; quantizes nothing.
 
     Attributes:
@@ -94,7 +94,7 @@ class CompressedQuantizer(HfQuantizer):  # type: ignore[misc]
         state = dict(model.state_dict())
         for name in _markers(plan):
             state.setdefault(name, torch.zeros(MARKER))
-        model.config.quantization_config = CompressedConfig()  # type: ignore[assignment, union-attr]
+        model.config.quantization_config = CompressedConfig()  # type: ignore[union-attr]
         text = plan.model_copy(update={"save_id": own}).model_dump_json()
         return state, {SAVE_ID: own, PLAN: text}
 
@@ -201,4 +201,5 @@ def watch(model: nn.Module) -> None:
             other = ""
             if had is not None and not isinstance(had, CompressedQuantizer):
                 other = str(had.quantization_config.quant_method)
-            module.hf_quantizer = CompressedQuantizer(CompressedConfig(), other)
+            own: Any = CompressedQuantizer(CompressedConfig(), other)
+            module.hf_quantizer = own

@@ -128,7 +128,7 @@ def test_what_is_incomplete_or_no_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="carry no plan"):
         Auto.from_pretrained(tmp_path)
     small.lm_head = torch.nn.Linear(64, 5)
-    with pytest.raises(SaveError, match="changed after it was rewritten: .*lm_head|lm_head"):
+    with pytest.raises(SaveError, match="changed after it was rewritten"):
         small.save_pretrained(tmp_path / "changed")
 
 
