@@ -185,6 +185,7 @@ def survey(
     loaded = replace(loaded, filename=Path(loaded.filename).name)
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
+    _require_values(work)
     examples = [] if examples is None else list(iterate("examples", examples))
     first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
 
