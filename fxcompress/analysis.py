@@ -34,6 +34,7 @@ from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 from fxcompress.sites import Site, SiteBundle, gather_sites
+from fxcompress.wrappers import replaced_forward, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,6 +373,7 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise RecordError(
             "the model is a TorchScript program, which hides its operators: give the module that "
@@ -380,6 +382,8 @@ def working_copy(model: nn.Module) -> nn.Module:
     for path, _ in model.named_modules():
         if not path.isprintable():  # a plan holds printable names only
             raise RecordError(f"a module is called {path!r}: give it a name that can be printed")
+    if problem := replaced_forward(model):
+        raise RecordError(f"this {type(model).__name__} cannot be copied: {problem}")
     _require_whole(model)
     try:
         for parameter in model.parameters():
@@ -419,7 +423,7 @@ def _require_values(model: nn.Module) -> None:
         if tensor.is_meta:
             raise CalibrationError(
                 f"{name} is on the meta device, where tensors have no values: load the model's "
-                "weights first"
+                "weights first (if accelerate offloaded it: load the model without offloading)"
             )
 
 

@@ -26,6 +26,7 @@ from torch import nn
 import fxcompress
 from fxcompress.analysis import match_model, working_copy
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
+from fxcompress.files import try_directory
 from fxcompress.graph.recorder import record
 from fxcompress.loading import read_plan
 from fxcompress.report import diff_plan
@@ -40,6 +41,7 @@ from fxcompress.rules import (
     run_cases,
 )
 from fxcompress.rules.schema import Case
+from fxcompress.saving import check_directory
 
 app = typer.Typer(
     name="fxcompress",
@@ -105,6 +107,9 @@ def compile(
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
+    check_directory(out)  # not after hours of work
+    if checkpoint is not None:
+        try_directory(checkpoint)
     dense = load_model(model)
     small = fxcompress.compile(
         dense,

@@ -55,6 +55,10 @@ class RewriteError(FxcompressError):
     """A rewritten model that failed its verification and could not be rolled back."""
 
 
+class SaveError(FxcompressError):
+    """A model that, as it is, could not be loaded again, or files that cannot be written."""
+
+
 class LoadError(FxcompressError):
     """Saved files that do not fit together, or do not fit the model given.
 

@@ -1,4 +1,4 @@
-"""Load what :func:`fxcompress.save` wrote; nothing of it is executed.
+"""Load what :mod:`fxcompress.saving` wrote; nothing of it is executed.
 
 A directory may come from a stranger.  So before any memory is taken or the given model touched:
 
@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import json
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -32,7 +35,14 @@ from fxcompress.forms import form_words
 from fxcompress.parts import joint_layers, layers
 from fxcompress.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.plan_checks import Problem, body_problems, plan_problems
-from fxcompress.pretrained import build_pretrained
+from fxcompress.pretrained import (
+    CONFIGS,
+    SAVE_ID,
+    build_pretrained,
+    from_config,
+    model_class,
+    require_harmless,
+)
 from fxcompress.rewrite import (
     Bodies,
     ProjectedAttention,
@@ -41,9 +51,13 @@ from fxcompress.rewrite import (
     mismatches,
     skeleton,
 )
+from fxcompress.wrappers import replaced_forward, unwrapped
 
 WEIGHTS = "model.fxcompress.safetensors"
+"""Its metadata have copies of the files below, under their names."""
 PLAN = "plan.json"
+METHOD = "fxcompress"
+"""``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.hf`)."""
 
 MOST_BYTES = 256 * 2**20
 """Of ``plan.json``; a plan of a thousand layers has a few millions."""
@@ -81,10 +95,17 @@ def load(
             the weights do not fit it exactly.
     """
     path = Path(directory)
-    plan = _read_plan(path / PLAN, parts=False)  # those of its bodies are compared below
-    header = _read_header(path / WEIGHTS)
+    if model is None and not (path / PLAN).exists() and by_save_pretrained(path):
+        return _from_pretrained(path, device)
+    plan = _read_plan_file(path, parts=False)  # those of its bodies are compared below
+    header, about = _read_header(path / WEIGHTS)
+    plan = _owned_by(plan, about, path, parts=False)
     if model is None:
-        model = build_pretrained(path, plan, sum(t.numel() for t in header.values()))
+        with _config_place(path, about) as place:
+            model = build_pretrained(place, plan, sum(t.numel() for t in header.values()))
+    model = unwrapped(model)
+    if problem := replaced_forward(model):
+        raise LoadError(f"this {type(model).__name__} cannot be rewritten: {problem}")
     if history(model):
         raise LoadError(
             f"this {type(model).__name__} is compressed already: build one as it was before "
@@ -95,13 +116,14 @@ def load(
             raise LoadError(f"the model's {name} is on the meta device: build it on the CPU")
     _try(path, model, plan, header)
     stored = _read_weights(path / WEIGHTS)
+    _require_untied(path / WEIGHTS, model, stored)
     for step in (*plan.earlier, plan):
         apply_plan(model, step, empty_bodies(step, model))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored and tensor.dtype != stored[name].dtype:
             tensor.data = tensor.data.to(stored[name].dtype)  # as it was saved
     model.load_state_dict(stored, strict=False)  # it is: only names of tied weights may be missing
-    attach_plan(model, plan)
+    attach_plan(model, plan.model_copy(update={"save_id": ""}))
     model.to(device)
     nn.Module.train(model, False)  # torch.export forbids .eval() on what it returns
     return model
@@ -113,7 +135,114 @@ def read_plan(directory: str | PathLike[str]) -> Plan:
     Raises:
         LoadError: it is missing, broken, or of another version.
     """
-    return _read_plan(Path(directory) / PLAN, parts=True)
+    path = Path(directory)
+    plan = _read_plan_file(path, parts=True)
+    about: Mapping[str, str] = {}
+    with suppress(SafetensorError, OSError, ValueError), safe_open(path / WEIGHTS, "pt") as file:
+        about = file.metadata() or {}
+    return _owned_by(plan, about, path, parts=True)
+
+
+def rewrite_empty(model: nn.Module, plan: Plan) -> None:
+    """Give a model the structure of the saved one; the factors have no values yet.
+
+    Raises:
+        LoadError: the plan was made for another model.
+    """
+    for step in (*plan.earlier, plan):
+        _require_fitting(model, step, plan)
+        apply_plan(model, step, empty_bodies(step, model))
+
+
+def rebuilt(plan: Plan, config: Any) -> nn.Module:
+    """A Hugging Face model as a plan makes it, from a config, without values (meta device).
+
+    Raises:
+        LoadError: the config does not build a model that the plan fits.
+    """
+    with torch.device("meta"):
+        model = from_config(model_class(plan), config, plan)
+        rewrite_empty(model, plan)
+    return model
+
+
+def by_save_pretrained(path: Path) -> bool:
+    """Whether ``save_pretrained`` of a compressed Hugging Face model wrote to a directory."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        config = json.loads((path / CONFIGS[0]).read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
+    return False
+
+
+def _from_pretrained(path: Path, device: str | torch.device) -> nn.Module:
+    """A compressed Hugging Face model from what its ``save_pretrained`` wrote."""
+    require_harmless(path)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise LoadError(f"{path} has no weights: not a directory written by save_pretrained")
+    _, about = _read_header(files[0])
+    if PLAN not in about:
+        raise LoadError(f"{files[0]} carries no plan: save the model again")
+    cls = model_class(parse_plan(about[PLAN], files[0]))
+    try:
+        model, found = cls.from_pretrained(
+            path, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    if wrong := [f"{len(names)} {kind}" for kind, names in found.items() if names]:
+        raise LoadError(f"{path} does not fit {cls.__name__}: {', '.join(wrong)}")
+    loaded: nn.Module = model.to(device)
+    return loaded
+
+
+def _owned_by(plan: Plan, about: Mapping[str, str], path: Path, *, parts: bool) -> Plan:
+    """The plan that belongs to weights: the one beside them, or their copy of their own.
+
+    A process that died while it saved may have left the plan of the save before.
+    """
+    if about.get(SAVE_ID, plan.save_id) == plan.save_id or PLAN not in about:
+        return plan
+    return parse_plan(about[PLAN], path / WEIGHTS, parts=parts)
+
+
+@contextmanager
+def _config_place(path: Path, about: Mapping[str, str]) -> Iterator[Path]:
+    """A directory with the configs that belong to weights, as :func:`_owned_by` has it of plans."""
+    owner = None
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        owner = json.loads((path / CONFIGS[0]).read_text(encoding="utf-8")).get(SAVE_ID)
+    if owner is None or about.get(SAVE_ID, owner) == owner or CONFIGS[0] not in about:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CONFIGS:
+            if name in about:
+                (Path(folder) / name).write_text(about[name], encoding="utf-8")
+        yield Path(folder)
+
+
+def _require_fitting(model: nn.Module, step: Plan, plan: Plan) -> None:
+    if problems := mismatches(model, step):
+        raise LoadError(
+            f"this {type(model).__name__} is not what the plan was made for "
+            f"({plan.model_class}): {problems}"
+        )
+
+
+def _require_untied(path: Path, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Two tensors of a file cannot be one of the model."""
+    kept: dict[tuple[int, torch.Size], str] = {}
+    for name, place in model.state_dict(keep_vars=True).items():
+        if name in stored and isinstance(place, Tensor) and place.numel():
+            twin = kept.setdefault(_memory(place), name)
+            if twin != name and not torch.equal(stored[twin], stored[name]):
+                raise LoadError(
+                    f"{path} does not fit: the model ties {name} to {twin}, and in the file they "
+                    "differ: build it untied (tie_word_embeddings=False)"
+                )
 
 
 def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor]) -> None:
@@ -129,11 +258,7 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
         trial = skeleton(model)
         for index, step in enumerate((*plan.earlier, plan)):
             place = f"earlier[{index}]." if index < len(plan.earlier) else ""
-            if problems := mismatches(trial, step):
-                raise LoadError(
-                    f"this {name} is not what the plan was made for ({plan.model_class}): "
-                    f"{problems}"
-                )
+            _require_fitting(trial, step, plan)
             bodies = empty_bodies(step, trial, torch.device("meta"))
             found = [(f"{place}{at}", why) for at, why in _body_problems(step, bodies)]
             _refuse(path / PLAN, found)
@@ -167,8 +292,8 @@ def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Problem]:
 # ---- weights --------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
-    """The stored tensors without their values, on the meta device."""
+def _read_header(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The stored tensors without their values, on the meta device, and the metadata."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is no file")
@@ -180,7 +305,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
                 if dtype is None:
                     dtype = file.get_tensor(name).dtype
                 found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-            return found
+            return found, file.metadata() or {}
     except FileNotFoundError as error:
         raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -219,7 +344,8 @@ def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
 # ---- the plan -------------------------------------------------------------------------
 
 
-def _read_plan(path: Path, *, parts: bool) -> Plan:
+def _read_plan_file(directory: Path, *, parts: bool) -> Plan:
+    path = directory / PLAN
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -227,10 +353,28 @@ def _read_plan(path: Path, *, parts: bool) -> Plan:
         if status.st_size > MOST_BYTES:
             raise LoadError(f"{path} cannot be read: it has more than {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
-        version = json.loads(text).get("format")
     except FileNotFoundError as error:
         raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    return parse_plan(text, path, parts=parts)
+
+
+def parse_plan(text: str, path: str | Path, *, parts: bool = True) -> Plan:
+    """A plan from the text of a file, which is one that could have been made.
+
+    Args:
+        text: of the file.
+        path: of it, for messages.
+        parts: whether bodies are built, without memory, and compared with what it says of them.
+
+    Raises:
+        LoadError: it is broken, or of another version.
+    """
+    path = Path(path)
+    try:
+        version = json.loads(text).get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     if version != FORMAT:
         raise LoadError(

@@ -37,10 +37,11 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.metric.output import Family, Loss, OutputKind, divergence, heads, loss_sum
-from fxcompress.plan import Fidelity, HeldBack, Plan, attach_plan, history, plan_of
+from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
+from fxcompress.wrappers import unwrapped
 
 Exchange = Sequence[tuple[nn.Module, nn.Module]]
 """Modules of the dense model, each with what takes its place."""
@@ -78,6 +79,7 @@ def measure(
         CalibrationError: no batches, or a batch on which a model fails or is not finite.
     """
     plan = plan_of(small)
+    model, small = unwrapped(model), unwrapped(small)
     _require_pair(model, small, plan)
     kind = _family(output, plan)
     with torch.inference_mode(False), torch.no_grad(), stages(progress) as show:
@@ -110,7 +112,7 @@ def measure(
         np.array([batch.predictions for batch in found]),
         found[0].output,
     )
-    attach_plan(small, plan.model_copy(update={"fidelity": fidelity}))
+    update_plan(small, plan.model_copy(update={"fidelity": fidelity}))
     for note in fidelity.warnings:
         warnings.warn(note, FxcompressWarning, stacklevel=2)
     return fidelity

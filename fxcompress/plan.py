@@ -6,6 +6,7 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,6 +15,8 @@ from torch import fx, nn
 from fxcompress.errors import RewriteError, printable
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
+from fxcompress.structure import Structure, structure_of
+from fxcompress.wrappers import unwrapped
 
 FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
@@ -425,6 +428,8 @@ class Plan(_Frozen):
         fidelity: predicted and measured losses, once :func:`fxcompress.measure` was called.
         earlier: the plans that were carried out before this one, oldest first, if the model given
             was a compressed one.
+        save_id: in ``plan.json``, the id of the save, which the weights beside it have too; empty
+            in memory, and in files of before there were such ids.
     """
 
     format: Literal[3] = FORMAT
@@ -452,6 +457,7 @@ class Plan(_Frozen):
     rounds: tuple[Round, ...] = ()
     fidelity: Fidelity | None = None
     earlier: tuple[Plan, ...] = ()
+    save_id: str = Field("", pattern=r"^([0-9a-f]{16})?$")
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -485,23 +491,42 @@ class Plan(_Frozen):
 
 
 _PLAN = "_fxcompress_plan"
+_STRUCTURE = "_fxcompress_structure"
 _PRESERVED = "_user_preserved_attributes"
 
 
 def attach_plan(model: nn.Module, plan: Plan) -> None:
-    """Let a model carry its plan; it survives ``deepcopy`` and pickling."""
-    model.__dict__[_PLAN] = plan
+    """Let a model that was just rewritten carry its plan; it survives ``deepcopy`` and pickling."""
+    _carry(model, _PLAN, plan)
+    _carry(model, _STRUCTURE, structure_of(model))
+    if "transformers.modeling_utils" in sys.modules:
+        from fxcompress.hf import watch
+
+        watch(model)
+
+
+def update_plan(model: nn.Module, plan: Plan) -> None:
+    """Exchange the plan that a model carries for one that says more about the same rewrite."""
+    _carry(unwrapped(model), _PLAN, plan)
+
+
+def _carry(model: nn.Module, key: str, value: object) -> None:
+    model.__dict__[key] = value
     if isinstance(model, fx.GraphModule):
         # Its deepcopy drops attributes, except for those in here; pickling drops ``meta``.
-        model.meta.setdefault(_PRESERVED, {})[_PLAN] = plan
+        model.meta.setdefault(_PRESERVED, {})[key] = value
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a model that came from :func:`compile` or :func:`fxcompress.load`.
 
+    Args:
+        model: may be wrapped by ``torch.compile`` or for data parallelism.
+
     Raises:
         RewriteError: the model carries none.
     """
+    model = unwrapped(model)
     carried = getattr(model, "__dict__", {}).get(_PLAN)
     if not isinstance(carried, Plan):
         raise RewriteError(
@@ -510,9 +535,15 @@ def plan_of(model: nn.Module) -> Plan:
     return carried
 
 
+def rewritten_structure(model: nn.Module) -> Structure | None:
+    """What a model consisted of when its plan was carried out; None if it does not say."""
+    found = unwrapped(model).__dict__.get(_STRUCTURE)
+    return found if isinstance(found, Structure) else None
+
+
 def history(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that were carried out on a model, oldest first; none on a dense one."""
-    last = model.__dict__.get(_PLAN)
+    last = unwrapped(model).__dict__.get(_PLAN)
     if not isinstance(last, Plan):
         return ()
     return (*last.earlier, last.model_copy(update={"earlier": ()}))

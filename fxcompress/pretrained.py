@@ -21,6 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcompress.errors import LoadError
 from fxcompress.plan import Plan
 
+CONFIGS = ("config.json", "generation_config.json")
+"""Of Hugging Face models."""
+SAVE_ID = "fxcompress_save"
+"""In the metadata of the weights and in a saved ``config.json``: the id of the save."""
+
 _MODULE = re.compile(r"transformers\.models(\.[a-z0-9_]+)+")
 _SPACES = {*" \n\r\t"}
 
@@ -39,24 +44,52 @@ def build_pretrained(path: Path, plan: Plan, stored: int) -> nn.Module:
     Raises:
         LoadError: the class is none of transformers, or the config is not one of such a model.
     """
-    cls: Any = _class(path, plan)
-    for name in ("config.json", "generation_config.json"):
-        _require_harmless(path / name)
-    dtype = getattr(torch, plan.sites[0].dtype) if plan.sites else torch.float32
+    if not (path / CONFIGS[0]).exists():
+        raise LoadError(_NO_CONFIG.format(plan.model_class))
+    cls = model_class(plan)
+    require_harmless(path)
     largest = 2 * max(plan.model_before.parameters, stored) + SLACK
     try:
         config: Any = cls.config_class.from_pretrained(path)
-        with torch.device("meta"), _Bounded(largest):
-            cls._from_config(config, dtype=dtype)
-        model: nn.Module = cls._from_config(config, dtype=dtype)
+    except Exception as error:
+        raise _misdescribed(cls, path / CONFIGS[0], error) from error
+    if hasattr(config, SAVE_ID):
+        delattr(config, SAVE_ID)
+    with torch.device("meta"), _Bounded(largest):
+        from_config(cls, config, plan, path / CONFIGS[0])
+    model: Any = from_config(cls, config, plan, path / CONFIGS[0])
+    try:
         if (path / "generation_config.json").exists():
             generation = importlib.import_module("transformers").GenerationConfig
             model.generation_config = generation.from_pretrained(path)
     except Exception as error:
-        raise LoadError(
-            f"{path / 'config.json'} does not describe a {cls.__name__}: {error}"
-        ) from error
+        raise _misdescribed(cls, path / CONFIGS[1], error) from error
+    built: nn.Module = model
+    return built
+
+
+def from_config(cls: Any, config: Any, plan: Plan, source: object = "config.json") -> nn.Module:
+    """A model of a class of transformers from its config, in the type that the plan says.
+
+    Args:
+        cls: from :func:`model_class`.
+        config: of it.
+        plan: says the type.
+        source: of the config, for messages.
+
+    Raises:
+        LoadError: the config does not describe such a model.
+    """
+    dtype = getattr(torch, plan.sites[0].dtype) if plan.sites else torch.float32
+    try:
+        model: nn.Module = cls._from_config(config, dtype=dtype)
+    except Exception as error:
+        raise _misdescribed(cls, source, error) from error
     return model
+
+
+def _misdescribed(cls: Any, source: object, error: Exception) -> LoadError:
+    return LoadError(f"{source} does not describe a {cls.__name__}: {error}")
 
 
 class _TooLargeError(Exception):
@@ -91,14 +124,21 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _MAKERS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 
 
-def _class(path: Path, plan: Plan) -> Any:
-    """The class that a plan names, if it is a model of transformers."""
+_NO_CONFIG = (
+    "{} is not a Hugging Face model: build one as it was before compression and pass it, "
+    "load(directory, model)"
+)
+
+
+def model_class(plan: Plan) -> Any:
+    """The class that a plan names, if it is a model of transformers; no other is imported.
+
+    Raises:
+        LoadError: it is none.
+    """
     module_name, _, class_name = plan.model_class.rpartition(".")
-    if not _MODULE.fullmatch(module_name) or not (path / "config.json").exists():
-        raise LoadError(
-            f"{plan.model_class} is not a Hugging Face model: build one as it was before "
-            "compression and pass it, load(directory, model)"
-        )
+    if not _MODULE.fullmatch(module_name):
+        raise LoadError(_NO_CONFIG.format(plan.model_class))
     try:
         import transformers
     except ImportError as error:
@@ -117,12 +157,17 @@ def _class(path: Path, plan: Plan) -> Any:
     return cls
 
 
-def _require_harmless(path: Path) -> None:
-    """Refuse a config that would fetch something, or write control characters into a message.
+def require_harmless(directory: Path) -> None:
+    """Refuse configs that would fetch something, or write control characters into a message.
 
     Raises:
         LoadError: with the place.
     """
+    for name in CONFIGS:
+        _require_harmless(directory / name)
+
+
+def _require_harmless(path: Path) -> None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from fxcompress.report.progress import stages
 from fxcompress.report.sweep import Point, Sweep
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, Rules, read_rules, with_keep
+from fxcompress.wrappers import unwrapped
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 
@@ -60,6 +61,7 @@ def sweep(
         BudgetError: a keep is not a fraction, or none can be met.
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
+    model = unwrapped(model)
     loaded = _by_keep(read_rules(rules), keeps)
     points: list[Point] = []
     dense: dict[str, float] = {}

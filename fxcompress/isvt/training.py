@@ -43,6 +43,7 @@ from fxcompress.planning import price
 from fxcompress.report.progress import Progress, stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
+from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -130,7 +131,7 @@ class ISVT(Generic[M]):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if schedule not in ("soft", "hard"):
             raise ValueError(f"schedule must be 'soft' or 'hard', not {schedule!r}")
-        self.model = model
+        self.model = model = unwrapped(model)
         self.steps = steps
         self.every = every
         self.schedule: Schedule = schedule
