@@ -72,6 +72,9 @@ class Visitor(Protocol):
     ) -> bool:
         """The gradient of a call's output, with its input if asked for; whether it is finite."""
 
+    def start(self, exponent: int) -> None:
+        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
+
     def end(self) -> None:
         """A backward pass has ended."""
 
@@ -153,6 +156,7 @@ def run_pass(
                             generator=generator,
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
+                            visitor.start(start.exponent)
                             _backward(start, again=at + 1 < len(starts.passes))
                             visitor.end()
                     predictions += starts.predictions
@@ -204,7 +208,7 @@ def _backward(start: Start, again: bool) -> None:
             "pass a forward= that does not, or choose metric: {kind: activation}"
         )
     try:
-        pairs = zip(start.tensors, start.gradients, strict=True)
+        pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
         torch.autograd.backward(tensors, gradients, retain_graph=again)
