@@ -24,6 +24,7 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.influence import reach_notes, require_influence, unrecorded
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.plan import Folded, Size, history
@@ -117,11 +118,6 @@ def analyse(
             drawn=draws(loaded), loss=loss, forward=forward, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
-    surveyed.notes.extend(
-        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
-        "gradients); its predicted loss is 0 at every rank"
-        for name in decomposed.idle
-    )
     return Analysis.of(surveyed, calibrated, decomposed)
 
 
@@ -143,13 +139,19 @@ def calibrated_on(
         show: told of the stage.
 
     Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
+            that was measured.
     """
     tick = show.stage("calibrate", total)
-    return calibrate(
+    calibration = calibrate(
         found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
+        drawn=draws(found.rules), loss=loss, forward=forward,
+        watched=unrecorded(found.model, found.recording, found.rules.rules), tick=tick,
     )  # fmt: skip
+    require_influence(found.sites, calibration)
+    notes = reach_notes(found.sites, calibration)
+    found.notes.extend(note for note in notes if note not in found.notes)
+    return calibration
 
 
 def limited(

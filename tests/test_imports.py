@@ -23,7 +23,7 @@ LAYERS = [
     {"graph", "budget", "forms"},
     {"rules", "metric", "plan", "modules"},
     {"report", "rewrite", "sites", "parts", "latency"},
-    {"decomposition", "fidelity"},
+    {"decomposition", "fidelity", "influence"},
     {"analysis", "pricing"},
     {"solving"},
     {"planning"},

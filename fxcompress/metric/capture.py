@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fxcompress.metric.moments import (
     unit_mean,
 )
 from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, InputKey, SiteFacts, input_key, run_pass
+from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
@@ -39,12 +39,18 @@ class Calibration:
         batches: number of batches seen.
         predictions: number of predictions that the Fisher is a mean over.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
+        reach: what of the data got to every site, and back to it.
+        unmeasured: sites without an influence on the output that could be measured, and why.
+        ran: modules beside the sites that the data ran through, of those asked about.
     """
 
     moments: Mapping[str, Moments]
     batches: int = 0
     predictions: int = 0
     kind: str = "none"
+    reach: Mapping[str, Reach] = field(default_factory=dict)
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    ran: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -56,13 +62,14 @@ def calibrate(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    watched: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Gather the moments that ``metric`` needs at every site.
 
     Args:
         metric: says which statistics are needed.
-        model, sites, batches, drawn, loss, forward, tick: as of
+        model, sites, batches, drawn, loss, forward, watched, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Raises:
@@ -73,10 +80,35 @@ def calibrate(
     sums = _Sums(model, sites, metric.needs, metric.backward)
     passed = run_pass(
         model, sites, batches, sums,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, watched=watched, tick=tick,
     )  # fmt: skip
     moments = sums.finish(passed.predictions)
-    return Calibration(moments, passed.batches, passed.predictions, passed.kind)
+    unmeasured = {
+        site.name: reason
+        for site in sites
+        if (reason := _unmeasured(site, moments[site.name], passed.reach[site.name], metric))
+    }
+    return Calibration(
+        moments, passed.batches, passed.predictions, passed.kind, passed.reach, unmeasured,
+        passed.ran,
+    )  # fmt: skip
+
+
+def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -> str | None:
+    """Why the moments say nothing of an influence on the output; None if they do."""
+    if metric.backward and not reach.answered:
+        return UNANSWERED
+    groups = site.shape.groups if isinstance(site.shape, ConvShape) else 1
+    stats = [s for s in (found.input, found.output, found.weight, found.entries) if s is not None]
+    # A group whose inputs or gradients are all zero has none.
+    alive = [stat.reshape(groups, -1).any(1) for stat in stats]
+    if bool(torch.stack(alive).all(0).any()):
+        return None
+    return "its inputs are all zero" if not metric.backward else ZERO
+
+
+UNANSWERED = "no gradient came back to it"
+ZERO = "its inputs or the gradients that came back to it are all exactly zero"
 
 
 class _Sums:

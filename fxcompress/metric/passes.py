@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.rows import rows_of
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
 
@@ -98,6 +99,21 @@ DRAWS = Draws()
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What of the data got to a site, and back to it.
+
+    Attributes:
+        rows: positions that it was applied to, without padding.
+        answered: those of them whose output was sent a gradient, be it zero; 0 without a backward
+            pass.  No gradient at all says nothing about influence: ``no_grad`` and ``detach``
+            stop it.
+    """
+
+    rows: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Passed:
     """How a pass went.
 
@@ -105,11 +121,15 @@ class Passed:
         batches: number of batches seen.
         predictions: number of predictions in them, 0 without a backward pass.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
+        reach: per site name.
+        ran: names of watched modules that ran.
     """
 
     batches: int
     predictions: int
     kind: str
+    reach: Mapping[str, Reach]
+    ran: tuple[str, ...]
 
 
 def run_pass(
@@ -121,6 +141,7 @@ def run_pass(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    watched: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -133,13 +154,14 @@ def run_pass(
         drawn: what the outputs mean, and where labels come from.
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
+        watched: paths of other modules, of which is told whether they ran.
         tick: called after every batch.
 
     Raises:
         CalibrationError: no batches; a batch that the model rejects; values that are not
             finite (naming the site and the batch); a site that no data reached.
     """
-    session = _Session(model, sites, visitor)
+    session = _Session(model, sites, visitor, watched)
     generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
     count = predictions = 0
     kind = "none"
@@ -174,7 +196,10 @@ def run_pass(
             "attention_mask is zero everywhere"
         )
     session.require_reached()
-    return Passed(count, predictions, kind)
+    reach = {
+        site.name: Reach(session.rows[site.name], session.answered[site.name]) for site in sites
+    }
+    return Passed(count, predictions, kind, reach, tuple(sorted(session.ran)))
 
 
 def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
@@ -222,19 +247,30 @@ def _backward(start: Start, again: bool) -> None:
 
 
 @dataclass
+class _Call:
+    """One call of a site: its rows, and whether a gradient came back to them."""
+
+    rows: int
+    answered: bool = False
+
+
+@dataclass
 class _Session:
     """The hooks of one pass."""
 
     model: nn.Module
     sites: Sequence[SiteFacts]
     visitor: Visitor
+    watched: Sequence[str] = ()
     mask: Tensor | None = None
     batch: int = 0
 
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
-        self.reached: set[str] = set()
+        self.rows: dict[str, int] = defaultdict(int)
+        self.answered: dict[str, int] = defaultdict(int)
+        self.ran: set[str] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -248,6 +284,9 @@ class _Session:
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
+            for name in self.watched:
+                ran = partial(self._see_run, name)
+                handles.append(self.model.get_submodule(name).register_forward_hook(ran))
             yield
         finally:
             for handle in handles:
@@ -263,7 +302,7 @@ class _Session:
         self.calls = defaultdict(int)
 
     def require_reached(self) -> None:
-        unreached = [site.name for site in self.sites if site.name not in self.reached]
+        unreached = [site.name for site in self.sites if not self.rows[site.name]]
         if unreached:
             raise CalibrationError(
                 f"no calibration data reached {', '.join(unreached[:5])}"
@@ -274,7 +313,10 @@ class _Session:
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self._see_input(site, data)
+            # A checkpoint runs its part again during the backward pass: the same rows.
+            if torch._C._current_graph_task_id() == -1:
+                self._see_input(site, data)
+                self.rows[site.name] += rows_of(out, data, site.shape, self.mask)
             if not torch.is_grad_enabled():
                 return None
             replaced = None
@@ -283,14 +325,13 @@ class _Session:
                 # activation may follow.
                 out = replaced = out.detach().requires_grad_().clone()
             kept = data.detach() if self.visitor.keeps_inputs else None
-            out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
+            call = _Call(rows_of(out, data, site.shape, self.mask))
+            out.register_hook(partial(self._see_gradient, site, call, kept, self.mask))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
 
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
-        if data.numel():
-            self.reached.add(site.name)
         version = -1 if data.is_inference() else data._version
         call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
         seen = self.seen[input_key(site)]
@@ -304,9 +345,20 @@ class _Session:
         seen.append((weakref.ref(data), version))
         self._require_finite(self.visitor.input(site, data.detach(), self.mask), site, "input")
 
+    def _see_run(self, name: str, *_: Any) -> None:
+        self.ran.add(name)
+
     def _see_gradient(
-        self, site: SiteFacts, data: Tensor | None, mask: Tensor | None, gradient: Tensor
+        self,
+        site: SiteFacts,
+        call: _Call,
+        data: Tensor | None,
+        mask: Tensor | None,
+        gradient: Tensor,
     ) -> None:
+        if not call.answered:  # by the first of several backward passes
+            call.answered = True
+            self.answered[site.name] += call.rows
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 
