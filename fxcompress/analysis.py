@@ -27,6 +27,7 @@ from fxcompress.graph.recorder import Recording, record
 from fxcompress.influence import reach_notes, require_influence, unrecorded
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
 from fxcompress.metric.directions import measure_directions
+from fxcompress.metric.output import Family, declared_by
 from fxcompress.plan import Folded, Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
@@ -163,6 +164,14 @@ def limited(
     return itertools.islice(batches, count), None if total is None else min(count, total)
 
 
+def with_output(loaded: LoadedRules, family: Family | None) -> LoadedRules:
+    """Rules in which a family stands for the output that was left to be found (``auto``)."""
+    if family is None or loaded.rules.metric.output != "auto":
+        return loaded
+    metric = loaded.rules.metric.model_copy(update={"output": family})
+    return replace(loaded, rules=loaded.rules.model_copy(update={"metric": metric}))
+
+
 def draws(loaded: LoadedRules) -> Draws:
     """What rules say of the outputs and of labels."""
     spec = loaded.rules.metric
@@ -184,6 +193,7 @@ def survey(
     """
     # The plan goes to others together with the model: no paths of this machine.
     loaded = replace(loaded, filename=Path(loaded.filename).name)
+    loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
     _require_values(work)

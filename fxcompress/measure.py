@@ -29,7 +29,7 @@ from fxcompress.analysis import iterate, working_copy
 from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
 from fxcompress.fidelity import assess, units
 from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model
-from fxcompress.metric.output import Family, OutputKind, divergence, heads
+from fxcompress.metric.output import SEVERAL, Family, OutputKind, described, divergence, heads
 from fxcompress.plan import Fidelity, Plan, attach_plan, history, plan_of
 from fxcompress.report.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
@@ -128,7 +128,7 @@ def _require_pair(model: nn.Module, small: nn.Module, plan: Plan) -> None:
 def _family(output: OutputKind, plan: Plan) -> OutputKind:
     """The family asked for, or else that of the calibration, which may have had none."""
     planned = plan.calibration.get("output", "none")
-    if output != "auto" or planned in ("none", "loss"):
+    if output != "auto" or planned in ("none", "loss") or str(planned).startswith(SEVERAL):
         return output
     for family in get_args(Family):
         if family == planned:
@@ -206,8 +206,10 @@ def _measure_batch(
         with _exchanged(dense, exchange):
             singly.append(lost(dense, f"model with only {name} rewritten")[0])
     whole, predictions = lost(compressed, "compressed model")
-    families = dict.fromkeys(head.family for head in heads(reference, kind))
-    return _Batch(singly, whole, predictions, ", ".join(families))
+    found = heads(reference, kind)
+    families = ", ".join(dict.fromkeys(head.family for head in found))
+    name = described(found, kind) if kind == "auto" else families
+    return _Batch(singly, whole, predictions, name)
 
 
 @contextmanager

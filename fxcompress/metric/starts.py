@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fxcompress.errors import CalibrationError
 from fxcompress.metric.moments import largest, times_power
-from fxcompress.metric.output import Head, Loss, OutputKind, heads, per_prediction
+from fxcompress.metric.output import Head, Loss, OutputKind, described, heads, per_prediction
 
 FisherKind = Literal["sampled", "exact", "empirical"]
 
@@ -120,9 +120,7 @@ def backward_starts(
     if loss is not None:
         return _from_loss(output, batch, loss, mask)
     found = heads(output, kind)
-    named = isinstance(kind, Mapping)
-    words = (f"{head.name} {head.family}" if named else head.family for head in found)
-    name = ", ".join(dict.fromkeys(words))
+    name = described(found, kind)
     if fisher == "exact":
         passes = [start for head in found for start in _exact(head, mask, generator)]
         return Starts(passes, max(head.predictions(mask) for head in found), name)
@@ -144,7 +142,8 @@ def _sampled(head: Head, generator: torch.Generator) -> Tensor:
     f = head.rows(head.tensor.detach().float())
     if head.family == "gaussian":
         # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
-        return torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
+        drawn = torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
+        return drawn / (head.scale or 1.0)
     if head.family == "bernoulli":
         return _bernoulli(head, torch.bernoulli(f.sigmoid(), generator=generator))
     flat = f.softmax(-1).reshape(-1, f.shape[-1])
@@ -200,7 +199,7 @@ def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[
             logit = f[..., column]
             rows[..., column] = (logit.sigmoid() * (-logit).sigmoid()).sqrt()
         else:
-            rows[..., column] = 1.0
+            rows[..., column] = 1.0 / (head.scale or 1.0)
         if several:
             coin = torch.rand(f.shape[:-1], generator=generator, device=f.device)
             rows = rows * ((coin < 0.5).to(rows.dtype) * 2 - 1)[..., None]
