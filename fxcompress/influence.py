@@ -121,7 +121,7 @@ def unrecorded(model: nn.Module, recording: Recording, rules: RuleSet) -> tuple[
         rules: whose patterns are asked.
     """
     ran = {operator.path for operator in recording.operators}
-    found = {}
+    found: dict[str, None] = {}
     for weight, facts in recording.weights.items():
         owner = weight.rpartition(".")[0]
         if facts.calls or not owner or owner in ran:
