@@ -27,8 +27,10 @@ from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
+from fxcompress.influence import reach_notes, require_influence, unrecorded
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
+from fxcompress.metric.output import Family, declared_by
 from fxcompress.plan import Folded, Size, history
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
@@ -136,11 +138,6 @@ def analyse(
             drawn=draws(loaded), loss=loss, forward=forward, places=division.places, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
-    surveyed.notes.extend(
-        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
-        "gradients); its predicted loss is 0 at every rank"
-        for name in decomposed.idle
-    )
     return Analysis.of(surveyed, estimated, decomposed)
 
 
@@ -162,7 +159,7 @@ def estimate(
         show: told of the stages.
 
     Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+        CalibrationError: as of :func:`calibrated_on`.
     """
     spec = found.rules.rules.metric
     metric = METRICS[spec.kind]
@@ -171,11 +168,14 @@ def estimate(
     moments: Mapping[str, Moments] = {}
     if held and metric.needs:
         tick = show.stage("held back", len(held))
-        moments = calibrate(
+        judged = calibrate(
             found.model, found.sites, held, metric,
             drawn=draws(found.rules), loss=loss, forward=forward,
             everywhere=False, places=division.held_places, tick=tick,
-        ).moments  # fmt: skip
+        )  # fmt: skip
+        moments = {
+            name: each for name, each in judged.moments.items() if name not in judged.unmeasured
+        }
         show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
     damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
@@ -202,13 +202,19 @@ def calibrated_on(
         places: what errors call the batches, if these are a part of others.
 
     Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
+            that was measured.
     """
     tick = show.stage("calibrate", total)
-    return calibrate(
+    calibration = calibrate(
         found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=loss, forward=forward, places=places, tick=tick,
+        drawn=draws(found.rules), loss=loss, forward=forward, places=places,
+        watched=unrecorded(found.model, found.recording, found.rules.rules), tick=tick,
     )  # fmt: skip
+    require_influence(found.sites, calibration)
+    notes = reach_notes(found.sites, calibration)
+    found.notes.extend(note for note in notes if note not in found.notes)
+    return calibration
 
 
 def limited(
@@ -218,6 +224,14 @@ def limited(
     if count is None:
         return batches, total
     return itertools.islice(batches, count), None if total is None else min(count, total)
+
+
+def with_output(loaded: LoadedRules, family: Family | None) -> LoadedRules:
+    """Rules in which a family stands for the output that was left to be found (``auto``)."""
+    if family is None or loaded.rules.metric.output != "auto":
+        return loaded
+    metric = loaded.rules.metric.model_copy(update={"output": family})
+    return replace(loaded, rules=loaded.rules.model_copy(update={"metric": metric}))
 
 
 def draws(loaded: LoadedRules) -> Draws:
@@ -241,6 +255,7 @@ def survey(
     """
     # The plan goes to others together with the model: no paths of this machine.
     loaded = replace(loaded, filename=Path(loaded.filename).name)
+    loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
     _require_values(work)

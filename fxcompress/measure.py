@@ -36,7 +36,16 @@ from fxcompress.graph.inputs import (
     run_model,
     to_device,
 )
-from fxcompress.metric.output import Family, Loss, OutputKind, divergence, heads, loss_sum
+from fxcompress.metric.output import (
+    SEVERAL,
+    Family,
+    Loss,
+    OutputKind,
+    described,
+    divergence,
+    heads,
+    loss_sum,
+)
 from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
@@ -189,7 +198,7 @@ def _require_pair(model: nn.Module, small: nn.Module, plan: Plan) -> None:
 def _family(output: OutputKind, plan: Plan) -> OutputKind:
     """The family asked for, or else that of the calibration, which may have had none."""
     planned = plan.calibration.get("output", "none")
-    if output != "auto" or planned in ("none", "loss"):
+    if output != "auto" or planned in ("none", "loss") or str(planned).startswith(SEVERAL):
         return output
     for family in get_args(Family):
         if family == planned:
@@ -267,8 +276,10 @@ def _measure_batch(
         with _exchanged(dense, exchange):
             singly.append(lost(dense, f"model with only {name} rewritten")[0])
     whole, predictions = lost(compressed, "compressed model")
-    families = dict.fromkeys(head.family for head in heads(reference, kind))
-    return _Batch(singly, whole, predictions, ", ".join(families))
+    found = heads(reference, kind)
+    families = ", ".join(dict.fromkeys(head.family for head in found))
+    name = described(found, kind) if kind == "auto" else families
+    return _Batch(singly, whole, predictions, name)
 
 
 @contextmanager

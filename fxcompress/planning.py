@@ -300,12 +300,17 @@ def _site_plan(
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
         before=site.dense_size(),
         after=chosen.after,
-        reason=_dense_reason(site, forms, out) if dense else "",
+        reason=_dense_reason(site, forms, out, analysis) if dense else "",
         spectrum=tuple(sigma[shown].tolist()),
     )
 
 
-def _dense_reason(site: Site, forms: Sequence[str], excluded: Collection[str]) -> str:
+def _dense_reason(
+    site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
+) -> str:
+    if site.name in analysis.decomposed.idle and not site.match.unmeasured:
+        why = analysis.estimate.calibration.unmeasured.get(site.name, "every statistic of it is zero")
+        return f"no influence was measured: {why}"
     misfits = [reason for form in site.forms.values() if (reason := form.misfit(site.shape))]
     if misfits and len(misfits) == len(forms):
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"

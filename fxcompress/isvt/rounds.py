@@ -125,7 +125,9 @@ def _begin(
     for each in (dense, found.model):
         nn.Module.train(each, False)
     task = solver.objective == "task"
-    objective = Objective(None if task else dense, loss if task else None, spec.output, forward)
+    objective = Objective(
+        None if task else dense, loss if task else None, found.rules.rules.metric.output, forward
+    )
     held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
     judging, training = batches[-held:], batches[:-held] or batches
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))

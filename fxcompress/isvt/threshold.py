@@ -208,7 +208,7 @@ def threshold(
         tick()
     full = {name for name in found if name not in starts}
     for iterations in (*ITERATIONS[1:], None, None):
-        analysis = _analysis(survey, found, bundles)
+        analysis = _analysis(survey, found, metrics, bundles)
         solution = solve(analysis, pricings, {})
         more = _uncertain(analysis, solution, pricings)
         if not more:
@@ -221,7 +221,7 @@ def threshold(
     else:
         full = {*found}
         found = {name: decompose(name, None) for name in found}
-        analysis = _analysis(survey, found, bundles)
+        analysis = _analysis(survey, found, metrics, bundles)
         solution = solve(analysis, pricings, {})
     return Thresholded(
         analysis, solution, dict(_starts(analysis, {**metrics, **together}, solution)),
@@ -249,11 +249,12 @@ def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> 
 
 
 def _analysis(
-    survey: Survey, found: Mapping[str, Decomposed], bundles: Collection[str]
+    survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics, bundles: Collection[str]
 ) -> Analysis:
     sites = {name: each for name, each in found.items() if name not in bundles}
     joint = {name: each for name, each in found.items() if name in bundles}
-    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, ()))
+    idle = tuple(name for name in sites if metrics[name].null)
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, idle))
 
 
 def _spectrum(decomposed: Decomposed) -> Spectrum | None:

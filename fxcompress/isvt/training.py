@@ -335,9 +335,9 @@ def _require_trainable(found: Survey, model: nn.Module) -> None:
             )
 
 
-def _tensors(moments: Moments) -> dict[str, Tensor | None]:
+def _tensors(moments: Moments) -> dict[str, Any]:
     return {each.name: getattr(moments, each.name) for each in fields(Moments)}
 
 
 def _shapes(moments: Moments) -> dict[str, Any]:
-    return {key: value is not None and value.shape for key, value in _tensors(moments).items()}
+    return {key: getattr(value, "shape", None) for key, value in _tensors(moments).items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
+from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
@@ -119,6 +120,10 @@ class _Products:
         self.wanted = wanted
         self.squares: dict[tuple[str, str], Tensor] = {}
         self.pending: dict[tuple[str, str], Tensor] = {}
+        self.exponent = 0
+
+    def start(self, exponent: int) -> None:
+        self.exponent = exponent
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         return not data.is_floating_point() or bool(data.isfinite().all())
@@ -137,7 +142,8 @@ class _Products:
 
     def end(self) -> None:
         for place, products in self.pending.items():
-            squares = products.square().sum(0, dtype=torch.float64)
+            wide = times_power(products.to(torch.float64), self.exponent)
+            squares = wide.square().sum(0)
             total = self.squares.get(place)
             self.squares[place] = squares if total is None else total + squares
         self.pending.clear()

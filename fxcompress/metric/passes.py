@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from fxcompress.graph.physical import (
     physical,
 )
 from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.rows import rows_of
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
 
@@ -80,6 +81,9 @@ class Visitor(Protocol):
     ) -> bool:
         """The gradient of a call's output, with its input if asked for; whether it is finite."""
 
+    def start(self, exponent: int) -> None:
+        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
+
     def end(self) -> None:
         """A backward pass has ended."""
 
@@ -103,6 +107,21 @@ DRAWS = Draws()
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What of the data got to a site, and back to it.
+
+    Attributes:
+        rows: positions that it was applied to, without padding.
+        answered: those of them whose output was sent a gradient, be it zero; 0 without a backward
+            pass.  No gradient at all says nothing about influence: ``no_grad`` and ``detach``
+            stop it.
+    """
+
+    rows: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Passed:
     """How a pass went.
 
@@ -110,13 +129,15 @@ class Passed:
         batches: number of batches seen.
         predictions: number of predictions in them, 0 without a backward pass.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
-        reached: names of the sites that data came to.
+        reach: per site name.
+        ran: names of watched modules that ran.
     """
 
     batches: int
     predictions: int
     kind: str
-    reached: frozenset[str]
+    reach: Mapping[str, Reach]
+    ran: tuple[str, ...]
 
 
 def run_pass(
@@ -130,6 +151,7 @@ def run_pass(
     forward: Forward | None = None,
     everywhere: bool = True,
     places: Sequence[int] | None = None,
+    watched: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -144,13 +166,14 @@ def run_pass(
         forward: how to call the model on a batch.
         everywhere: whether the data have to reach every site.
         places: what errors call the batches, if these are a part of others.
+        watched: paths of other modules, of which is told whether they ran.
         tick: called after every batch.
 
     Raises:
         CalibrationError: no batches; a batch that the model rejects; values that are not
             finite (naming the site and the batch); a site that no data reached.
     """
-    session = _Session(model, sites, visitor)
+    session = _Session(model, sites, visitor, watched)
     generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
     count = predictions = 0
     kind = "none"
@@ -169,6 +192,7 @@ def run_pass(
                             generator=generator,
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
+                            visitor.start(start.exponent)
                             session.backward = True
                             _backward(start, again=at + 1 < len(starts.passes))
                             session.backward = False
@@ -189,7 +213,10 @@ def run_pass(
         )
     if everywhere:
         session.require_reached()
-    return Passed(count, predictions, kind, frozenset(session.reached))
+    reach = {
+        site.name: Reach(session.rows[site.name], session.answered[site.name]) for site in sites
+    }
+    return Passed(count, predictions, kind, reach, tuple(sorted(session.ran)))
 
 
 def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
@@ -223,7 +250,7 @@ def _backward(start: Start, again: bool) -> None:
             "pass a forward= that does not, or choose metric: {kind: activation}"
         )
     try:
-        pairs = zip(start.tensors, start.gradients, strict=True)
+        pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
         torch.autograd.backward(tensors, gradients, retain_graph=again)
@@ -248,12 +275,21 @@ def _extents(site: SiteFacts) -> int | None:
 
 
 @dataclass
+class _Call:
+    """One call of a site: its rows, and whether a gradient came back to them."""
+
+    rows: int
+    answered: bool = False
+
+
+@dataclass
 class _Session:
     """The hooks of one pass."""
 
     model: nn.Module
     sites: Sequence[SiteFacts]
     visitor: Visitor
+    watched: Sequence[str] = ()
     mask: Tensor | None = None
     batch: int = 0
     backward: bool = False
@@ -261,8 +297,10 @@ class _Session:
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
-        self.reached: set[str] = set()
         self.zero = torch.zeros((), device=device_of(self.model), requires_grad=True)
+        self.rows: dict[str, int] = defaultdict(int)
+        self.answered: dict[str, int] = defaultdict(int)
+        self.ran: set[str] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -276,6 +314,9 @@ class _Session:
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
+            for name in self.watched:
+                ran = partial(self._see_run, name)
+                handles.append(self.model.get_submodule(name).register_forward_hook(ran))
             yield
         finally:
             for handle in handles:
@@ -299,7 +340,7 @@ class _Session:
                 raise CalibrationError(_not_shared(site.name, self.batch))
 
     def require_reached(self) -> None:
-        unreached = [site.name for site in self.sites if site.name not in self.reached]
+        unreached = [site.name for site in self.sites if not self.rows[site.name]]
         if unreached:
             raise CalibrationError(
                 f"no calibration data reached {', '.join(unreached[:5])}"
@@ -310,7 +351,10 @@ class _Session:
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self._see_input(site, data)
+            # A checkpoint runs its part again during the backward pass: the same rows.
+            if torch._C._current_graph_task_id() == -1:
+                self._see_input(site, data)
+                self.rows[site.name] += self._rows_of(site, out, data)
             if not (self.visitor.backward and torch.is_grad_enabled()):
                 return None
             if is_differentiated(out):
@@ -335,7 +379,9 @@ class _Session:
                     "another higher-order operator); leave it out of the rules "
                     "(unless: [{name: ...}]), or choose metric: {kind: activation}"
                 )
-            inner.register_hook(partial(self._see_gradient, site, kept, self.mask, ordered))  # type: ignore[no-untyped-call]
+            call = _Call(self._rows_of(site, out, data))
+            see = partial(self._see_gradient, site, call, kept, self.mask, ordered)
+            inner.register_hook(see)  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
@@ -344,9 +390,11 @@ class _Session:
     def _plain(site: SiteFacts, data: Tensor) -> Tensor:
         return physical(data, _extents(site)).detach()
 
+    def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
+        plain = physical(out, _extents(site)).detach()
+        return rows_of(plain, self._plain(site, data), site.shape, self.mask)
+
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
-        if data.numel():
-            self.reached.add(site.name)
         version = -1 if data.is_inference() else data._version
         call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
         seen = self.seen[input_key(site)]
@@ -359,9 +407,13 @@ class _Session:
             finite = self.visitor.input(site, self._plain(site, data), self.mask)
         self._require_finite(finite, site, "input")
 
+    def _see_run(self, name: str, *_: Any) -> None:
+        self.ran.add(name)
+
     def _see_gradient(
         self,
         site: SiteFacts,
+        call: _Call,
         data: Tensor | None,
         mask: Tensor | None,
         ordered: Callable[[Tensor], Tensor],
@@ -369,6 +421,9 @@ class _Session:
     ) -> None:
         if not self.backward:
             return  # of a derivative that the model takes itself
+        if not call.answered:  # by the first of several backward passes
+            call.answered = True
+            self.answered[site.name] += call.rows
         gradient = folded(ordered(gradient.detach()), _extents(site))
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")

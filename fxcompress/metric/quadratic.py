@@ -45,21 +45,21 @@ class Whiteners:
         self.damping = damping
         self._last: tuple[Factor, list[Whitener]] | None = None
 
-    def inputs(self, factor: Factor, groups: int) -> list[Whitener]:
-        """Of an input factor, one per group."""
+    def inputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
+        """Of an input factor in units of ``unit²``, one per group."""
         if self._last is None or factor is None or self._last[0] is not factor:
-            self._last = (factor, _each(factor, groups, self.damping[0]))
+            self._last = (factor, _each(factor, groups, self.damping[0], unit))
         return self._last[1]
 
-    def outputs(self, factor: Factor, groups: int) -> list[Whitener]:
-        """Of an output factor, one per group."""
-        return _each(factor, groups, self.damping[1])
+    def outputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
+        """Of an output factor in units of ``unit²``, one per group."""
+        return _each(factor, groups, self.damping[1], unit)
 
 
-def _each(factor: Factor, groups: int, damping: float) -> list[Whitener]:
+def _each(factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
     if factor is None:
         return [Whitener()] * (groups or 1)
-    return [whitener(part, damping) for part in (factor if groups else [factor])]
+    return [whitener(part, damping, unit) for part in (factor if groups else [factor])]
 
 
 def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whiteners) -> Quadratic:
@@ -76,10 +76,12 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
     """
     if metric.factors is None:
         assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape)
+        return Elementwise.of(moments.entries, shape, moments.units[2])
     a, g = metric.factors(moments)
     groups = shape.groups if isinstance(shape, ConvShape) else 0
-    pairs = zip(whiteners.inputs(a, groups), whiteners.outputs(g, groups), strict=True)
+    first, second, third = moments.units
+    outputs = whiteners.outputs(g, groups, third if moments.output is None else second)
+    pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
     parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
     return Grouped(parts) if groups else parts[0]
 
@@ -128,8 +130,10 @@ def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
         rows: of each weight.
     """
     if isinstance(parts[0], Elementwise):
-        entries = [part.entries for part in parts if isinstance(part, Elementwise)]
-        return Elementwise(torch.cat(entries), False)
+        each = [part for part in parts if isinstance(part, Elementwise)]
+        unit = max(part.unit for part in each)
+        entries = [part.entries * (part.unit / unit) ** 2 for part in each]
+        return Elementwise(torch.cat(entries), False, unit)
     blocks = [p.outputs for p in parts if isinstance(p, Kronecker)]
     inputs = parts[0].inputs  # type: ignore[attr-defined]
     return Kronecker(inputs, BlockWhitener(tuple(blocks), tuple(rows)))  # type: ignore[arg-type]

@@ -393,6 +393,9 @@ class Rewrite(_Model):
     fold_batch_norm: Flag = False
     """Whether a batch norm that follows a convolution becomes part of it, whatever its rank; in
     eval mode that changes nothing, in training it no longer normalizes."""
+    unmeasured: Flag = False
+    """Whether operators without a measured influence on the output are rewritten, too: those that
+    no gradient came back to, or only zeros.  Every rank of them then counts as free of loss."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
