@@ -2,7 +2,11 @@
 
 Inputs are seen by a forward hook on the site's module, output gradients by a hook on the
 *tensor* that it returns: module backward hooks break when an in-place activation follows.
-Parameters need no gradient, so the backward pass is the cheap half of a training step.
+
+To each of these tensors a zero is added, and it is the gradient of this zero that is asked for.  So
+the backward pass goes from the output to the sites and no further: it is the cheap half of a
+training step, as no parameter needs a gradient, and nothing outside of the model gets a ``.grad``
+(soft prompts, the head of a loss, the batches) or loses its graph.
 """
 
 from __future__ import annotations
@@ -123,7 +127,8 @@ def run_pass(
     """Run a model over batches and show a visitor what happens at its sites.
 
     Args:
-        model: runs in eval mode; modes and ``requires_grad`` are restored afterwards.
+        model: a working copy; runs in eval mode.  Its modes are restored afterwards, and the
+            parameters that it shares with the model it was made of are only read.
         sites: each ``name`` is the path of a module.
         batches: see :mod:`fxcompress.graph.inputs`; gone through once.
         visitor: is shown the values.
@@ -153,7 +158,7 @@ def run_pass(
                             generator=generator,
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
-                            _backward(start, again=at + 1 < len(starts.passes))
+                            session.backward(start, again=at + 1 < len(starts.passes))
                             visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
@@ -197,7 +202,7 @@ def _named(index: int) -> Iterator[None]:
         raise CalibrationError(f"on calibration batch {index}: {error}") from error
 
 
-def _backward(start: Start, again: bool) -> None:
+def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
     if not any(tensor.requires_grad for tensor in start.tensors):
         raise CalibrationError(
             "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
@@ -207,7 +212,8 @@ def _backward(start: Start, again: bool) -> None:
         pairs = zip(start.tensors, start.gradients, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
-        torch.autograd.backward(tensors, gradients, retain_graph=again)
+        if zeros:
+            torch.autograd.grad(tensors, zeros, gradients, retain_graph=again, allow_unused=True)
     except CalibrationError:
         raise
     except Exception as error:
@@ -215,6 +221,30 @@ def _backward(start: Start, again: bool) -> None:
             f"the backward pass failed: {type(error).__name__}: {error}\n"
             "metric: {kind: activation} needs none"
         ) from error
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have the modules of a model compute with aliases of their parameters that do not learn.
+
+    The parameters themselves are those of the user's model, which may be trained meanwhile.
+    """
+    aliases: dict[int, nn.Parameter] = {}
+    learning = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for place, name, parameter in learning:
+            if id(parameter) not in aliases:
+                aliases[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            place[name] = aliases[id(parameter)]
+        yield
+    finally:
+        for place, name, parameter in learning:
+            place[name] = parameter
 
 
 @dataclass
@@ -231,27 +261,28 @@ class _Session:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
         self.reached: set[str] = set()
+        self.zeros: dict[torch.device, Tensor] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
-        learning = [p for p in self.model.parameters() if p.requires_grad]
         handles = []
         try:
             self.model.eval()
-            for parameter in learning:
-                parameter.requires_grad_(False)
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
-            yield
+            with _frozen(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in learning:
-                parameter.requires_grad_(True)
             for module in training:
                 module.training = True
+
+    def backward(self, start: Start, again: bool) -> None:
+        """Go back to all sites; ``again`` if there is more to come of the same forward pass."""
+        _backward(start, [*self.zeros.values()], again)
 
     def begin(self, batch: int, mask: Tensor | None) -> None:
         self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
@@ -273,16 +304,18 @@ class _Session:
             self._see_input(site, data)
             if not torch.is_grad_enabled():
                 return None
-            replaced = None
-            if not out.requires_grad:
-                # The first sites of the network; the clone is no leaf, so that an in-place
-                # activation may follow.
-                out = replaced = out.detach().requires_grad_().clone()
+            out = out + self._zero(out.device)  # no leaf, so that an in-place activation may follow
             kept = data.detach() if self.visitor.keeps_inputs else None
             out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
-            return replaced
+            return out
 
         return hook
+
+    def _zero(self, device: torch.device) -> Tensor:
+        """What makes the values of a device depend on something that has a gradient."""
+        if device not in self.zeros:
+            self.zeros[device] = torch.zeros((), device=device, requires_grad=True)
+        return self.zeros[device]
 
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
         if data.numel():
