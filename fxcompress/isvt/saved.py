@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -79,15 +79,15 @@ def write(
         "fingerprint": mark,
     }
     # A name of its own: other processes (ranks, jobs) may write to this directory meanwhile.
-    handle, new = tempfile.mkstemp(prefix=f"{FILE}.", suffix=".new", dir=folder)
+    new = folder / f"{FILE}.{uuid.uuid4().hex}.new"
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with new.open("xb") as stream:
             torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(new, folder / FILE)
     except BaseException:
-        os.unlink(new)
+        new.unlink(missing_ok=True)
         raise
 
 
