@@ -331,6 +331,8 @@ def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> 
             return "they do not always read the same value"
         if len({(weight.dtype, weight.device) for weight in weights}) > 1:
             return "their weights have different types or are on different devices"
+        if len({model.get_parameter(weight.name).requires_grad for weight in weights}) > 1:
+            return "some of their weights learn and others are frozen"
         return None
 
     return match_rules(loaded, recording.operators, legality, joint_legality)

@@ -309,7 +309,8 @@ def _dense_reason(
     site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
 ) -> str:
     if site.name in analysis.decomposed.idle and not site.match.unmeasured:
-        why = analysis.estimate.calibration.unmeasured.get(site.name, "every statistic of it is zero")
+        known = analysis.estimate.calibration.unmeasured
+        why = known.get(site.name, "every statistic of it is zero")
         return f"no influence was measured: {why}"
     misfits = [reason for form in site.forms.values() if (reason := form.misfit(site.shape))]
     if misfits and len(misfits) == len(forms):

@@ -232,6 +232,7 @@ def _build(
             factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
             built.fill(body, factors, getattr(_module(analysis, site), "bias", None))
             if not instead:
+                _require_still_bias(_module(analysis, site), form.bias(body, site.shape))
                 exact = [factor.to(torch.float64) for factor in factors]
                 _verify(analysis, site, body, form.product(site.shape, exact))
         except FormError as error:
@@ -271,9 +272,29 @@ def _fill_joint(
     form.fill(body, lefts, right, [getattr(module, "bias", None) for module in modules])
     if not check:
         return
+    for module, head in zip(modules, body.heads, strict=True):
+        _require_still_bias(module, form.bias(head))
     for index, (site, part) in enumerate(zip(bundle.sites, lefts, strict=True)):
         product = part.to(torch.float64) @ right.to(torch.float64)
         _verify(analysis, site, body.member(index), product)
+
+
+def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
+    """A bias that is frozen must not move with a weight that learns.
+
+    Args:
+        original: the operator.
+        bias: of the body that takes its place, as its form tells it.
+
+    Raises:
+        FormError: it would: it is computed from factors.
+    """
+    frozen = original._parameters.get("bias")
+    weight = original._parameters.get("weight")
+    if frozen is None or frozen.requires_grad or weight is None or not weight.requires_grad:
+        return
+    if not isinstance(bias, nn.Parameter):
+        raise FormError("its bias is frozen, and this form mixes it with the weight, which learns")
 
 
 def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:

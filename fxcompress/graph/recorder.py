@@ -2,9 +2,12 @@
 
 Symbolic tracing fails on most real models and ``torch.export`` loses their class; running
 the model on an example always works.  :func:`record` does that under a
-``TorchFunctionMode`` with ``nn.Module.__call__`` patched for the duration: every leaf module
-becomes a ``call_module`` node, every torch function a ``call_function`` node.  The result is
-a true ``torch.fx.Graph``, used for matching and analysis; it is not executed.
+``TorchFunctionMode``, with a wrapper around the calls of the model's own modules: every leaf
+module becomes a ``call_module`` node, every torch function a ``call_function`` node.  The result
+is a true ``torch.fx.Graph``, used for matching and analysis; it is not executed.
+
+Other threads and other models notice nothing: a mode belongs to its thread, and a wrapper to one
+module (:func:`_wrapped`).
 
 What makes two values "the same input" is the same producing node *and* the same tensor
 version: a tensor that was written in place between two reads is two values.
@@ -12,10 +15,12 @@ version: a tensor that was written in place between two reads is two values.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
+from fxcompress.graph.eager import eager
 from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
@@ -222,12 +228,13 @@ class _Recorder(TorchFunctionMode):
         self.called: set[str] = set()
         self.leaf = ""
         self.inside: dict[str, set[str]] = defaultdict(set)
+        self.thread = threading.get_ident()
 
     # ---- running -----------------------------------------------------------------
 
     def run(self, function: Callable[[], Any]) -> None:
         """Call ``function`` and record all that happens inside."""
-        with _patched_call(self), torch.no_grad(), _no_fast_paths(), self:
+        with _wrapped(self.model, self.call), torch.no_grad(), eager(), self:
             result = function()
         if isinstance(result, Iterator):
             raise RecordError(
@@ -238,26 +245,26 @@ class _Recorder(TorchFunctionMode):
             outputs = tuple(self.node_of(tensor) for tensor in tensors_in(result))
         self.graph.output(outputs).meta.update(op="output", scope="", path="", attributes={})
 
-    def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Stands in for ``nn.Module.__call__`` while recording."""
-        name = self.module_names.get(id(module))
-        if name is not None:
-            self.called.add(name)
-        leaf = name is not None and not self.leaf_depth and is_leaf(module)
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the ``__call__`` of a module of the model while recording."""
+        if threading.get_ident() != self.thread:  # a model may have its modules run by workers
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        name = self.module_names[id(module)]
+        self.called.add(name)
+        leaf = not self.leaf_depth and is_leaf(module)
         if leaf:
             assert name is not None
             self.leaf = name
             with torch._C.DisableTorchFunction():
                 nodes, before = self.arguments(args, kwargs)
-        self.stack.append(self.stack[-1] if name is None and self.stack else name or "")
+        self.stack.append(name)
         self.leaf_depth += leaf
         try:
-            out = original(module, *args, **kwargs)
+            out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.leaf_depth -= leaf
             self.stack.pop()
         if leaf:
-            assert name is not None
             with torch._C.DisableTorchFunction():
                 node = self.graph.call_module(name, *nodes)
                 meta = canonicalize(module=module, args=args, kwargs=kwargs)
@@ -474,26 +481,24 @@ def _item(values: Any, index: int) -> Any:
     return values[index]
 
 
-@contextmanager
-def _patched_call(recorder: _Recorder) -> Iterator[None]:
-    original = nn.Module.__call__
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.call(original, module, args, kwargs)
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+_SLOT = "_compiled_call_impl"
 
 
 @contextmanager
-def _no_fast_paths() -> Iterator[None]:
-    """Fused kernels of nn.TransformerEncoder hide operators."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _wrapped(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Have the modules of a model called through ``call(module, *args, **kwargs)``.
+
+    ``nn.Module.__call__`` itself stays as it is, for it is one for the whole process: it runs what
+    a module has in the slot that ``nn.Module.compile`` fills.
+    """
+    modules = [*model.modules()]
+    compiled = [vars(module).get(_SLOT) for module in modules]
     try:
+        for module in modules:
+            vars(module)[_SLOT] = partial(call, module)
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, before in zip(modules, compiled, strict=True):
+            vars(module).pop(_SLOT, None)
+            if before is not None:
+                vars(module)[_SLOT] = before

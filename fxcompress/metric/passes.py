@@ -2,7 +2,11 @@
 
 Inputs are seen by a forward hook on the site's module, output gradients by a hook on the
 *tensor* that it returns: module backward hooks break when an in-place activation follows.
-Parameters need no gradient, so the backward pass is the cheap half of a training step.
+
+To each of these tensors a zero is added, and it is the gradient of this zero that is asked for.  So
+the backward pass goes from the output to the sites and no further: it is the cheap half of a
+training step, as no parameter needs a gradient, and nothing outside of the model gets a ``.grad``
+(soft prompts, the head of a loss, the batches) or loses its graph.
 """
 
 from __future__ import annotations
@@ -32,7 +36,6 @@ from fxcompress.graph.physical import (
     base,
     folded,
     is_differentiated,
-    is_transformed,
     outside,
     physical,
 )
@@ -157,7 +160,8 @@ def run_pass(
     """Run a model over batches and show a visitor what happens at its sites.
 
     Args:
-        model: runs in eval mode; modes and ``requires_grad`` are restored afterwards.
+        model: a working copy; runs in eval mode.  Its modes are restored afterwards, and the
+            parameters that it shares with the model it was made of are only read.
         sites: each ``name`` is the path of a module.
         batches: see :mod:`fxcompress.graph.inputs`; gone through once.
         visitor: is shown the values.
@@ -193,9 +197,7 @@ def run_pass(
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
                             visitor.start(start.exponent)
-                            session.backward = True
-                            _backward(start, again=at + 1 < len(starts.passes))
-                            session.backward = False
+                            session.descend(start, again=at + 1 < len(starts.passes))
                             visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
@@ -243,7 +245,7 @@ def _named(index: int) -> Iterator[None]:
         raise CalibrationError(f"on calibration batch {index}: {error}") from error
 
 
-def _backward(start: Start, again: bool) -> None:
+def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
     if not any(tensor.requires_grad for tensor in start.tensors):
         raise CalibrationError(
             "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
@@ -253,7 +255,8 @@ def _backward(start: Start, again: bool) -> None:
         pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
-        torch.autograd.backward(tensors, gradients, retain_graph=again)
+        if zeros:
+            torch.autograd.grad(tensors, zeros, gradients, retain_graph=again, allow_unused=True)
     except CalibrationError:
         raise
     except Exception as error:
@@ -282,6 +285,30 @@ class _Call:
     answered: bool = False
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have the modules of a model compute with aliases of their parameters that do not learn.
+
+    The parameters themselves are those of the user's model, which may be trained meanwhile.
+    """
+    aliases: dict[int, nn.Parameter] = {}
+    learning = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for place, name, parameter in learning:
+            if id(parameter) not in aliases:
+                aliases[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            place[name] = aliases[id(parameter)]
+        yield
+    finally:
+        for place, name, parameter in learning:
+            place[name] = parameter
+
+
 @dataclass
 class _Session:
     """The hooks of one pass."""
@@ -297,7 +324,7 @@ class _Session:
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
-        self.zero = torch.zeros((), device=device_of(self.model), requires_grad=True)
+        self.zeros: dict[torch.device, Tensor] = {}
         self.rows: dict[str, int] = defaultdict(int)
         self.answered: dict[str, int] = defaultdict(int)
         self.ran: set[str] = set()
@@ -305,26 +332,28 @@ class _Session:
     @contextmanager
     def attached(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
-        learning = [p for p in self.model.parameters() if p.requires_grad]
         handles = []
         try:
             self.model.eval()
-            for parameter in learning:
-                parameter.requires_grad_(False)
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
                 ran = partial(self._see_run, name)
                 handles.append(self.model.get_submodule(name).register_forward_hook(ran))
-            yield
+            with _frozen(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in learning:
-                parameter.requires_grad_(True)
             for module in training:
                 module.training = True
+
+    def descend(self, start: Start, again: bool) -> None:
+        """Go back to all sites; ``again`` if there is more to come of the same forward pass."""
+        self.backward = True
+        _backward(start, [*self.zeros.values()], again)
+        self.backward = False
 
     def begin(self, batch: int, mask: Tensor | None) -> None:
         self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
@@ -363,14 +392,9 @@ class _Session:
                     "and what the layer does to them has no measure here; leave it out of the "
                     "rules (unless: [{name: ...}]), or choose metric: {kind: activation}"
                 )
-            replaced = None
-            if not base(out)[0].requires_grad:
-                # The first sites of the network; the result is no leaf, so that an in-place
-                # activation may follow.  Inside of vmap only a sum takes part in autograd.
-                fresh = out.detach()
-                inside = is_transformed(out)
-                new = fresh + self.zero.to(fresh) if inside else fresh.requires_grad_().clone()
-                out = replaced = new
+            # No leaf, so that an in-place activation may follow; a sum is seen by autograd inside
+            # of vmap, too.
+            out = out + self._zero(out.device)
             kept = self._plain(site, data) if self.visitor.keeps_inputs else None
             inner, ordered = base(out)
             if not inner.requires_grad:
@@ -382,7 +406,7 @@ class _Session:
             call = _Call(self._rows_of(site, out, data))
             see = partial(self._see_gradient, site, call, kept, self.mask, ordered)
             inner.register_hook(see)  # type: ignore[no-untyped-call]
-            return replaced
+            return out
 
         return hook
 
@@ -393,6 +417,12 @@ class _Session:
     def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
         plain = physical(out, _extents(site)).detach()
         return rows_of(plain, self._plain(site, data), site.shape, self.mask)
+
+    def _zero(self, device: torch.device) -> Tensor:
+        """What makes the values of a device depend on something that has a gradient."""
+        if device not in self.zeros:
+            self.zeros[device] = torch.zeros((), device=device, requires_grad=True)
+        return self.zeros[device]
 
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
         version = -1 if data.is_inference() else data._version

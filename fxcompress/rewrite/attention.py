@@ -46,14 +46,16 @@ class ProjectedAttention(nn.MultiheadAttention):
             )
         bias = original.in_proj_bias
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
-        learns = any(p.requires_grad for p in original.parameters())
         names = ("q_proj", "k_proj", "v_proj")
         for name, weight, part in zip(names, weights, biases, strict=True):
-            own = None if part is None else part.clone()
-            new.add_module(name, _linear(weight.clone(), own, learns))
+            source = original.in_proj_weight
+            if source is None:
+                source = getattr(original, f"{name[0]}_proj_weight")
+            own = None if bias is None or part is None else _like(part.clone(), bias)
+            new.add_module(name, _linear(_like(weight.clone(), source), own))
         out = original.out_proj
-        out_bias = None if out.bias is None else out.bias.detach()
-        new.add_module("out_proj", _linear(out.weight.detach(), out_bias, learns))
+        out_bias = None if out.bias is None else _like(out.bias.detach(), out.bias)
+        new.add_module("out_proj", _linear(_like(out.weight.detach(), out.weight), out_bias))
         new.train(original.training)
         new.register_parameter("in_proj_weight", None)
         new.register_parameter("in_proj_bias", None)
@@ -152,11 +154,16 @@ def expand_attention(model: nn.Module, above: Sequence[str] | None = None) -> No
             replace_module(model, module, ProjectedAttention.of(module))
 
 
-def _linear(weight: Tensor, bias: Tensor | None, learns: bool) -> nn.Linear:
+def _like(value: Tensor, source: Tensor) -> nn.Parameter:
+    """A parameter that learns if another one does."""
+    return nn.Parameter(value, requires_grad=source.requires_grad)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=learns)
+    linear.weight = weight
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=learns)
+        linear.bias = bias
     return linear
 
 

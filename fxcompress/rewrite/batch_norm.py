@@ -84,12 +84,15 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
     """Fold pairs found by :func:`find_batch_norms`; changes ``model``.
 
     Parameters are replaced, not written: a skeleton shares them with the model it was made of.
+    The weight learns if that of the convolution did, the bias if one of both biases did.
     """
     for pair in pairs:
         convolution: Any = model.get_submodule(pair.convolution)
         norm: Any = model.get_submodule(pair.norm)
         assert isinstance(convolution, _ConvNd)
         learns = convolution.weight.requires_grad
+        shifts = [each for each in (convolution.bias, norm.bias) if each is not None]
+        shift_learns = any(each.requires_grad for each in shifts) if shifts else learns
         mean, variance = norm.running_mean.double(), norm.running_var.double()
         scale = (variance + norm.eps).rsqrt()
         if norm.weight is not None:
@@ -109,6 +112,6 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
         else:
             scale = scale.reshape(channels)
         convolution.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), learns)
-        convolution.bias = nn.Parameter(shift.to(weight.dtype), learns)
+        convolution.bias = nn.Parameter(shift.to(weight.dtype), shift_learns)
         owner, _, name = pair.norm.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Identity())

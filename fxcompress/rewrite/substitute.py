@@ -96,10 +96,16 @@ def substitute_joint(
 
 
 def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
-    """A body learns, and is in training, if what it replaces was."""
-    learns = any(p.requires_grad for original in originals for p in original.parameters())
-    for parameter in body.parameters():
-        parameter.requires_grad_(learns)
+    """Factors learn if a weight did that they stand for, biases if a bias did; modes are kept."""
+    learning = {
+        name
+        for original in originals
+        for name, parameter in original.named_parameters()
+        if parameter.requires_grad
+    }
+    for path, parameter in body.named_parameters():
+        kind = "bias" if path.rpartition(".")[2] == "bias" else "weight"
+        parameter.requires_grad_(kind in learning)
     body.train(originals[0].training)
 
 
