@@ -79,11 +79,17 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
         return Elementwise.of(moments.entries, shape, moments.units[2])
     a, g = metric.factors(moments)
     groups = shape.groups if isinstance(shape, ConvShape) else 0
-    first, second, third = moments.units
-    outputs = whiteners.outputs(g, groups, third if moments.output is None else second)
+    first, second = _units(moments)
+    outputs = whiteners.outputs(g, groups, second)
     pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
     parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
     return Grouped(parts) if groups else parts[0]
+
+
+def _units(moments: Moments) -> tuple[float, float]:
+    """What the roots of the input and of the output factor are in units of."""
+    first, second, third = moments.units
+    return first, third if moments.output is None else second
 
 
 def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor) -> float:
@@ -99,12 +105,16 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
     """
     if metric.factors is None:
         assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape).loss(change)
+        return Elementwise.of(moments.entries, shape, moments.units[2]).loss(change)
+    found = metric.factors(moments)
+    for factor, unit in zip(found, _units(moments), strict=True):
+        if factor is not None:
+            change = change * unit
     grouped = isinstance(shape, ConvShape)
     parts = change.flatten(2) if grouped else change[None]
     factors = [
         [None] * len(parts) if factor is None else [*factor] if grouped else [factor]
-        for factor in metric.factors(moments)
+        for factor in found
     ]
     return 0.5 * sum(
         float((_times(g, part) * _times(a, part.T).T).sum())
