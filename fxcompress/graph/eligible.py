@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
@@ -28,7 +29,7 @@ def obstacle(
         done: classes of modules that are rewritten operators already.
     """
     modules = dict(model.named_modules())
-    finished = tuple(f"{name}." for name, module in modules.items() if isinstance(module, done))
+    finished = {name for name, module in modules.items() if isinstance(module, done)}
 
     def reason(operator: Operator) -> str | None:
         if operator.weight is None:
@@ -58,7 +59,7 @@ def obstacle(
             return f"its weight is also read by {readers}, which would bypass a rewritten layer"
         if facts.dtype not in FLOATING:
             return f"its weight is {facts.dtype}, not a floating type"
-        if operator.path.startswith(finished):
+        if not finished.isdisjoint(above(operator.path)):
             return "it is part of a layer that was factorized before"
         return _module_obstacle(model.get_submodule(operator.path), recording, operator)
 

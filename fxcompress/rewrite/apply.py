@@ -19,7 +19,12 @@ from fxcompress.rewrite.batch_norm import fold_batch_norms
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
-from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
+from fxcompress.rewrite.substitute import (
+    Provenance,
+    substitute,
+    substitute_joint,
+    substituting,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +80,15 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
     expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
         lift(model, only=names)
-    for site in plan.rewritten:
-        if not site.bundle:
-            form = find_form(site.choice[0], site.op, plan.templates)
-            substitute(model, bodies.single[site.name], form, _origin(site))
-    for name, sites in plan.bundles.items():
-        joint = find_joint_form(sites[0].choice[0], plan.templates)
-        substitute_joint(model, bodies.joint[name], joint, [_origin(site) for site in sites])
+    with substituting(model) as places:
+        for site in plan.rewritten:
+            if not site.bundle:
+                form = find_form(site.choice[0], site.op, plan.templates)
+                substitute(model, bodies.single[site.name], form, _origin(site), places)
+        for name, sites in plan.bundles.items():
+            joint = find_joint_form(sites[0].choice[0], plan.templates)
+            origins = [_origin(site) for site in sites]
+            substitute_joint(model, bodies.joint[name], joint, origins, places)
     disable_fast_paths(model, names)
 
 
@@ -92,10 +99,11 @@ def _origin(site: SitePlan) -> Provenance:
 
 def mismatches(model: nn.Module, plan: Plan) -> str:
     """How ``model`` differs from what the plan was made for; empty if every site is there."""
+    modules = dict(model.named_modules())
     problems = [
         f"it has no batch norm {pair.norm} after a convolution {pair.convolution}"
         for pair in plan.folded
-        if not _foldable(model, pair)
+        if not _foldable(modules, pair)
     ]
     if problems:
         return "; ".join(problems[:5])
@@ -120,9 +128,8 @@ def _reference(model: nn.Module, plan: Plan) -> nn.Module:
     return reference
 
 
-def _foldable(model: nn.Module, pair: Folded) -> bool:
+def _foldable(modules: Mapping[str, nn.Module], pair: Folded) -> bool:
     """Whether both modules of a pair are there."""
-    modules = dict(model.named_modules())
     convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
     return isinstance(convolution, _ConvNd) and isinstance(norm, _BatchNorm)
 
