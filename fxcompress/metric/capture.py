@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress.errors import CalibrationError
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
@@ -93,7 +94,8 @@ class _Sums:
         self.outputs: dict[str, list[GramSum]] = {}
         self.squares: dict[str, Tensor] = {}
         self.rows: dict[InputKey, int] = defaultdict(int)
-        self.pending: dict[str, list[Tensor]] = defaultdict(list)
+        self.pending: dict[str, Tensor] = {}
+        self.looked_up: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for site in sites:
             shape = site.shape
             dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
@@ -138,19 +140,48 @@ class _Sums:
         if data is None:
             return finite
         if site.calls > 1:  # the same weight used again: sum before squaring
-            parts = [*weight_gradients(data, gradient, site.shape)]
-            self.pending[site.name].append(torch.cat(parts))
-            return finite and all(bool(part.isfinite().all()) for part in parts)
+            return self._wait(site, data, gradient) and finite
         entries = "entries" in self.needs
         found = squared_gradients(data, gradient, site.shape, entries=entries)
         self.squares[site.name] += found
         return finite and bool(found.isfinite().all())
 
+    def _wait(self, site: SiteFacts, data: Tensor, gradient: Tensor) -> bool:
+        """Add what one of several calls gives to the gradient of each sample; if it is finite."""
+        shape = site.shape
+        if isinstance(shape, EmbeddingShape):
+            # A table per sample would be far more than the few rows of it that are looked up.
+            waiting = self.looked_up[site.name]
+            waiting.append((data.reshape(len(data), -1), gradient.flatten(1, -2)))
+            same_samples(site, len(waiting[0][0]), len(data))
+            return bool(gradient.isfinite().all())
+        single = isinstance(shape, ConvShape) and data.dim() < shape.dims + 2
+        count = 1 if single else len(data)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = self.pending.get(site.name)
+        if total is None:
+            size = (count, *sizes(shape))
+            total = self.pending[site.name] = gradient.new_zeros(size, dtype=wide)
+        same_samples(site, len(total), count)
+        start, finite = 0, True
+        for part in weight_gradients(data, gradient, shape):
+            total[start : start + len(part)] += part
+            start += len(part)
+            finite = finite and bool(part.isfinite().all())
+        return finite
+
     def end(self) -> None:
-        for name, products in self.pending.items():
-            squares = torch.stack(products).sum(0).square().sum(0, dtype=torch.float64)
-            self.squares[name] += squares if "entries" in self.needs else squares.mean(2)
+        for name, total in self.pending.items():
+            for part in total:  # one sample at a time: their squares take as much memory again
+                squares = part.square()
+                self.squares[name] += squares if "entries" in self.needs else squares.mean(2)
         self.pending.clear()
+        for site in self.sites:
+            if calls := self.looked_up.pop(site.name, None):
+                indices, gradients = (torch.cat(each, 1) for each in zip(*calls, strict=True))
+                entries = "entries" in self.needs
+                found = squared_gradients(indices, gradients, site.shape, entries=entries)
+                self.squares[site.name] += found
 
     def finish(self, predictions: int) -> dict[str, Moments]:
         """The means, by site; the sums are given up."""
@@ -173,6 +204,20 @@ class _Sums:
                 entries=squares if entries else None,
             )
         return found
+
+
+def same_samples(site: SiteFacts, first: int, now: int) -> None:
+    """Require that two calls of one layer are about the same samples.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if first != now:
+        raise CalibrationError(
+            f"{site.name} is called on {first} samples and on {now} in one pass, so that the "
+            "gradient of its weight cannot be told sample by sample: choose metric: {kind: kfac}, "
+            "or exclude the layer (unless: [{name: ...}])"
+        )
 
 
 def sizes(shape: Shape) -> tuple[int, int, int]:

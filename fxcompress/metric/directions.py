@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
+from fxcompress.metric.capture import same_samples
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
@@ -131,6 +132,8 @@ class _Products:
             place = (site.name, key)
             # A weight that is used again: sum before squaring.
             waiting = self.pending.get(place)
+            if waiting is not None:
+                same_samples(site, len(waiting), len(found))
             self.pending[place] = found if waiting is None else waiting + found
         return bool(gradient.isfinite().all())
 
