@@ -339,4 +339,8 @@ def _tensors(moments: Moments) -> dict[str, Tensor | None]:
 
 
 def _shapes(moments: Moments) -> dict[str, Any]:
-    return {key: value is not None and value.shape for key, value in _tensors(moments).items()}
+    # How many rows a root of few rows has depends on the data; its width does not.
+    return {
+        key: value is not None and (value.dim(), value.shape[-1])
+        for key, value in _tensors(moments).items()
+    }

@@ -16,9 +16,11 @@ from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import (
     LARGEST_OUTPUT,
+    WIDE,
     CountSum,
     GramSum,
     Moments,
+    RowSum,
     Statistic,
 )
 from fxcompress.metric.output import Loss
@@ -90,8 +92,8 @@ class _Sums:
         self.backward = backward
         self.keeps_inputs = bool(needs & {"weight", "entries"})
         device = device_of(model)
-        self.inputs: dict[InputKey, list[GramSum] | CountSum] = {}
-        self.outputs: dict[str, list[GramSum]] = {}
+        self.inputs: dict[InputKey, list[GramSum | RowSum] | CountSum] = {}
+        self.outputs: dict[str, list[GramSum | RowSum]] = {}
         self.squares: dict[str, Tensor] = {}
         self.rows: dict[InputKey, int] = defaultdict(int)
         self.pending: dict[str, Tensor] = {}
@@ -104,13 +106,14 @@ class _Sums:
                 self.inputs[input_key(site)] = (
                     CountSum(n, device)
                     if isinstance(shape, EmbeddingShape)
-                    else [GramSum(n, device, dtype) for _ in range(groups)]
+                    else _sums(groups, n, device, dtype, site, "input")
                 )
             if "output" in needs:
-                wide = m >= LARGEST_OUTPUT
-                self.outputs[site.name] = [
-                    GramSum(m, device, dtype, diagonal=wide) for _ in range(groups)
-                ]
+                self.outputs[site.name] = (
+                    [GramSum(m, device, dtype, diagonal=True) for _ in range(groups)]
+                    if m >= LARGEST_OUTPUT
+                    else _sums(groups, m, device, dtype, site, "output gradient")
+                )
             if self.keeps_inputs:
                 size = (groups, m, n) if "entries" in needs else (groups, m)
                 self.squares[site.name] = torch.zeros(size, dtype=torch.float64, device=device)
@@ -227,14 +230,28 @@ def sizes(shape: Shape) -> tuple[int, int, int]:
     return 1, shape.out_features, shape.in_features
 
 
-def _add(sums: Sequence[GramSum], rows: Tensor) -> bool:
+def _sums(
+    groups: int,
+    features: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    site: SiteFacts,
+    what: str,
+) -> list[GramSum | RowSum]:
+    """One for each group.  Patches are many, and forms ask for their moments as a matrix."""
+    if features >= WIDE and not isinstance(site.shape, ConvShape):
+        return [RowSum(features, device, dtype, f"{what} of {site.name}")]
+    return [GramSum(features, device, dtype) for _ in range(groups)]
+
+
+def _add(sums: Sequence[GramSum | RowSum], rows: Tensor) -> bool:
     """Add rows (positions x n), or (g x positions x n) for groups; False if not finite."""
     parts = rows if rows.dim() > 2 else rows[None]
     finite = [each.add(part) for each, part in zip(sums, parts, strict=True)]
     return all(finite)
 
 
-def _finish(sums: Sequence[GramSum] | CountSum, count: int, site: SiteFacts) -> Tensor:
+def _finish(sums: Sequence[GramSum | RowSum] | CountSum, count: int, site: SiteFacts) -> Tensor:
     if isinstance(sums, CountSum):
         return sums.finish(count)
     means = [each.finish(count) for each in sums]

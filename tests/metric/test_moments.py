@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
 from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.capture import _Sums
+from fxcompress.metric.memory import free_memory
 from fxcompress.metric.metric import Metric
-from fxcompress.metric.moments import GramSum
+from fxcompress.metric.moments import GramSum, RowSum
 from fxcompress.metric.passes import run_pass
 from fxcompress.metric.starts import backward_starts
 from fxcompress.modules import shape_of
@@ -466,3 +468,54 @@ def test_calls_on_other_numbers_of_samples_are_an_error(metric: str) -> None:
     )
     with pytest.raises(CalibrationError, match="core is called on 1 samples and on 5"):
         fxcompress.compile(Uneven(), rules, [torch.randn(5, 4)], progress=False)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 10, 11, 30])
+def test_few_rows_are_kept_as_they_are(positions: int) -> None:
+    features, x = 40, torch.randn(positions, 40, dtype=torch.float64)
+    total = RowSum(features, torch.device("cpu"), torch.float64)
+    given = x.clone()
+    for part in given.split(7):
+        assert total.add(part)
+        part.zero_()  # as an activation that works in place does
+    found = total.finish(30)
+    few = positions <= features // 4
+    assert found.shape == ((positions if few else features), features)
+    torch.testing.assert_close(found.T @ found if few else found, x.T @ x / 30)
+
+
+@pytest.mark.parametrize("positions", [3, 30])
+def test_few_rows_that_are_not_finite_are_noticed(positions: int) -> None:
+    x = torch.randn(positions, 40)
+    x[1, 3] = torch.nan
+    assert not RowSum(40, torch.device("cpu")).add(x)
+
+
+def test_moments_that_take_too_much_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.metric.moments.free_memory", lambda device: 3 << 30)
+    monkeypatch.setattr("fxcompress.metric.moments.FEW", 10**6)
+    model = nn.Sequential(nn.Linear(20_000, 2), nn.Tanh(), nn.Linear(2, 2))
+    with pytest.raises(CalibrationError, match=r"input of 0, 20,000 wide, take about 12 GiB"):
+        calibrate(model, [target(model, "0")], [torch.randn(2, 20_000)], METRICS["kfac"])
+
+
+def test_what_is_free_is_known_on_linux() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert (free is not None and free > 1 << 20) or not Path("/proc/meminfo").exists()
+    assert free_memory(torch.device("meta")) is None
+
+
+def test_a_layer_of_many_inputs_and_few_rows_takes_little_memory() -> None:
+    """The second moments of 60,000 inputs would take 27 GiB."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60_000, 8), nn.Tanh(), nn.Linear(8, 3))
+    rules = parse_rules(
+        "budget: {keep: 0.6, of: matched}\nrules: [{id: r, match: {node: {op: linear, name: '0'}},"
+        " rewrite: {form: low_rank}}]",
+        "r.yaml",
+    )
+    data = torch.randn(4, 60_000)
+    small = fxcompress.compile(model, rules, [data], progress=False)
+    assert fxcompress.plan_of(small).sites[0].rank == 4
+    # Four samples have four directions: nothing that they show is lost, but for the damping.
+    assert float((small(data) - model(data)).norm()) < 0.05 * float(model(data).norm())
