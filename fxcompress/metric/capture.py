@@ -25,6 +25,7 @@ from fxcompress.metric.moments import (
 )
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, InputKey, SiteFacts, input_key, run_pass
+from fxcompress.metric.pooled import Traces
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
@@ -68,7 +69,7 @@ def calibrate(
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    sums = _Sums(model, sites, metric.needs, metric.backward)
+    sums = _Sums(model, sites, metric.needs, metric.backward, scaled=not metric.directions)
     passed = run_pass(
         model, sites, batches, sums,
         drawn=drawn, loss=loss, forward=forward, tick=tick,
@@ -86,12 +87,16 @@ class _Sums:
         sites: Sequence[SiteFacts],
         needs: frozenset[Statistic],
         backward: bool,
+        *,
+        scaled: bool = True,
     ) -> None:
         self.sites = sites
         self.needs = needs
         self.backward = backward
         self.keeps_inputs = bool(needs & {"weight", "entries"})
         device = device_of(model)
+        both = {"input", "output"} <= needs and not self.keeps_inputs
+        self.traces = Traces(device) if both and scaled else None
         self.inputs: dict[InputKey, list[GramSum | RowSum] | CountSum] = {}
         self.outputs: dict[str, list[GramSum | RowSum]] = {}
         self.squares: dict[str, Tensor] = {}
@@ -133,6 +138,15 @@ class _Sums:
                 self.rows[key] += rows.shape[-2]
         return finite
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        if self.traces is not None:
+            return self.traces.project(site, data)
+        return data if self.keeps_inputs else None
+
+    def predicted(self, count: int) -> None:
+        if self.traces is not None:
+            self.traces.predicted(count, self.sites)
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
@@ -140,6 +154,9 @@ class _Sums:
         sums = self.outputs.get(site.name)
         if sums is not None:
             finite = _add(sums, output_rows(gradient, site.shape, mask))
+        if self.traces is not None:
+            self.traces.gradient(site, data, gradient, mask)
+            return finite
         if data is None:
             return finite
         if site.calls > 1:  # the same weight used again: sum before squaring
@@ -174,6 +191,8 @@ class _Sums:
         return finite
 
     def end(self) -> None:
+        if self.traces is not None:
+            self.traces.end()
         for name, total in self.pending.items():
             for part in total:  # one sample at a time: their squares take as much memory again
                 squares = part.square()
@@ -200,9 +219,14 @@ class _Sums:
                 squares /= predictions
                 squares = squares if isinstance(site.shape, ConvShape) else squares[0]
             entries = "entries" in self.needs
+            output = None if outputs is None else _finish(outputs, predictions, site)
+            if self.traces is not None and output is not None:
+                scale = self.traces.scale(site, inputs[key], output)
+                few = output.dim() == 2 and len(output) < output.shape[1]
+                output *= scale**0.5 if few else scale
             found[site.name] = Moments(
                 input=inputs.get(key),
-                output=None if outputs is None else _finish(outputs, predictions, site),
+                output=output,
                 weight=None if entries else squares,
                 entries=squares if entries else None,
             )

@@ -113,7 +113,6 @@ class _Products:
     """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
 
     backward = True
-    keeps_inputs = True
 
     def __init__(self, wanted: Mapping[str, Mapping[str, Components]]) -> None:
         self.wanted = wanted
@@ -122,6 +121,12 @@ class _Products:
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         return not data.is_floating_point() or bool(data.isfinite().all())
+
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        return data
+
+    def predicted(self, count: int) -> None:
+        pass
 
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None

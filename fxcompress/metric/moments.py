@@ -125,7 +125,7 @@ class GramSum:
 
 
 class RowSum:
-    """Running sum of ``xᵀ x`` over batches of wide rows: the rows themselves while they are few.
+    """Running sum of ``xᵀ x`` over batches of rows: the rows themselves while they are few.
 
     A matrix of r rows has rank r: where r is much less than the number of features, the rows take
     less memory than the product (features x features), and less time to work with.
@@ -133,6 +133,7 @@ class RowSum:
     Args:
         features, device, dtype: as of :class:`GramSum`, which takes over when rows are many.
         what: is summed up, for messages.
+        root: whether the mean of few rows is given as a root.
     """
 
     def __init__(
@@ -141,8 +142,11 @@ class RowSum:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         what: str = "",
+        *,
+        root: bool = True,
     ) -> None:
-        self.features, self.device, self.dtype, self.what = features, device, dtype, what
+        self.features, self.device, self.dtype = features, device, dtype
+        self.what, self.root = what, root
         self._rows: list[Tensor] = []
         self._count = 0
         self._gram: GramSum | None = None
@@ -180,7 +184,8 @@ class RowSum:
             root[start : start + len(rows)] = rows
             start += len(rows)
         self._rows.clear()
-        return root.mul_(max(count, 1) ** -0.5)
+        root *= max(count, 1) ** -0.5
+        return root if self.root else root.T @ root
 
     def _require_memory(self) -> None:
         # The sum and the mean, and later the damped mean and its root.

@@ -58,19 +58,23 @@ class Visitor(Protocol):
 
     Attributes:
         backward: whether gradients are wanted.
-        keeps_inputs: whether inputs are wanted together with gradients; they take memory.
     """
 
     backward: bool
-    keeps_inputs: bool
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         """The input of a call, once for all sites on it; whether it is finite."""
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        """What of the input of a call is wanted together with its gradient; it takes memory."""
+
+    def predicted(self, count: int) -> None:
+        """The batch makes so many predictions; backward passes follow."""
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
-        """The gradient of a call's output, with its input if asked for; whether it is finite."""
+        """The gradient of a call's output, with what was kept; whether it is finite."""
 
     def end(self) -> None:
         """A backward pass has ended."""
@@ -152,6 +156,7 @@ def run_pass(
                             fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
                             generator=generator,
                         )  # fmt: skip
+                        visitor.predicted(starts.predictions)
                         for at, start in enumerate(starts.passes):
                             _backward(start, again=at + 1 < len(starts.passes))
                             visitor.end()
@@ -278,7 +283,7 @@ class _Session:
                 # The first sites of the network; the clone is no leaf, so that an in-place
                 # activation may follow.
                 out = replaced = out.detach().requires_grad_().clone()
-            kept = data.detach() if self.visitor.keeps_inputs else None
+            kept = self.visitor.keep(site, data.detach())
             out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
             return replaced
 
