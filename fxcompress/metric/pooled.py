@@ -12,8 +12,8 @@ The other way of that paper, "reduce" (``E[ḡ ḡᵀ] ⊗ E[ā āᵀ]`` of summ
 is exact for linear layers right before a mean, and does great harm elsewhere: the gradients of all
 keys of a softmax add up to zero, and a mean of patches or tokens hides what they differ in.
 One-shot, global ranks; MiniLM (``low_rank``, calibrated on 1,309 sentences, ``1 - mean cosine`` on
-the development text of ``examples/minilm.py``, methods of ``benchmark_minilm.py``) and convolutions (the
-network of ``examples/fashion.py``, calibrated on 512 images, KL on 2,000 validation images):
+the development text of ``examples/minilm.py``, methods of ``benchmark_minilm.py``) and convolutions
+(the network of ``examples/fashion.py``, calibrated on 512 images, KL on 2,000 validation images):
 
 ==============================  ===============  ===============  ===============  ===============
                                 MiniLM 0.8       MiniLM 0.6       convolutions .5  convolutions .25
