@@ -31,7 +31,7 @@ def rules(
 ) -> LoadedRules:
     """One rule about linear layers, and whatever is in ``more``; JSON is YAML, too.
 
-    Nothing is held back unless ``metric`` says so: what tests compute of all data is to be the same.
+    Nothing is held back unless ``metric`` says so: what tests compute is of all data, too.
     """
     first = {
         "id": "linears",

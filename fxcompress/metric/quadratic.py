@@ -28,6 +28,7 @@ from fxcompress.forms.target import (
 from fxcompress.metric.elementwise import Elementwise
 from fxcompress.metric.metric import Factor, Metric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.pooled import is_root
 from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
 from fxcompress.metric.split import SplitTruncations
 from fxcompress.metric.tucker import TuckerTruncations
@@ -123,10 +124,12 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
 
 
 def _times(factor: Factor, x: Tensor) -> Tensor:
-    """``M x`` for a factor M (d x d), its diagonal (d) or the identity, and x (d x k)."""
+    """``M x`` (d x k) for a factor M (d x d), given as such, by its diagonal or by a root (r x d)."""
     if factor is None:
         return x
     factor = factor.to(x.dtype)
+    if is_root(factor):
+        return factor.T @ (factor @ x)
     return factor[:, None] * x if factor.dim() == 1 else factor @ x
 
 
