@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from fxcompress.errors import CalibrationError
@@ -127,7 +128,10 @@ def unrecorded(model: nn.Module, recording: Recording, rules: RuleSet) -> tuple[
         if facts.calls or not owner or owner in ran:
             continue
         try:
-            op = shape_of(model.get_submodule(owner)).op
+            module = model.get_submodule(owner)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks, and no rule reaches into it
+            op = shape_of(module).op
         except (ValueError, AttributeError):
             continue
         if any(_names(node, op, owner) for node in _nodes(rules)):

@@ -54,7 +54,9 @@ def replaced_forward(model: nn.Module) -> str:
         )
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, FunctionType) and _holds_module(forward):
+        # What torch.compile(module) returns makes its forward anew in a copy.
+        own = isinstance(forward, FunctionType) and not is_compiled(module)
+        if own and _holds_module(forward):
             place = f"model.{name}" if name else "model"
             return (
                 f"the forward of {name or 'the model'} was replaced by a function around the "

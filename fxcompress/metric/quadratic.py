@@ -124,7 +124,7 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
 
 
 def _times(factor: Factor, x: Tensor) -> Tensor:
-    """``M x`` (d x k) for a factor M (d x d), given as such, by its diagonal or by a root (r x d)."""
+    """``M x`` (d x k) for a factor M (d x d), or its diagonal, or a root of it (r x d)."""
     if factor is None:
         return x
     factor = factor.to(x.dtype)

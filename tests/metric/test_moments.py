@@ -488,7 +488,7 @@ def test_memory_does_not_grow_with_the_calls_of_a_layer(kind: str) -> None:
 
         def count(sums: _Sums = sums, end: Any = end) -> None:
             assert not sums.looked_up
-            kept.append(sum(each.numel() for each in sums.pending.values()))
+            kept.append(sum(total.numel() for total, _ in sums.pending.values()))
             end()
             assert not sums.pending
 
