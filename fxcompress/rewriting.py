@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -12,12 +12,15 @@ from torch import Tensor, fx, nn
 
 from fxcompress.analysis import Analysis
 from fxcompress.errors import BudgetError, RecordError, RewriteError
+from fxcompress.fidelity import parted
 from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.inputs import Forward
+from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.measure import measure_whole
 from fxcompress.plan import Plan, SitePlan
-from fxcompress.planning import make_plan, summarize
+from fxcompress.planning import foreseen, make_plan, summarize
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import (
     Bodies,
@@ -66,6 +69,17 @@ def rewrite(
         rewritten = model
     else:
         rewritten = own_parameters(rewritten, model)
+    planned = foreseen(analysis, planned)
+    held = analysis.estimate.held_back
+    measured = None
+    if held.batches:
+        tick = show.stage("measure", 2 * len(held.batches))
+        compressed = nn.Module.train(skeleton(rewritten), False)
+        measured = measure_whole(
+            analysis.model, compressed, held.batches,
+            kind=analysis.rules.rules.metric.output, loss=held.loss, forward=forward, tick=tick,
+        )  # fmt: skip
+        notes += parted(planned, measured)
     counted = planned.model_after.model_copy(update={"macs": after.macs})
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
@@ -77,6 +91,7 @@ def rewrite(
         update={
             "model_after": counted,
             "after": summarize(after.operators),
+            "held_back": measured,
             "expanded": tuple(
                 name
                 for name, module in rewritten.named_modules()
@@ -164,13 +179,15 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     apply_plan(made, trained, bodies)
     nn.Module.train(made, False)
 
+    joined = planned.bundles
+
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
         for name, body in bodies.single.items():
             site, form = sites[name], find_form(instead[name], sites[name].op, planned.templates)
             weight = form.weight(body, site.shape)
             yield site, site.shape.stored(weight), form.bias(body, site.shape)
         for name, joint in bodies.joint.items():
-            for index, entry in enumerate(planned.bundles[name]):
+            for index, entry in enumerate(joined[name]):
                 site, member = sites[entry.name], joint.member(index)
                 bias = dense_bias_of(member, site.in_features) if site.shape.bias else None
                 weight = dense_weight_of(member, site.in_features)
@@ -201,7 +218,8 @@ def _build(
         show: told of the stage.
         instead: form of each site by itself that is built for training, unchecked.
     """
-    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in planned.bundles}
+    joined = planned.bundles
+    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in joined}
     entries = {entry.name: entry for entry in planned.rewritten}
     alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
     tick = show.stage("rewrite", len(entries))
@@ -218,6 +236,7 @@ def _build(
             factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
             built.fill(body, factors, getattr(_module(analysis, site), "bias", None))
             if not instead:
+                _require_still_bias(_module(analysis, site), form.bias(body, site.shape))
                 exact = [factor.to(torch.float64) for factor in factors]
                 _verify(analysis, site, body, form.product(site.shape, exact))
         except FormError as error:
@@ -257,9 +276,29 @@ def _fill_joint(
     form.fill(body, lefts, right, [getattr(module, "bias", None) for module in modules])
     if not check:
         return
+    for module, head in zip(modules, body.heads, strict=True):
+        _require_still_bias(module, form.bias(head))
     for index, (site, part) in enumerate(zip(bundle.sites, lefts, strict=True)):
         product = part.to(torch.float64) @ right.to(torch.float64)
         _verify(analysis, site, body.member(index), product)
+
+
+def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
+    """A bias that is frozen must not move with a weight that learns.
+
+    Args:
+        original: the operator.
+        bias: of the body that takes its place, as its form tells it.
+
+    Raises:
+        FormError: it would: it is computed from factors.
+    """
+    frozen = original._parameters.get("bias")
+    weight = original._parameters.get("weight")
+    if frozen is None or frozen.requires_grad or weight is None or not weight.requires_grad:
+        return
+    if not isinstance(bias, nn.Parameter):
+        raise FormError("its bias is frozen, and this form mixes it with the weight, which learns")
 
 
 def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
@@ -302,21 +341,24 @@ def _rerecord(
             f"(unless: [{{name: ...}}])\n{error.__cause__!r}"
         ) from error
     failures = {}
+    within = containing(after.called)
     for entry in planned.rewritten:
-        if not _runs(after, entry.name):
+        if not _runs(after, within, entry.name):
             failures[entry.bundle or entry.name] = _Failure(
                 str(entry.form), "the model runs past it, so the rewritten layer would save nothing"
             )
     return after, failures
 
 
-def _runs(after: Recording, site: str) -> bool:
+def _runs(after: Recording, within: Collection[str], site: str) -> bool:
     """Whether a rewritten operator is called: its facade, or its nodes in an fx graph.
 
     That its parameters are read is not enough: a model that runs past a layer may compute its
     weight.
+
+    Args:
+        after: of the rewritten model.
+        within: the paths that contain one that was called.
+        site: its path.
     """
-    return site in after.called or (
-        f"{site}.body" not in after.called
-        and any(path.startswith(f"{site}.") for path in after.called)
-    )
+    return site in after.called or (f"{site}.body" not in after.called and site in within)

@@ -160,6 +160,10 @@ class JointForm(ABC):
             FormError: the form cannot represent these products faithfully.
         """
 
+    def bias(self, head: fx.GraphModule) -> Tensor | None:
+        """The parameter of a head that is the dense bias (m_i); None if there is no such one."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class JointBody:

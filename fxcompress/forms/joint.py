@@ -70,5 +70,8 @@ class _Joint(JointForm):
             if bias is not None:
                 assign(linear(head, "up").bias, bias)
 
+    def bias(self, head: fx.GraphModule) -> Tensor | None:
+        return linear(head, "up").bias
+
 
 JOINT = _Joint()

@@ -131,9 +131,7 @@ class Following(TorchDispatchMode):
 
     # ---- one operator ------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         shadows = [shadow for each in given if (shadow := self._shadow(each)) is not None]
@@ -200,7 +198,9 @@ class _Call:
     def full(self, value: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Marks of a tensor, zeros if it is neutral."""
         found = self.read(value)
-        return torch.zeros(value.shape, dtype=dtype, device=value.device) if found is None else found
+        return (
+            torch.zeros(value.shape, dtype=dtype, device=value.device) if found is None else found
+        )
 
     def follow(self) -> list[Tensor | None]:
         """The marks of every result.
@@ -396,8 +396,10 @@ def _written(call: _Call) -> Found:
         source = torch.zeros(sizes, dtype=dtype, device=full.device) if source is None else source
         source = source.to(dtype).expand(sizes)
         if not call.given.get("accumulate", False):
-            return full.index_put_(tuple(many), source) if None not in many else (
-                torch.ops.aten.index_put_(full, list(many), source)
+            return (
+                full.index_put_(tuple(many), source)
+                if None not in many
+                else (torch.ops.aten.index_put_(full, list(many), source))
             )
         if any(each is not None and each.dtype == torch.bool for each in many):
             before = torch.ops.aten.index(full, list(many))
@@ -588,4 +590,3 @@ def _compared(call: _Call) -> Found:
 
 RULES: Mapping[str, Rule] = _RULES
 """What is done at operators of ATen, by name; those that are tagged pointwise need none."""
-

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.eager import eager
 from fxcompress.graph.following import Following
 from fxcompress.graph.marks import PAD, Unfollowed, sample_marks
 
@@ -100,7 +101,7 @@ class _Followed(Padding):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        with self.following.paused():
+        with self.following.paused(), torch._C.DisableTorchFunction():
             yield
 
 
@@ -131,8 +132,7 @@ def follow_padding(model: nn.Module, batch: Any) -> Iterator[tuple[Any, Padding]
     batch = _copied(batch, following, {id(tensor): marks for tensor, *marks in sources})
     padding = _Followed(following)
     with ExitStack() as stack:
-        # Compiled regions would hide their operators.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager())  # compiled regions hide their operators
         if torch.is_grad_enabled():
             stack.enter_context(_Guard(following))
         stack.enter_context(following)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from fxcompress.forms import LinearShape
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
+from fxcompress.metric.moments import normalized, times_power
 from fxcompress.metric.passes import InputKey, input_key, input_mask
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import input_rows
@@ -47,8 +48,8 @@ class Crossed:
     """Moments of the inputs of layers in the dense and in the compressed model, by their source.
 
     Attributes:
-        crossed: ``C = E[x x'ᵀ]`` (n x n), float64.
-        second: ``A' = E[x' x'ᵀ]`` (n x n), float64.
+        crossed: ``C = E[x x'ᵀ]`` (n x n), float64, in the units of the root.
+        second: ``A' = E[x' x'ᵀ]`` (n x n), float64, likewise.
         roots: of A', damped.
     """
 
@@ -102,6 +103,7 @@ def cross_moments(
     crossed: dict[InputKey, Tensor] = {}
     second: dict[InputKey, Tensor] = {}
     count: dict[InputKey, int] = {}
+    powers: dict[InputKey, int] = {}  # of two, out of inputs whose squares would overflow
     for batch in batches:
         pairs = []
         for each in (dense, model):
@@ -111,6 +113,10 @@ def cross_moments(
         for site in {input_key(site): site for site in sites}.values():
             key = input_key(site)
             for before, after in zip(pairs[0][key], pairs[1][key], strict=True):
+                if key not in powers and bool(before.any()):
+                    powers[key] = normalized(before)[1]
+                shift = -powers.get(key, 0)
+                before, after = times_power(before, shift), times_power(after, shift)
                 n = before.shape[-1]
                 zeros = torch.zeros(n, n, dtype=torch.float64, device=before.device)
                 crossed[key] = crossed.get(key, zeros) + (before.T @ after)
@@ -121,7 +127,7 @@ def cross_moments(
     return Crossed(
         {key: value / count[key] for key, value in crossed.items()},
         means,
-        {key: whitener(mean, damping) for key, mean in means.items()},
+        {key: whitener(mean, damping, 2.0 ** powers.get(key, 0)) for key, mean in means.items()},
     )
 
 
@@ -156,7 +162,7 @@ def fitted(
         now = canonical_weight(model.get_submodule(site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
-        target = now + inputs.solve(change.T).T
+        target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
         given = metrics[site.name]
         assert isinstance(given, Kronecker)
         metric = Kronecker(inputs, given.outputs)

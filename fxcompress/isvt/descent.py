@@ -102,12 +102,16 @@ def gradient(
                 raise Diverged from error
             if not bool(value.isfinite()):
                 raise Diverged
-            torch.autograd.backward(value)
+            # Not backward(): that sets gradients of all that learns, the user's own tensors too.
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, part in zip(parameters, found, strict=True):
+                if part is not None:
+                    parameter.grad = part if parameter.grad is None else parameter.grad + part
             total += float(value.detach())
             predictions += count
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad /= predictions
+            parameter.grad = parameter.grad / predictions  # not in place: two may be one tensor
     return total / predictions
 
 

@@ -21,7 +21,7 @@ from fxcompress.graph.inputs import (
 )
 from fxcompress.graph.padding import NONE, Padding, follow_padding, settle
 from fxcompress.isvt.features import Features, Outputs
-from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, per_prediction
+from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, loss_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,23 +58,17 @@ class Objective:
         with follow_padding(model, batch) as (batch, mask):
             with self._watched(model, mask) as own:
                 result = run_model(model, batch, self.forward)
-            value = None
             if self.loss is not None:
-                on_device = to_device(batch, device_of(model))
-                value = per_prediction(self.loss, result, on_device)
-        settle(mask, result, value)
-        if value is None:
-            with self._watched(self.dense) as wanted:
-                if reference is None or features is not None:
-                    reference = self.reference(batch)
-            total, count = divergence_sum(reference, result, self.output, mask)
-            if features is not None:
-                distance = features.distance(wanted, own)
-                total = total + count * distance.to(total.device)
-            return total, count
-        real = mask.real(value, "the values of loss(output, batch)", dims=0)
-        counted = value if real is None else value[real]
-        return counted.sum(), counted.numel()
+                return loss_sum(self.loss, result, to_device(batch, device_of(model)), mask)
+        settle(mask, result)
+        with self._watched(self.dense) as wanted:
+            if reference is None or features is not None:
+                reference = self.reference(batch)
+        total, count = divergence_sum(reference, result, self.output, mask)
+        if features is not None:
+            distance = features.distance(wanted, own)
+            total = total + count * distance.to(total.device)
+        return total, count
 
     @torch.no_grad()
     def reference(self, batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -59,7 +60,7 @@ def fingerprint(survey: Survey) -> str:
 def write(
     directory: str | PathLike[str], mark: str, standing: Standing, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write to a directory; what was there stays whole until this is.
+    """Write to a directory; what was there stays whole until this is, whoever else writes there.
 
     Args:
         directory: made if it is missing.
@@ -77,9 +78,17 @@ def write(
         "format": FORMAT,
         "fingerprint": mark,
     }
-    new = folder / f"{FILE}.new"
-    torch.save(content, new)
-    os.replace(new, folder / FILE)
+    # A name of its own: other processes (ranks, jobs) may write to this directory meanwhile.
+    new = folder / f"{FILE}.{uuid.uuid4().hex}.new"
+    try:
+        with new.open("xb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, folder / FILE)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read(directory: str | PathLike[str], mark: str) -> tuple[Standing, dict[str, Tensor]] | None:

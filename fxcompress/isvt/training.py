@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, Survey, calibrated_on, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
@@ -43,6 +43,7 @@ from fxcompress.planning import price
 from fxcompress.report.progress import Progress, stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
+from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -130,7 +131,7 @@ class ISVT(Generic[M]):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if schedule not in ("soft", "hard"):
             raise ValueError(f"schedule must be 'soft' or 'hard', not {schedule!r}")
-        self.model = model
+        self.model = model = unwrapped(model)
         self.steps = steps
         self.every = every
         self.schedule: Schedule = schedule
@@ -204,7 +205,7 @@ class ISVT(Generic[M]):
         with torch.inference_mode(False), stages(self._progress) as show:
             self._sync_buffers()
             found = self._find(1.0, {})
-            analysis = replace(found.analysis, calibration=self._calibration)
+            analysis = replace(found.analysis, estimate=Estimate(self._calibration))
             small, planned = rewrite(self.model, analysis, self._forward, show)
         unit = f"{planned.loss_unit}{LAST}"
         attach_plan(
@@ -334,9 +335,13 @@ def _require_trainable(found: Survey, model: nn.Module) -> None:
             )
 
 
-def _tensors(moments: Moments) -> dict[str, Tensor | None]:
+def _tensors(moments: Moments) -> dict[str, Any]:
     return {each.name: getattr(moments, each.name) for each in fields(Moments)}
 
 
 def _shapes(moments: Moments) -> dict[str, Any]:
-    return {key: value is not None and value.shape for key, value in _tensors(moments).items()}
+    # How many rows a root of few rows has depends on the data; its width does not.
+    return {
+        key: isinstance(value, Tensor) and (value.dim(), value.shape[-1])
+        for key, value in _tensors(moments).items()
+    }

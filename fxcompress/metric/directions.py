@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
+from fxcompress.metric.capture import same_samples
+from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
@@ -85,13 +87,14 @@ def measure_directions(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Tensor]:
     """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
 
     Args:
         wanted: site name -> any key -> components.
-        model, sites, batches, drawn, loss, forward, tick: as of
+        model, sites, batches, drawn, loss, forward, places, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Returns:
@@ -103,7 +106,7 @@ def measure_directions(
     visitor = _Products(wanted)
     passed = run_pass(
         model, [site for site in sites if wanted.get(site.name)], batches, visitor,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, places=places, tick=tick,
     )  # fmt: skip
     return {key: total / passed.predictions for key, total in visitor.squares.items()}
 
@@ -112,15 +115,24 @@ class _Products:
     """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
 
     backward = True
-    keeps_inputs = True
 
     def __init__(self, wanted: Mapping[str, Mapping[str, Components]]) -> None:
         self.wanted = wanted
         self.squares: dict[tuple[str, str], Tensor] = {}
         self.pending: dict[tuple[str, str], Tensor] = {}
+        self.exponent = 0
+
+    def start(self, exponent: int) -> None:
+        self.exponent = exponent
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         return not data.is_floating_point() or bool(data.isfinite().all())
+
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        return data
+
+    def predicted(self, count: int) -> None:
+        pass
 
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
@@ -131,12 +143,15 @@ class _Products:
             place = (site.name, key)
             # A weight that is used again: sum before squaring.
             waiting = self.pending.get(place)
+            if waiting is not None:
+                same_samples(site, len(waiting), len(found))
             self.pending[place] = found if waiting is None else waiting + found
         return bool(gradient.isfinite().all())
 
     def end(self) -> None:
         for place, products in self.pending.items():
-            squares = products.square().sum(0, dtype=torch.float64)
+            wide = times_power(products.to(torch.float64), self.exponent)
+            squares = wide.square().sum(0)
             total = self.squares.get(place)
             self.squares[place] = squares if total is None else total + squares
         self.pending.clear()

@@ -2,14 +2,18 @@
 
 Inputs are seen by a forward hook on the site's module, output gradients by a hook on the
 *tensor* that it returns: module backward hooks break when an in-place activation follows.
-Parameters need no gradient, so the backward pass is the cheap half of a training step.
+
+To each of these tensors a zero is added, and it is the gradient of this zero that is asked for.  So
+the backward pass goes from the output to the sites and no further: it is the cheap half of a
+training step, as no parameter needs a gradient, and nothing outside of the model gets a ``.grad``
+(soft prompts, the head of a loss, the batches) or loses its graph.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +32,13 @@ from fxcompress.graph.inputs import (
 )
 from fxcompress.graph.marks import PAD
 from fxcompress.graph.padding import NONE, Padding, follow_padding, settle
+from fxcompress.graph.physical import (
+    base,
+    folded,
+    is_differentiated,
+    outside,
+    physical,
+)
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
@@ -62,19 +73,26 @@ class Visitor(Protocol):
 
     Attributes:
         backward: whether gradients are wanted.
-        keeps_inputs: whether inputs are wanted together with gradients; they take memory.
     """
 
     backward: bool
-    keeps_inputs: bool
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         """The input of a call, once for all sites on it; whether it is finite."""
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        """What of the input of a call is wanted together with its gradient; it takes memory."""
+
+    def predicted(self, count: int) -> None:
+        """The batch makes so many predictions; backward passes follow."""
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
-        """The gradient of a call's output, with its input if asked for; whether it is finite."""
+        """The gradient of a call's output, with what was kept; whether it is finite."""
+
+    def start(self, exponent: int) -> None:
+        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
 
     def end(self) -> None:
         """A backward pass has ended."""
@@ -99,6 +117,21 @@ DRAWS = Draws()
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What of the data got to a site, and back to it.
+
+    Attributes:
+        rows: positions that it was applied to, without padding.
+        answered: those of them whose output was sent a gradient, be it zero; 0 without a backward
+            pass.  No gradient at all says nothing about influence: ``no_grad`` and ``detach``
+            stop it.
+    """
+
+    rows: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Passed:
     """How a pass went.
 
@@ -106,11 +139,15 @@ class Passed:
         batches: number of batches seen.
         predictions: number of predictions in them, 0 without a backward pass.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
+        reach: per site name.
+        ran: names of watched modules that ran.
     """
 
     batches: int
     predictions: int
     kind: str
+    reach: Mapping[str, Reach]
+    ran: tuple[str, ...]
 
 
 def run_pass(
@@ -122,43 +159,54 @@ def run_pass(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    everywhere: bool = True,
+    places: Sequence[int] | None = None,
+    watched: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
 
     Args:
-        model: runs in eval mode; modes and ``requires_grad`` are restored afterwards.
+        model: a working copy; runs in eval mode.  Its modes are restored afterwards, and the
+            parameters that it shares with the model it was made of are only read.
         sites: each ``name`` is the path of a module.
         batches: see :mod:`fxcompress.graph.inputs`; gone through once.
         visitor: is shown the values.
         drawn: what the outputs mean, and where labels come from.
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
+        everywhere: whether the data have to reach every site.
+        places: what errors call the batches, if these are a part of others.
+        watched: paths of other modules, of which is told whether they ran.
         tick: called after every batch.
 
     Raises:
         CalibrationError: no batches; a batch that the model rejects; values that are not
             finite (naming the site and the batch); a site that no data reached.
     """
-    session = _Session(model, sites, visitor)
+    session = _Session(model, sites, visitor, watched)
     generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
     count = predictions = 0
     kind = "none"
     with session.attached():
         for batch in batches:
-            with torch.set_grad_enabled(visitor.backward), _named(count):
-                with follow_padding(model, batch) as (copy, padding):
-                    session.begin(count, padding)
-                    result = _forward(model, copy, forward, count)
+            place = count if places is None else places[count]
+            with torch.set_grad_enabled(visitor.backward), _named(place):
+                with follow_padding(model, batch) as (batch, padding):
+                    session.begin(place, padding)
+                    result = _forward(model, batch, forward, place)
+                    session.require_shared()
                     if visitor.backward:
                         starts = backward_starts(
-                            result, to_device(copy, device_of(model)), kind=drawn.output,
+                            result, to_device(batch, device_of(model)), kind=drawn.output,
                             fisher=drawn.fisher, loss=loss, mask=padding, generator=generator,
                         )  # fmt: skip
                 settle(padding)
                 if visitor.backward:
+                    visitor.predicted(starts.predictions)
                     for at, start in enumerate(starts.passes):
-                        _backward(start, again=at + 1 < len(starts.passes))
+                        visitor.start(start.exponent)
+                        session.descend(start, again=at + 1 < len(starts.passes))
                         visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
@@ -174,8 +222,12 @@ def run_pass(
             "the calibration batches hold no prediction at all: they are empty, or their "
             "attention_mask is zero everywhere"
         )
-    session.require_reached()
-    return Passed(count, predictions, kind)
+    if everywhere:
+        session.require_reached()
+    reach = {
+        site.name: Reach(session.rows[site.name], session.answered[site.name]) for site in sites
+    }
+    return Passed(count, predictions, kind, reach, tuple(sorted(session.ran)))
 
 
 def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
@@ -202,17 +254,18 @@ def _named(index: int) -> Iterator[None]:
         raise CalibrationError(f"on calibration batch {index}: {error}") from error
 
 
-def _backward(start: Start, again: bool) -> None:
+def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
     if not any(tensor.requires_grad for tensor in start.tensors):
         raise CalibrationError(
             "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
             "pass a forward= that does not, or choose metric: {kind: activation}"
         )
     try:
-        pairs = zip(start.tensors, start.gradients, strict=True)
+        pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
-        torch.autograd.backward(tensors, gradients, retain_graph=again)
+        if zeros:
+            torch.autograd.grad(tensors, zeros, gradients, retain_graph=again, allow_unused=True)
     except CalibrationError:
         raise
     except Exception as error:
@@ -222,6 +275,56 @@ def _backward(start: Start, again: bool) -> None:
         ) from error
 
 
+def _not_shared(name: str, batch: int) -> str:
+    return (
+        f"{name} shared its input with another layer when the model was recorded, "
+        f"but not on calibration batch {batch}; pass examples=[...] of both kinds"
+    )
+
+
+def _extents(site: SiteFacts) -> int | None:
+    return site.shape.dims if isinstance(site.shape, ConvShape) else None
+
+
+@dataclass
+class _Call:
+    """One call of a site.
+
+    Attributes:
+        rows: that count.
+        swapped: whether its values are (positions, samples, features).
+        answered: whether a gradient came back.
+    """
+
+    rows: int
+    swapped: bool = False
+    answered: bool = False
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have the modules of a model compute with aliases of their parameters that do not learn.
+
+    The parameters themselves are those of the user's model, which may be trained meanwhile.
+    """
+    aliases: dict[int, nn.Parameter] = {}
+    learning = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for place, name, parameter in learning:
+            if id(parameter) not in aliases:
+                aliases[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            place[name] = aliases[id(parameter)]
+        yield
+    finally:
+        for place, name, parameter in learning:
+            place[name] = parameter
+
+
 @dataclass
 class _Session:
     """The hooks of one pass."""
@@ -229,42 +332,60 @@ class _Session:
     model: nn.Module
     sites: Sequence[SiteFacts]
     visitor: Visitor
+    watched: Sequence[str] = ()
     padding: Padding = NONE
     batch: int = 0
+    backward: bool = False
 
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
-        self.reached: set[str] = set()
+        self.zeros: dict[torch.device, Tensor] = {}
+        self.rows: dict[str, int] = defaultdict(int)
+        self.answered: dict[str, int] = defaultdict(int)
+        self.ran: set[str] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
-        learning = [p for p in self.model.parameters() if p.requires_grad]
         handles = []
         try:
             self.model.eval()
-            for parameter in learning:
-                parameter.requires_grad_(False)
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
-            yield
+            for name in self.watched:
+                ran = partial(self._see_run, name)
+                handles.append(self.model.get_submodule(name).register_forward_hook(ran))
+            with _frozen(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in learning:
-                parameter.requires_grad_(True)
             for module in training:
                 module.training = True
+
+    def descend(self, start: Start, again: bool) -> None:
+        """Go back to all sites; ``again`` if there is more to come of the same forward pass."""
+        self.backward = True
+        _backward(start, [*self.zeros.values()], again)
+        self.backward = False
 
     def begin(self, batch: int, padding: Padding) -> None:
         self.batch, self.padding = batch, padding
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
+    def require_shared(self) -> None:
+        """Layers that share inputs share their moments: none may have been left out."""
+        first: dict[InputKey, SiteFacts] = {}
+        for site in self.sites:
+            other = first.setdefault(input_key(site), site)
+            if self.calls[site.name] != self.calls[other.name]:
+                raise CalibrationError(_not_shared(site.name, self.batch))
+
     def require_reached(self) -> None:
-        unreached = [site.name for site in self.sites if site.name not in self.reached]
+        unreached = [site.name for site in self.sites if not self.rows[site.name]]
         if unreached:
             raise CalibrationError(
                 f"no calibration data reached {', '.join(unreached[:5])}"
@@ -275,54 +396,95 @@ class _Session:
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
+            # A checkpoint runs its part again during the backward pass: the same rows.
+            again = torch._C._current_graph_task_id() != -1
             with self.padding.paused():
-                self._see_input(site, data, out)
-            if not torch.is_grad_enabled():
+                rows = self._rows_of(site, out, data)
+                if not again:
+                    self._see_input(site, data, out)
+                    self.rows[site.name] += rows
+            if not (self.visitor.backward and torch.is_grad_enabled()):
                 return None
-            replaced = None
-            if not out.requires_grad:
-                # The first sites of the network; the clone is no leaf, so that an in-place
-                # activation may follow.
-                out = replaced = out.detach().requires_grad_().clone()
-            with self.padding.paused():
-                kept, marks = None, output_marks(self.padding, site, out)
-                if self.visitor.keeps_inputs:
-                    kept = self.padding.clean(data.detach())
-            out.register_hook(partial(self._see_gradient, site, kept, marks))  # type: ignore[no-untyped-call]
-            return replaced
+            if is_differentiated(out):
+                raise CalibrationError(
+                    f"the model takes derivatives of {site.name} inside its forward (torch.func), "
+                    "and what the layer does to them has no measure here; leave it out of the "
+                    "rules (unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
+            # No leaf, so that an in-place activation may follow; a sum is seen by autograd inside
+            # of vmap, too.
+            out = out + self._zero(out.device)
+            with outside(data), self.padding.paused():
+                marks = output_marks(self.padding, site, out)
+                swapped = _samples_second(marks, out)
+                plain = self.padding.clean(self._plain(site, data))
+                kept = self.visitor.keep(site, plain.transpose(0, 1) if swapped else plain)
+            inner, ordered = base(out)
+            if not inner.requires_grad:
+                raise CalibrationError(
+                    f"{site.name} runs where no gradient can be followed (inside of torch.cond or "
+                    "another higher-order operator); leave it out of the rules "
+                    "(unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
+            mask = None if marks is None else marks != PAD
+            see = partial(self._see_gradient, site, _Call(rows, swapped), kept, mask, ordered)
+            inner.register_hook(see)  # type: ignore[no-untyped-call]
+            return out
 
         return hook
 
+    @staticmethod
+    def _plain(site: SiteFacts, data: Tensor) -> Tensor:
+        return physical(data, _extents(site)).detach()
+
+    def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
+        real = input_mask(self.padding, site, data, out)
+        return out.numel() // site.shape.out_features if real is None else int(real.sum())
+
+    def _zero(self, device: torch.device) -> Tensor:
+        """What makes the values of a device depend on something that has a gradient."""
+        if device not in self.zeros:
+            self.zeros[device] = torch.zeros((), device=device, requires_grad=True)
+        return self.zeros[device]
+
     def _see_input(self, site: SiteFacts, data: Tensor, out: Tensor) -> None:
-        if data.numel():
-            self.reached.add(site.name)
         version = -1 if data.is_inference() else data._version
         call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
         seen = self.seen[input_key(site)]
         if call < len(seen):
             if seen[call][0]() is data and seen[call][1] == version:
                 return
-            raise CalibrationError(
-                f"{site.name} shared its input with another layer when the model was recorded, "
-                f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
-            )
+            raise CalibrationError(_not_shared(site.name, self.batch))
         seen.append((weakref.ref(data), version))
-        real = input_mask(self.padding, site, data, out)
-        finite = self.visitor.input(site, self.padding.clean(data.detach()), real)
+        with outside(data):
+            plain = self.padding.clean(self._plain(site, data))
+            finite = self.visitor.input(site, plain, input_mask(self.padding, site, data, out))
         self._require_finite(finite, site, "input")
 
+    def _see_run(self, name: str, *_: Any) -> None:
+        self.ran.add(name)
+
     def _see_gradient(
-        self, site: SiteFacts, data: Tensor | None, marks: Tensor | None, gradient: Tensor
+        self,
+        site: SiteFacts,
+        call: _Call,
+        data: Tensor | None,
+        mask: Tensor | None,
+        ordered: Callable[[Tensor], Tensor],
+        gradient: Tensor,
     ) -> None:
-        mask = None if marks is None else marks != PAD
+        if not self.backward:
+            return  # of a derivative that the model takes itself
+        if not call.answered:  # by the first of several backward passes
+            call.answered = True
+            self.answered[site.name] += call.rows
+        gradient = folded(ordered(gradient.detach()), _extents(site))
         if mask is not None:
-            rows = mask[..., None]
-            if isinstance(site.shape, ConvShape):
-                rows = mask.unsqueeze(-site.shape.dims - 1)
+            conv = isinstance(site.shape, ConvShape)
+            rows = mask.unsqueeze(-site.shape.dims - 1 if conv else -1)  # type: ignore[union-attr]
             gradient = gradient.masked_fill(~rows, 0)
-        if data is not None and _samples_second(marks, gradient):
-            data, gradient = data.transpose(0, 1), gradient.transpose(0, 1)
-            mask = None if mask is None else mask.transpose(0, 1)
+        if call.swapped:
+            gradient, mask = gradient.transpose(0, 1), None if mask is None else mask.T
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 
@@ -351,7 +513,7 @@ def input_mask(padding: Padding, site: SiteFacts, data: Tensor, out: Tensor) -> 
         marks = output_marks(padding, site, out)
         return None if marks is None else marks != PAD
     dims = 0 if isinstance(site.shape, EmbeddingShape) else 1
-    return padding.real(data, f"the input of {site.name}", dims)
+    return padding.real(physical(data), f"the input of {site.name}", dims)
 
 
 def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | None:
@@ -365,24 +527,27 @@ def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | Non
     Raises:
         CalibrationError: as :func:`input_mask`.
     """
-    rows = out.movedim(-site.shape.dims - 1, -1) if isinstance(site.shape, ConvShape) else out
+    rows = physical(out, _extents(site))
+    if isinstance(site.shape, ConvShape):
+        rows = rows.movedim(-site.shape.dims - 1, -1)
     return padding.row_marks(rows, f"the output of {site.name}")
 
 
-def _samples_second(marks: Tensor | None, gradient: Tensor) -> bool:
+def _samples_second(marks: Tensor | None, out: Tensor) -> bool:
     """Whether the rows of a sample are a column: (positions, batch, features).
 
     >>> _samples_second(torch.tensor([[2, 3], [2, 1], [2, 1]]), torch.zeros(3, 2, 8))
     True
     """
-    if marks is None or marks.dim() != 2 or gradient.dim() != 3:
+    if marks is None or marks.dim() != 2 or out.dim() != 3:
         return False
-    real = marks.int()
-    highest = torch.where(marks > PAD, real, real.new_zeros(()))
-    lowest = torch.where(marks > PAD, real, real.max() + 1)
+    numbers = marks.int()
+    real = numbers > PAD
+    highest = torch.where(real, numbers, 0)
+    lowest = torch.where(real, numbers, int(numbers.max()) + 1)
 
     def alike(dim: int) -> bool:
-        top, low = highest.amax(dim), lowest.amin(dim)
-        return bool(((top == low) | (top == 0)).all())
+        top = highest.amax(dim)
+        return bool(((top == lowest.amin(dim)) | (top == 0)).all())
 
     return not alike(1) and alike(0)

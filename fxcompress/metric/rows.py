@@ -216,11 +216,8 @@ def squared_gradients(data: Tensor, gradient: Tensor, shape: Shape, *, entries: 
         return (g.T @ a)[None] if entries else (g.T @ a.mean(1))[None]
     total: Tensor | None = None
     for part in weight_gradients(data, gradient, shape):
-        squares = part.square()
-        if entries:
-            found = squares.sum(0, dtype=torch.float64)
-        else:
-            found = squares.mean(3, dtype=torch.float64).sum(0)
+        squares = part.to(torch.float64).square()  # of inputs in units of all sizes
+        found = squares.sum(0) if entries else squares.mean(3).sum(0)
         total = found if total is None else total + found
     assert total is not None
     return total

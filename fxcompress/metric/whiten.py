@@ -31,8 +31,13 @@ class Whitener:
     Attributes:
         lower: L as a triangular matrix (Cholesky), or None.
         root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
-        scale: √ of a diagonal factor (d), or None.  All three None: the identity.
-        matrix: the damped factor itself, if it was one; None for a diagonal one or the identity.
+        scale: √ of a diagonal factor (d), or None.
+        few: a factor with r eigenvalues of its own and one that all others share: orthonormal
+            columns V (d x r), and of all eigenvalues λ (r) and λ_0 the roots, so that
+            ``L = V (√λ - √λ_0) Vᵀ + √λ_0 I``; or None.  All four None: the identity.
+        matrix: the damped factor itself, if it was one; None for one of another kind.
+        unit: what L is a multiple of, a power of two: products have it as a factor, ``lower``,
+            ``root``, ``scale``, ``few`` and ``matrix`` (its square) do not.
         null: the factor is zero; products are those of the identity, and every singular
             value in these coordinates counts as zero.
     """
@@ -40,41 +45,60 @@ class Whitener:
     lower: Tensor | None = None
     root: tuple[Tensor, Tensor] | None = None
     scale: Tensor | None = None
+    few: tuple[Tensor, Tensor, float] | None = None
     matrix: Tensor | None = None
     null: bool = False
+    unit: float = 1.0
 
     @property
     def plain(self) -> bool:
         """Whether it is the identity."""
-        return self.lower is None and self.root is None and self.scale is None
+        kinds = (self.lower, self.root, self.scale, self.few)
+        return all(kind is None for kind in kinds)
 
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x * self.unit
         if self.lower is not None:
             return _transposed_product(self.lower, x)
         if self.root is not None:
             return self.root[0].T.to(x.dtype) @ x
+        if self.few is not None:
+            return self._powers(x, 1)
         return x if self.scale is None else self.scale[:, None].to(x.dtype) * x
 
     def out_of(self, x: Tensor) -> Tensor:
         """``L⁻ᵀ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x / self.unit
         if self.lower is not None:
             lower = self.lower.to(x.dtype)
             solved: Tensor = torch.linalg.solve_triangular(lower.T, x, upper=True)
             return solved
         if self.root is not None:
             return self.root[1].to(x.dtype) @ x
+        if self.few is not None:
+            return self._powers(x, -1)
         return x if self.scale is None else x / self.scale[:, None].to(x.dtype)
 
     def solve(self, x: Tensor) -> Tensor:
         """``(L Lᵀ)⁻¹ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x / self.unit / self.unit
         if self.lower is not None:
             solved: Tensor = torch.cholesky_solve(x, self.lower.to(x.dtype))
             return solved
         if self.root is not None:
             inverse = self.root[1].to(x.dtype)
             return inverse @ (inverse.T @ x)
+        if self.few is not None:
+            return self._powers(x, -2)
         return x if self.scale is None else x / self.scale.square()[:, None].to(x.dtype)
+
+    def _powers(self, x: Tensor, power: int) -> Tensor:
+        """A power of the symmetric root, times x."""
+        assert self.few is not None
+        vectors, roots, other = self.few
+        v, own = vectors.to(x.dtype), (roots**power - other**power).to(x.dtype)
+        return v @ (own[:, None] * (v.T @ x)) + other**power * x
 
 
 PANEL = 192
@@ -101,6 +125,11 @@ class BlockWhitener:
     sizes: tuple[int, ...]
 
     @property
+    def unit(self) -> float:
+        """The largest of those of the blocks."""
+        return max(block.unit for block in self.blocks)
+
+    @property
     def null(self) -> bool:
         """Whether every block is zero."""
         return all(block.null for block in self.blocks)
@@ -120,8 +149,14 @@ class BlockWhitener:
         return torch.cat([block.out_of(part) for block, part in parts])
 
 
-def whitener(factor: Tensor | None, damping: float) -> Whitener:
-    """The whitener of a factor (d x d, d, or None), damped relative to its mean eigenvalue.
+def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whitener:
+    """The whitener of a factor, damped relative to its mean eigenvalue.
+
+    Args:
+        factor: (d x d), its diagonal (d), or a root of it (r x d) with r < d, in units of
+            ``unit²`` (the root of ``unit``); None for the identity.
+        damping: added to its eigenvalues, as a fraction of their mean.
+        unit: a power of two.
 
     Raises:
         ValueError: the factor is not finite, or is clearly not positive semi-definite.
@@ -129,6 +164,8 @@ def whitener(factor: Tensor | None, damping: float) -> Whitener:
     if factor is None:
         return Whitener()
     factor = factor.to(torch.float64)
+    if factor.dim() == 2 and len(factor) < factor.shape[1]:
+        return _whitener_of_few(factor, damping, unit)
     diagonal = factor if factor.dim() == 1 else factor.diagonal()
     if not bool(factor.isfinite().all()):
         raise ValueError("a metric factor is not finite")
@@ -139,14 +176,34 @@ def whitener(factor: Tensor | None, damping: float) -> Whitener:
         return Whitener(null=True)
     if factor.dim() == 1:
         damped = factor.clamp_min(0) + damping * mean
-        return Whitener(scale=damped.clamp_min(FLOOR * mean).sqrt())
+        return Whitener(scale=damped.clamp_min(FLOOR * mean).sqrt(), unit=unit)
     damped = (factor + factor.T) / 2
     damped.diagonal().add_(damping * mean)
     if damping >= FLOOR:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
-            return Whitener(lower=lower, matrix=damped)
+            return Whitener(lower=lower, matrix=damped, unit=unit)
     values, vectors = torch.linalg.eigh(damped)
     values = values.clamp_min(FLOOR * mean)
     floored = (vectors * values) @ vectors.T
-    return Whitener(root=(vectors * values.sqrt(), vectors * values.rsqrt()), matrix=floored)
+    roots = (vectors * values.sqrt(), vectors * values.rsqrt())
+    return Whitener(root=roots, matrix=floored, unit=unit)
+
+
+def _whitener_of_few(rows: Tensor, damping: float, unit: float) -> Whitener:
+    """The whitener of ``Rᵀ R`` for few rows R (r x d); nothing of size (d x d) is formed.
+
+    It is that of :func:`whitener` for the product: with ``Rᵀ = Q T`` (Q orthonormal) the damped
+    factor is ``Q T Tᵀ Qᵀ + δ I``, whose eigenvectors are Q times those of ``T Tᵀ``, and all that is
+    orthogonal to Q.
+    """
+    if not bool(rows.isfinite().all()):
+        raise ValueError("a metric factor is not finite")
+    mean = float(rows.square().sum()) / rows.shape[1]
+    if mean == 0:
+        return Whitener(null=True)
+    basis, triangle = torch.linalg.qr(rows.T)
+    values, vectors = torch.linalg.eigh(triangle @ triangle.T)
+    damped = (values + damping * mean).clamp_min(FLOOR * mean)
+    other = max(damping, FLOOR) * mean
+    return Whitener(few=(basis @ vectors, damped.sqrt(), other**0.5), unit=unit)

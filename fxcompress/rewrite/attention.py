@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress.rewrite.replace import replace_module
+from fxcompress.graph.paths import containing
+from fxcompress.rewrite.replace import Places
 
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
@@ -46,14 +47,16 @@ class ProjectedAttention(nn.MultiheadAttention):
             )
         bias = original.in_proj_bias
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
-        learns = any(p.requires_grad for p in original.parameters())
         names = ("q_proj", "k_proj", "v_proj")
         for name, weight, part in zip(names, weights, biases, strict=True):
-            own = None if part is None else part.clone()
-            new.add_module(name, _linear(weight.clone(), own, learns))
+            source = original.in_proj_weight
+            if source is None:
+                source = getattr(original, f"{name[0]}_proj_weight")
+            own = None if bias is None or part is None else _like(part.clone(), bias)
+            new.add_module(name, _linear(_like(weight.clone(), source), own))
         out = original.out_proj
-        out_bias = None if out.bias is None else out.bias.detach()
-        new.add_module("out_proj", _linear(out.weight.detach(), out_bias, learns))
+        out_bias = None if out.bias is None else _like(out.bias.detach(), out.bias)
+        new.add_module("out_proj", _linear(_like(out.weight.detach(), out.weight), out_bias))
         new.train(original.training)
         new.register_parameter("in_proj_weight", None)
         new.register_parameter("in_proj_bias", None)
@@ -139,24 +142,30 @@ def expand_attention(model: nn.Module, above: Sequence[str] | None = None) -> No
         above: expand only attentions that contain one of these module paths.
     """
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    wanted = None if above is None else containing(above)
+    places = Places(model)
     for name, module in list(model.named_modules()):
-        wanted = above is None or any(site.startswith(f"{name}.") for site in above)
         if (
             name
-            and wanted
+            and (wanted is None or name in wanted)
             and type(module) is nn.MultiheadAttention
             and module.bias_k is None
             and not module.add_zero_attn
             and all(holders[id(parameter)] == 1 for parameter in module.parameters())
         ):
-            replace_module(model, module, ProjectedAttention.of(module))
+            places.replace(module, ProjectedAttention.of(module))
 
 
-def _linear(weight: Tensor, bias: Tensor | None, learns: bool) -> nn.Linear:
+def _like(value: Tensor, source: Tensor) -> nn.Parameter:
+    """A parameter that learns if another one does."""
+    return nn.Parameter(value, requires_grad=source.requires_grad)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=learns)
+    linear.weight = weight
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=learns)
+        linear.bias = bias
     return linear
 
 

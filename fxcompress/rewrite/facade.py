@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms import Form, JointForm, Rank
 from fxcompress.modules import shape_of
-from fxcompress.rewrite.lazy import lazy
+from fxcompress.rewrite.lazy import lazy, read_only
 
 _OWN = {*nn.Module().__dict__, "training"}
 
@@ -56,7 +56,10 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors stand for: differentiable, computed on demand."""
+        """The dense weight that the factors stand for: differentiable, computed on demand.
+
+        A write to it, or to a view of it, raises ``RuntimeError``.
+        """
         return lazy(self.stored_size, next(self._whole().parameters()), self.dense)
 
     def dense(self) -> Tensor:
@@ -65,8 +68,12 @@ class Factorized(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The dense bias, likewise; None if there is none."""
-        return self._bias()
+        """The dense bias: the parameter itself if the form keeps it, or computed; None without one.
+
+        A write to a computed one raises.
+        """
+        bias = self._bias()
+        return None if bias is None else read_only(bias)
 
     def _whole(self) -> nn.Module:
         """All that computes this operator."""

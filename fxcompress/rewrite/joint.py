@@ -157,4 +157,8 @@ class JointMember(Factorized):
         return dense_weight_of(self._whole(), self.shape.in_features)
 
     def _bias(self) -> Tensor | None:
-        return dense_bias_of(self._whole(), self.shape.in_features) if self.shape.bias else None
+        if not self.shape.bias:
+            return None
+        assert isinstance(self.kind, JointForm)
+        kept = self.kind.bias(self.body)
+        return dense_bias_of(self._whole(), self.shape.in_features) if kept is None else kept
