@@ -9,9 +9,10 @@ from fxcompress.graph.padding import Padding
 
 
 class Known(Padding):
-    """Rows of values (batch, positions, ...) are padding where a mask (batch, positions) is false."""
+    """Rows (batch, positions, ...) are padding where a mask (batch, positions) is false."""
 
     def __init__(self, mask: Tensor) -> None:
+        super().__init__()
         self.mask = mask
 
     def row_marks(self, rows: Tensor, where: str, dims: int = 1) -> Tensor | None:

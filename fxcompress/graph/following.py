@@ -118,6 +118,15 @@ class Following(TorchDispatchMode):
             return None
         return found
 
+    def _blank(self, target: Tensor) -> None:
+        """What token values are written to: what is left of a constant stands for no token."""
+        if self._shadow(target) is not None or target.layout != torch.strided:
+            return
+        whole = torch.empty(0, dtype=target.dtype, device=target.device)
+        whole.set_(target.untyped_storage())
+        if whole.numel() and _constant(whole):
+            self._new(target, torch.uint8, soft=False).marks.fill_(PAD)
+
     def keep(self, tensors: list[Tensor]) -> None:
         """Forget all but these: what is known of them stays for as long as they do."""
         kept = {shadow for tensor in tensors if (shadow := self._shadow(tensor)) is not None}
@@ -135,6 +144,8 @@ class Following(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         shadows = [shadow for each in given if (shadow := self._shadow(each)) is not None]
+        if shadows and func._schema.name in _WRITES and not all(each.soft for each in shadows):
+            self._blank(args[0])
         out = func(*args, **kwargs)
         if not shadows:
             return out
@@ -171,6 +182,9 @@ def _viewed(shadow: _Shadow, tensor: Tensor) -> Tensor:
         group = size // shadow.itemsize
         marks = marks[: len(marks) // group * group].view(-1, group).amax(1)
     return marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+_WRITES = {f"aten::{name}_" for name in ("copy", "index_put", "index_copy", "masked_scatter")}
 
 
 class _Call:
@@ -257,10 +271,9 @@ def _entrywise(call: _Call) -> Found:
 
 
 @_rule(
-    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin native_layer_norm "
-    "native_group_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "batch_norm cudnn_batch_norm rms_norm _fused_rms_norm layer_norm triu tril log_softmax softmax "
-    "fake_quantize_per_tensor_affine hardtanh gelu relu renorm"
+    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin triu tril "
+    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training cudnn_batch_norm _fused_rms_norm renorm"
 )  # fmt: skip
 def _kept(call: _Call) -> Found:
     """Whatever is mixed, an entry stays at its place."""
@@ -283,15 +296,16 @@ def _neutral(call: _Call) -> Found:
     "cat stack flip roll repeat constant_pad_nd slice_scatter select_scatter diagonal_scatter "
     "permute_copy expand_copy view_copy _reshape_copy unsqueeze_copy squeeze_copy slice_copy "
     "transpose_copy t_copy select_copy unfold_copy pixel_shuffle pixel_unshuffle channel_shuffle "
-    "masked_select take index_copy rot90 diag_embed block_diag split_with_sizes_copy split_copy "
-    "masked_scatter index_fill"
+    "masked_select take rot90 diag_embed block_diag split_with_sizes_copy split_copy "
+    "index_fill"
 )
 def _moved(call: _Call) -> Found:
     """Run on the marks themselves."""
-    first = next((m for v in tree_leaves((call.args, call.kwargs)) if (m := call.read(v)) is not None),
-                 None)  # fmt: skip
-    if first is None:
+    found = [call.read(value) for value in tree_leaves((call.args, call.kwargs))]
+    marked = [each for each in found if each is not None]
+    if not marked:
         return None
+    first = max(marked, key=lambda each: each.dtype.itemsize)
 
     def instead(name: str, value: Any) -> Any:
         if name in ("index", "mask", "indices", "repeats"):
@@ -372,61 +386,89 @@ def _repeated(call: _Call) -> Found:
     return None if marks is None else call.func(**{**call.given, "self": marks})
 
 
-def _source(call: _Call, *names: str) -> Tensor | None:
-    values = [call.given[name] for name in names if name in call.given]
-    return call.read(values[0]) if values else None
+def _source(call: _Call, data: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Marks of the values that an operator writes, and of what it writes them to."""
+    values = next((call.given[n] for n in ("source", "src", "values") if n in call.given), None)
+    source, marks = call.read(values), call.read(data)
+    kinds = [each.dtype for each in (source, marks) if each is not None] or [torch.uint8]
+    dtype = max(kinds, key=lambda each: each.itemsize)
+    base = call.full(data, dtype).to(dtype, copy=True)
+    if marks is None and source is not None and _constant(data):
+        base.fill_(PAD)  # what is left of it stands for no token
+    return None if source is None else source.to(dtype), base
 
 
-@_rule("index_add scatter_add scatter scatter_reduce index_reduce index_put _index_put_impl "
-       "_unsafe_index_put")  # fmt: skip
-def _written(call: _Call) -> Found:
-    """Written to places of a value, or added up there."""
-    data = call.given["self"]
-    source = _source(call, "source", "src", "values")
-    marks = call.read(data)
-    many = call.given.get("indices")
-    if source is None and many is None and call.name.startswith("scatter"):
-        source = call.read(call.given["index"])  # one-hot: the labels' marks
-    if source is None and marks is None:
+def _constant(data: Tensor) -> bool:
+    return bool((data == data.flatten()[:1]).all())
+
+
+@_rule("index_put _index_put_impl _unsafe_index_put")
+def _put(call: _Call) -> Found:
+    data, places = call.given["self"], [*call.given["indices"]]
+    adds = bool(call.given.get("accumulate", False))
+    if adds:
+        source, base = call.read(call.given["values"]), call.full(data).clone()
+    else:
+        source, base = _source(call, data)
+    if source is None and call.read(data) is None:
         return None
-    dtype = (marks if marks is not None else source).dtype  # type: ignore[union-attr]
-    full = call.full(data, dtype).clone()
-    if many is not None:
-        sizes = torch.ops.aten.index(full, list(many)).shape
-        source = torch.zeros(sizes, dtype=dtype, device=full.device) if source is None else source
-        source = source.to(dtype).expand(sizes)
-        if not call.given.get("accumulate", False):
-            return (
-                full.index_put_(tuple(many), source)
-                if None not in many
-                else (torch.ops.aten.index_put_(full, list(many), source))
-            )
-        if any(each is not None and each.dtype == torch.bool for each in many):
-            before = torch.ops.aten.index(full, list(many))
-            return torch.ops.aten.index_put_(full, list(many), torch.maximum(before, source))
-        places = torch.arange(full.numel(), device=full.device).view(full.shape)
-        flat = torch.ops.aten.index(places, list(many)).reshape(-1)
-        return full.view(-1).scatter_reduce_(0, flat, source.reshape(-1), "amax").view(full.shape)
-    dim, places = call.given["dim"], call.given["index"]
-    given = call.given.get("source", call.given.get("src"))
+    where = torch.arange(base.numel(), device=base.device).view(base.shape)
+    flat = torch.ops.aten.index(where, places)
     if source is None:
+        source = base.new_zeros(())
+    elif source.dtype.itemsize > base.dtype.itemsize:
+        base = base.to(source.dtype)
+    values = source.to(base.dtype).expand(flat.shape).reshape(-1)
+    if adds:
+        base.view(-1).scatter_reduce_(0, flat.reshape(-1), values, "amax")
+    else:
+        base.view(-1)[flat.reshape(-1)] = values
+    return base
+
+
+@_rule("index_copy index_add scatter_add scatter scatter_reduce index_reduce")
+def _written(call: _Call) -> Found:
+    """Written to places of a value along one dimension, or added up there."""
+    data, dim, places = (call.given[name] for name in ("self", "dim", "index"))
+    given = call.given.get("source", call.given.get("src"))
+    adds = call.name.startswith(("index_add", "index_reduce", "scatter_add", "scatter_reduce"))
+    adds = adds or call.given.get("reduce") is not None
+    if isinstance(given, Tensor) and not adds:
+        source, base = _source(call, data)
+    else:  # a number is written where labels say: one-hot
+        source = call.read(given if isinstance(given, Tensor) else places)
+        base = call.full(data).clone()
+    if source is None:
+        if call.read(data) is None:
+            return None
         shape = given.shape if isinstance(given, Tensor) else places.shape
-        source = torch.zeros(shape, dtype=dtype, device=full.device)
-    source = source.to(dtype)
+        source = torch.zeros(shape, dtype=base.dtype, device=base.device)
+    if source.dtype.itemsize > base.dtype.itemsize:
+        base = base.to(source.dtype)
+    source = source.to(base.dtype)
     if call.name.startswith("index"):
-        size = [1] * full.dim()
+        size = [1] * base.dim()
         size[dim] = -1
         places = places.view(size).expand(source.shape)
     source = source[tuple(slice(0, size) for size in places.shape)]
-    adds = call.name.startswith(("index_", "scatter_add", "scatter_reduce"))
-    adds = adds or call.given.get("reduce") is not None
     if adds:
-        return full.scatter_reduce_(dim, places, source, "amax")
-    return full.scatter_(dim, places, source)
+        return base.scatter_reduce_(dim, places, source, "amax")
+    return base.scatter_(dim, places, source)
 
 
-@_rule("sum mean amax amin any all max min argmax argmin var std var_mean std_mean logsumexp prod "
-       "norm linalg_vector_norm median nanmedian mode count_nonzero nansum kthvalue aminmax")  # fmt: skip
+@_rule("masked_scatter")
+def _filled(call: _Call) -> Found:
+    source, base = _source(call, call.given["self"])
+    if source is None:
+        source = torch.zeros(call.given["source"].shape, dtype=base.dtype, device=base.device)
+    shape = call.results[0].shape
+    return base.expand(shape).masked_scatter(call.given["mask"], source.to(base.dtype))
+
+
+@_rule(
+    "sum mean amax amin any all max min argmax argmin var std var_mean std_mean logsumexp prod "
+    "norm linalg_vector_norm median nanmedian mode count_nonzero nansum kthvalue aminmax"
+)
 def _reduced(call: _Call) -> Found:
     data = call.given.get("self", call.args[0])
     marks = call.read(data)
@@ -436,8 +478,7 @@ def _reduced(call: _Call) -> Found:
         return None
     dims = call.given.get("dim")
     if dims is None or dims == []:
-        found = marks.amax() if marks.numel() else None
-        return found
+        return marks.amax() if marks.numel() else None
     return marks.amax(dims, keepdim=bool(call.given.get("keepdim", False)))
 
 
@@ -463,7 +504,7 @@ def _halved(call: _Call) -> Found:
     return None if marks is None else together(*marks.chunk(2, call.given.get("dim", -1)))
 
 
-@_rule("mm bmm matmul dot mv linear addmm baddbmm addmv _grouped_mm mkldnn_linear _mkldnn_linear_pointwise")  # fmt: skip
+@_rule("mm bmm dot mv linear addmm baddbmm addmv _grouped_mm mkldnn_linear _linear_pointwise")
 def _multiplied(call: _Call) -> Found:
     tensors = [value for value in call.args if isinstance(value, Tensor)]
     shape = call.results[0].shape

@@ -33,7 +33,25 @@ _IGNORED = -100
 
 
 class Padding:
-    """What is known of the rows of a pass; by itself: of one without padding."""
+    """What is known of the rows of a pass; by itself: of one without padding.
+
+    Attributes:
+        sizes: samples and positions of the tensors of the batch.
+    """
+
+    def __init__(self, sizes: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.sizes = sizes
+
+    def swapped(self, rows: Tensor) -> bool:
+        """Whether rows (positions, samples, features) are, by their sizes, not samples first."""
+        if rows.dim() != 3 or not self.sizes:
+            return False
+        first, second = rows.shape[:2]
+        return (
+            first != second
+            and (second, first) in self.sizes
+            and ((first, second) not in self.sizes)
+        )
 
     def row_marks(self, rows: Tensor, where: str, dims: int = 1) -> Tensor | None:
         """Marks (:mod:`fxcompress.graph.marks`) of the rows of a value.
@@ -70,7 +88,8 @@ NONE = Padding()
 
 
 class _Followed(Padding):
-    def __init__(self, following: Following) -> None:
+    def __init__(self, following: Following, sizes: frozenset[tuple[int, int]]) -> None:
+        super().__init__(sizes)
         self.following = following
 
     def row_marks(self, rows: Tensor, where: str, dims: int = 1) -> Tensor | None:
@@ -125,12 +144,17 @@ def follow_padding(model: nn.Module, batch: Any) -> Iterator[tuple[Any, Padding]
     """
     two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     sources = [*_sources(batch, two)]
+    sizes = frozenset(
+        (leaf.shape[0], leaf.shape[1])
+        for leaf in _leaves(batch)
+        if isinstance(leaf, Tensor) and leaf.dim() in (2, 3)
+    )
     if not sources:
-        yield batch, NONE
+        yield batch, Padding(sizes)
         return
     following = Following()
     batch = _copied(batch, following, {id(tensor): marks for tensor, *marks in sources})
-    padding = _Followed(following)
+    padding = _Followed(following, sizes)
     with ExitStack() as stack:
         stack.enter_context(eager())  # compiled regions hide their operators
         if torch.is_grad_enabled():

@@ -400,15 +400,17 @@ class _Recorder(TorchFunctionMode):
             items = data.unsqueeze(0) if data.dim() < extents + 2 else data
             self.inputs[key].append((len(items), *items.shape[2:]))
             few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))
-            self.samples[key].append(items[: min(few, SAMPLE_ROWS)].clone())
+            self.samples[key].append(items[: min(few, SAMPLE_ROWS)].nan_to_num(0, 0, 0))
             return
         rows = data.reshape(-1) if op == "embedding" else data.reshape(-1, data.shape[-1])
         self.rows[key] += len(rows)
         if data.is_floating_point() or op == "embedding":
-            if data.is_floating_point():
-                rows = rows[rows.isfinite().all(-1)]  # padding may hold anything
             step = max(1, len(rows) // SAMPLE_ROWS)
-            self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
+            some = rows[::step][:SAMPLE_ROWS]
+            # Padding may hold anything.
+            self.samples[key].append(
+                some.nan_to_num(0, 0, 0) if op != "embedding" else some.clone()
+            )
 
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""

@@ -416,7 +416,7 @@ class _Session:
             out = out + self._zero(out.device)
             with outside(data), self.padding.paused():
                 marks = output_marks(self.padding, site, out)
-                swapped = _samples_second(marks, out)
+                swapped = self.padding.swapped(out) if marks is None else _swapped(marks, out)
                 plain = self.padding.clean(self._plain(site, data))
                 kept = self.visitor.keep(site, plain.transpose(0, 1) if swapped else plain)
             inner, ordered = base(out)
@@ -478,6 +478,8 @@ class _Session:
         if not call.answered:  # by the first of several backward passes
             call.answered = True
             self.answered[site.name] += call.rows
+        if not gradient.numel():
+            return  # an expert that nothing was sent to
         gradient = folded(ordered(gradient.detach()), _extents(site))
         if mask is not None:
             conv = isinstance(site.shape, ConvShape)
@@ -533,13 +535,13 @@ def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | Non
     return padding.row_marks(rows, f"the output of {site.name}")
 
 
-def _samples_second(marks: Tensor | None, out: Tensor) -> bool:
+def _swapped(marks: Tensor, out: Tensor) -> bool:
     """Whether the rows of a sample are a column: (positions, batch, features).
 
-    >>> _samples_second(torch.tensor([[2, 3], [2, 1], [2, 1]]), torch.zeros(3, 2, 8))
+    >>> _swapped(torch.tensor([[2, 3], [2, 1], [2, 1]]), torch.zeros(3, 2, 8))
     True
     """
-    if marks is None or marks.dim() != 2 or out.dim() != 3:
+    if marks.dim() != 2 or out.dim() != 3:
         return False
     numbers = marks.int()
     real = numbers > PAD
