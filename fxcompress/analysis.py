@@ -27,7 +27,7 @@ from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
+from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
 from fxcompress.influence import reach_notes, require_influence, unrecorded
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
@@ -174,9 +174,9 @@ def estimate(
             drawn=draws(found.rules), loss=loss, forward=forward,
             everywhere=False, places=division.held_places, tick=tick,
         )  # fmt: skip
-        moments = {
-            name: each for name, each in judged.moments.items() if name not in judged.unmeasured
-        }
+        moments = narrowed(
+            {name: each for name, each in judged.moments.items() if name not in judged.unmeasured}
+        )
         show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
     damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
