@@ -27,6 +27,7 @@ from fxcompress.graph.recorder import Recording, record
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.plan import Folded, Size, history
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
@@ -143,13 +144,21 @@ def calibrated_on(
         show: told of the stage.
 
     Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`.
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`, and of
+            :func:`fxcompress.processes.same_data`.
     """
     tick = show.stage("calibrate", total)
-    return calibrate(
-        found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
-    )  # fmt: skip
+    with same_data(batches, described(found)) as batches:
+        return calibrate(
+            found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
+            drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
+        )  # fmt: skip
+
+
+def described(found: Survey) -> str:
+    """Rules and parameters of a model in words, to know it again in another process."""
+    shapes = [f"{name} {tuple(p.shape)}" for name, p in found.model.named_parameters()]
+    return "\n".join([found.rules.rules.model_dump_json(), *shapes])
 
 
 def limited(
