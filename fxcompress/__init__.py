@@ -16,14 +16,20 @@ from fxcompress.errors import (
     RecordError,
     RewriteError,
     RuleError,
+    SaveError,
     TrainingError,
 )
 from fxcompress.forms import register_form
-from fxcompress.io import load, save
 from fxcompress.isvt import ISVT
+from fxcompress.late import import_after
+from fxcompress.loading import load
 from fxcompress.measure import measure
 from fxcompress.plan import Plan, plan_of
+from fxcompress.saving import save
 from fxcompress.sweep import sweep
+
+# So that from_pretrained knows compressed models, whichever of both is imported first.
+import_after("transformers.quantizers.auto", "fxcompress.hf")
 
 __version__ = "0.1.0"
 
@@ -38,6 +44,7 @@ __all__ = [  # noqa: RUF022 (as sorted() has them)
     "RecordError",
     "RewriteError",
     "RuleError",
+    "SaveError",
     "TrainingError",
     "compile",
     "diff",

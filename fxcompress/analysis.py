@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxcompress.decomposition import (
     Decomposition,
@@ -24,14 +26,18 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.metric import METRICS, Calibration, Draws, Loss, calibrate
+from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
+from fxcompress.influence import reach_notes, require_influence, unrecorded
+from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
+from fxcompress.metric.output import Family, declared_by
 from fxcompress.plan import Folded, Size, history
 from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 from fxcompress.sites import Site, SiteBundle, gather_sites
+from fxcompress.wrappers import replaced_forward, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +72,38 @@ class Survey:
 
 
 @dataclass(frozen=True, eq=False)
+class Estimate:
+    """How the metric was estimated.
+
+    Attributes:
+        calibration: of the batches that it was estimated on.
+        held_back: the others.
+        damping: of the input and of the output factor, relative to their mean eigenvalues.
+    """
+
+    calibration: Calibration
+    held_back: HeldBack = field(default_factory=HeldBack)
+    damping: tuple[float, float] = DAMPING
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis(Survey):
     """What the stages before the budget found out.
 
     Attributes:
-        calibration: how the data pass went; without its moments.
+        estimate: how the metric was estimated; without its moments.
         decomposed: every site in its metric.
     """
 
-    calibration: Calibration
+    estimate: Estimate
     decomposed: Decomposition
 
     @classmethod
-    def of(cls, survey: Survey, calibration: Calibration, decomposed: Decomposition) -> Analysis:
+    def of(cls, survey: Survey, estimate: Estimate, decomposed: Decomposition) -> Analysis:
         """A survey with what was found since, without bundles that have an idle site."""
         known = {each.name: getattr(survey, each.name) for each in fields(Survey)}
         known["bundles"] = tuple(b for b in survey.bundles if b.name in decomposed.bundles)
-        return cls(**known, calibration=calibration, decomposed=decomposed)
+        return cls(**known, estimate=estimate, decomposed=decomposed)
 
 
 def analyse(
@@ -101,29 +122,67 @@ def analyse(
     if loss is not None and not metric.backward:
         surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
     batches, total = limited(batches, spec.batches, total)
-    if metric.directions:
-        batches = [*batches]  # gone through twice
-    calibrated = calibrated_on(surveyed, batches, total, loss, forward, show)
+    with same_data(batches, described(surveyed)) as batches:
+        division = Division(batches, total, spec.held_back, spec.seed)
+        used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
+        estimated = estimate(surveyed, used, division, loss, forward, show)
 
-    moments = dict(calibrated.moments)
-    calibrated = replace(calibrated, moments={})  # so that each is freed once it is used
-    metric_of = metric_from(moments, metric, (spec.damping.input, spec.damping.output))
+    moments = dict(estimated.calibration.moments)
+    # So that each is freed once it is used.
+    estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
+    metric_of = metric_from(moments, metric, estimated.damping)
     tick = show.stage("decompose", len(sites))
     decomposed = decompose_sites(work, sites, surveyed.bundles, metric_of, tick)
     if metric.directions:
         wanted = wanted_directions(decomposed, sites, surveyed.bundles)
-        tick = show.stage("directions", total)
+        tick = show.stage("directions", division.count)
         energies = measure_directions(
-            work, sites, wanted, batches,
-            drawn=draws(loaded), loss=loss, forward=forward, tick=tick,
+            work, sites, wanted, used,
+            drawn=draws(loaded), loss=loss, forward=forward, places=division.places, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
-    surveyed.notes.extend(
-        f"{name}: the calibration data gives it no influence on the output (all-zero inputs or "
-        "gradients); its predicted loss is 0 at every rank"
-        for name in decomposed.idle
-    )
-    return Analysis.of(surveyed, calibrated, decomposed)
+    return Analysis.of(surveyed, estimated, decomposed)
+
+
+def estimate(
+    found: Survey,
+    batches: Iterable[Any],
+    division: Division,
+    loss: Loss | None,
+    forward: Forward | None,
+    show: Progress,
+) -> Estimate:
+    """The metric's moments, those of the batches held back, and damping chosen on these.
+
+    Args:
+        found: has the model, the sites and the rules.
+        batches: those of ``division`` that are not held back.
+        division: of the calibration data.
+        loss, forward: as of ``compile``.
+        show: told of the stages.
+
+    Raises:
+        CalibrationError: as of :func:`calibrated_on`.
+    """
+    spec = found.rules.rules.metric
+    metric = METRICS[spec.kind]
+    calibrated = calibrated_on(found, batches, division.count, loss, forward, show, division.places)
+    held = division.held if metric.needs else division.untouched()
+    moments: Mapping[str, Moments] = {}
+    if held and metric.needs:
+        tick = show.stage("held back", len(held))
+        judged = calibrate(
+            found.model, found.sites, held, metric,
+            drawn=draws(found.rules), loss=loss, forward=forward,
+            everywhere=False, places=division.held_places, tick=tick,
+        )  # fmt: skip
+        moments = {
+            name: each for name, each in judged.moments.items() if name not in judged.unmeasured
+        }
+        show.stage("damping", None)
+    given = (spec.damping.input, spec.damping.output)
+    damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
+    return Estimate(calibrated, HeldBack(tuple(held), moments, loss), damping)
 
 
 def calibrated_on(
@@ -133,6 +192,7 @@ def calibrated_on(
     loss: Loss | None,
     forward: Forward | None,
     show: Progress,
+    places: Sequence[int] | None = None,
 ) -> Calibration:
     """The moments that the metric of the rules needs, at the weights as they are now.
 
@@ -142,17 +202,22 @@ def calibrated_on(
         total: how many they are, if that is known.
         loss, forward: as of ``compile``.
         show: told of the stage.
+        places: what errors call the batches, if these are a part of others.
 
     Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`, and of
-            :func:`fxcompress.processes.same_data`.
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
+            that was measured.
     """
     tick = show.stage("calibrate", total)
-    with same_data(batches, described(found)) as batches:
-        return calibrate(
-            found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-            drawn=draws(found.rules), loss=loss, forward=forward, tick=tick,
-        )  # fmt: skip
+    calibration = calibrate(
+        found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
+        drawn=draws(found.rules), loss=loss, forward=forward, places=places,
+        watched=unrecorded(found.model, found.recording, found.rules.rules), tick=tick,
+    )  # fmt: skip
+    require_influence(found.sites, calibration)
+    notes = reach_notes(found.sites, calibration)
+    found.notes.extend(note for note in notes if note not in found.notes)
+    return calibration
 
 
 def described(found: Survey) -> str:
@@ -168,6 +233,14 @@ def limited(
     if count is None:
         return batches, total
     return itertools.islice(batches, count), None if total is None else min(count, total)
+
+
+def with_output(loaded: LoadedRules, family: Family | None) -> LoadedRules:
+    """Rules in which a family stands for the output that was left to be found (``auto``)."""
+    if family is None or loaded.rules.metric.output != "auto":
+        return loaded
+    metric = loaded.rules.metric.model_copy(update={"output": family})
+    return replace(loaded, rules=loaded.rules.model_copy(update={"metric": metric}))
 
 
 def draws(loaded: LoadedRules) -> Draws:
@@ -191,6 +264,7 @@ def survey(
     """
     # The plan goes to others together with the model: no paths of this machine.
     loaded = replace(loaded, filename=Path(loaded.filename).name)
+    loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
     _require_values(work)
@@ -325,9 +399,24 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+    model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RecordError(
+            "the model is a TorchScript program, which hides its operators: give the module that "
+            "it was scripted or traced from"
+        )
+    for path, _ in model.named_modules():
+        if not path.isprintable():  # a plan holds printable names only
+            raise RecordError(f"a module is called {path!r}: give it a name that can be printed")
+    if problem := replaced_forward(model):
+        raise RecordError(f"this {type(model).__name__} cannot be copied: {problem}")
+    _require_whole(model)
     try:
+        for parameter in model.parameters():
+            if type(parameter) not in (nn.Parameter, Tensor):
+                copy.deepcopy(parameter)  # now, not when all the work is done
         return prepared(model)
-    except (TypeError, RuntimeError, copy.Error) as error:
+    except Exception as error:
         raise RecordError(
             f"this {type(model).__name__} cannot be copied (copy.deepcopy), and the given model is "
             f"never changed: {error}; take what cannot be copied off the model meanwhile, or give "
@@ -335,12 +424,32 @@ def working_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def _require_whole(model: nn.Module) -> None:
+    """Every parameter is there, and all of it."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    for name, tensor in named:
+        if is_lazy(tensor):
+            raise RecordError(
+                f"{name} has no shape yet (a lazy module): call the model on a batch once, then "
+                "compress it"
+            )
+        if type(tensor).__name__ in ("DTensor", "FlatParameter"):
+            raise RecordError(
+                f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
+                "compress the whole model in one process before it is sharded, from a full state "
+                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True)"
+            )
+
+
 def _require_values(model: nn.Module) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise CalibrationError(
                 f"{name} is on the meta device, where tensors have no values: load the model's "
-                "weights first"
+                "weights first (if accelerate offloaded it: load the model without offloading)"
             )
 
 

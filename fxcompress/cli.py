@@ -26,9 +26,11 @@ from torch import nn
 import fxcompress
 from fxcompress.analysis import match_model, working_copy
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
+from fxcompress.files import try_directory
 from fxcompress.graph.recorder import record
-from fxcompress.io import read_plan
+from fxcompress.loading import read_plan
 from fxcompress.report import diff_plan
+from fxcompress.report.summary import held_back_line
 from fxcompress.rules import (
     LoadedRules,
     MatchResult,
@@ -39,6 +41,7 @@ from fxcompress.rules import (
     run_cases,
 )
 from fxcompress.rules.schema import Case
+from fxcompress.saving import check_directory
 
 app = typer.Typer(
     name="fxcompress",
@@ -104,6 +107,9 @@ def compile(
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
+    check_directory(out)  # not after hours of work
+    if checkpoint is not None:
+        try_directory(checkpoint)
     dense = load_model(model)
     small = fxcompress.compile(
         dense,
@@ -123,7 +129,8 @@ def compile(
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
     _copy_tokenizer(model, out)
     typer.echo(str(difference))
-    typer.echo(f"\nsaved to {out}; load it with fxcompress.load({str(out)!r})")
+    typer.echo(f"\n{held_back_line(difference.plan)}")
+    typer.echo(f"saved to {out}; load it with fxcompress.load({str(out)!r})")
 
 
 @app.command()
@@ -247,11 +254,28 @@ def check(rules: Rules) -> None:
 
 
 @app.command("test")
-def run_tests(rules: Rules, as_json: Json = False) -> None:
+def run_tests(
+    rules: Rules,
+    run_models: Annotated[
+        bool,
+        typer.Option("--run-models", help="run the code that tests name under 'model' and 'data'"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Run the tests that a rule file carries; exit status 1 if one fails."""
     loaded = load_rules(rules)
     directory = (preset_path(rules) or Path(rules)).parent
-    results = run_cases(loaded, lambda case: _match_case(loaded, case, directory))
+
+    def match(case: Case) -> MatchResult:
+        if not run_models:
+            named = " and ".join(source for source in (case.model, case.data) if source)
+            raise LoadError(
+                f"it would run code: it imports {named}; look at that, and allow it with "
+                "fxcompress test --run-models"
+            )
+        return _match_case(loaded, case, directory)
+
+    results = run_cases(loaded, match)
     failed = sum(not result.passed for result in results)
     if as_json:
         plain = {"rules": loaded.filename, "tests": [result.to_json() for result in results]}
@@ -315,7 +339,7 @@ def load_model(source: str) -> nn.Module:
     if Path(source).is_dir():
         transformers = _transformers()
         with _reading(f"a model from {source}"):
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             name = (config.architectures or [None])[0]
             cls = getattr(transformers, name or "", None)
             if cls is None:
@@ -339,7 +363,7 @@ def load_data(source: str | None, model: str, sequences: int, length: int) -> It
         raise typer.BadParameter("a text file needs the tokenizer of a Hugging Face directory")
     transformers = _transformers()
     with _reading(f"a tokenizer from {model}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     with _reading(f"text from {source}"):
         text = path.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0]

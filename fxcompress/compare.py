@@ -8,6 +8,7 @@ from fxcompress.errors import RewriteError
 from fxcompress.plan import plan_of
 from fxcompress.report import Diff, diff_plan
 from fxcompress.rewrite import mismatches
+from fxcompress.wrappers import unwrapped
 
 
 def diff(before: nn.Module, after: nn.Module) -> Diff:
@@ -27,6 +28,7 @@ def diff(before: nn.Module, after: nn.Module) -> Diff:
         RewriteError: ``after`` carries no plan, or its plan was made for another model.
     """
     plan = plan_of(after)
+    before, after = unwrapped(before), unwrapped(after)
     problems = mismatches(before, plan) if before is not after else ""
     if problems:
         raise RewriteError(f"the plan was made for another model than this one: {problems}")

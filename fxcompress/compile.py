@@ -22,11 +22,12 @@ from fxcompress.graph.recorder import record
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
 from fxcompress.plan import Plan, attach_plan
-from fxcompress.planning import make_plan
+from fxcompress.planning import foreseen, make_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Explanation, Rules, read_rules, with_keep
 from fxcompress.rules.diagnostics import choices, suggest
+from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,7 +48,9 @@ def compile(
     """Compress a model: same class, same ``forward``, same ``generate()``, fewer parameters.
 
     Args:
-        model: any module that runs; unchanged unless ``inplace``.
+        model: any module that runs; unchanged unless ``inplace``.  What ``torch.compile``,
+            ``DataParallel`` or ``DistributedDataParallel`` made of one is taken out of its wrapper;
+            the result is not wrapped.
         rules: a rule file, the name of a preset (``"decoder"``, ``"encoder"``,
             ``"every-linear"``), or a rule set.
         calibration: batches of inputs, gone through once; a batch is a tensor (one positional
@@ -76,6 +79,7 @@ def compile(
         RewriteError: the rewritten model does not run.
         TrainingError: ``checkpoint`` holds another run.
     """
+    model = unwrapped(model)
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
         if loaded.rules.solver.iterative:
@@ -108,10 +112,11 @@ def plan(
 
     Arguments and errors as there.
     """
+    model = unwrapped(model)
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
         analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        planned = make_plan(analysis, {}, show)
+        planned = foreseen(analysis, make_plan(analysis, {}, show))
     return planned.model_copy(
         update={"seconds": dict(show.seconds), "warnings": tuple(analysis.notes)}
     )
@@ -144,6 +149,7 @@ def explain(
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
+    model = unwrapped(model)
     loaded = with_keep(read_rules(rules), keep)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:

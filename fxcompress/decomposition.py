@@ -61,7 +61,7 @@ class Decomposition:
     Attributes:
         sites: by site name.
         bundles: by name; without those of which a site has no influence on the output.
-        idle: names of sites that the data gives no influence on the output.
+        idle: names of sites without a measured influence on the output.
     """
 
     sites: Mapping[str, Decomposed]

@@ -7,6 +7,29 @@ own accord; anything else that escapes is a bug here or in the user's model.
 
 from __future__ import annotations
 
+LONGEST = 4000
+"""Characters of a message about saved files."""
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """A text without characters that a terminal would act upon: they are written as escapes.
+
+    Those are control characters, line breaks among them, and invisible ones such as marks that
+    turn the direction of writing.
+
+    Args:
+        text: from anywhere.
+        most: characters that are kept, if it is longer.
+
+    >>> printable("up\\x1b[2J →\\n")
+    'up\\\\x1b[2J →\\\\n'
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class FxcompressError(Exception):
     """Base class of every error raised on purpose by fxcompress."""
@@ -32,8 +55,19 @@ class RewriteError(FxcompressError):
     """A rewritten model that failed its verification and could not be rolled back."""
 
 
+class SaveError(FxcompressError):
+    """A model that, as it is, could not be loaded again, or files that cannot be written."""
+
+
 class LoadError(FxcompressError):
-    """Saved files that do not fit together, or do not fit the model given."""
+    """Saved files that do not fit together, or do not fit the model given.
+
+    Saved files may come from a stranger, and parts of them stand in the message: it is one line
+    that a terminal only shows (:func:`printable`).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split()), LONGEST))
 
 
 class TrainingError(FxcompressError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxcompress.plan import Fidelity, MeasuredSite, Plan
+from fxcompress.plan import Fidelity, HeldBack, MeasuredSite, Plan
 from fxcompress.report.quantities import LOSS_IN_NATS, loss
 
 Numbers = NDArray[np.float64]
@@ -31,6 +31,12 @@ APART = 3.0
 
 INTERACTION = 2.0
 """Measured loss of the whole, relative to the sum of the sites', that is worth a warning."""
+
+PARTED = 2.0
+"""Factor between predicted and measured loss of the whole that is worth a warning, either way."""
+
+NOTICEABLE = 1e-3
+"""Losses below this are lost in rounding and sampling: they say nothing about the metric."""
 
 CLEAR = 2.0
 """Standard errors that a measured value has to exceed to be above its noise."""
@@ -73,6 +79,33 @@ def assess(
     return fidelity.model_copy(update={"warnings": tuple(_warnings(fidelity, clear))})
 
 
+def parted(plan: Plan, measured: HeldBack) -> list[str]:
+    """A warning where the measured loss of a plan is not the predicted one.
+
+    Args:
+        plan: with its prediction.
+        measured: on batches that the metric did not see.
+    """
+    predicted, found = plan.budget.predicted, measured.measured
+    noise = CLEAR * (measured.error or 0.0)
+    if plan.loss_unit != LOSS_IN_NATS or max(predicted, found) < NOTICEABLE:
+        return []
+    if found - noise > PARTED * predicted:
+        return [
+            f"on the batches held back the compressed model loses {loss(found)} nats per "
+            f"prediction, where the metric predicts {loss(predicted)}: losses of layers do not "
+            "just add up in a cut this deep, or the calibration data are few; keep more, give more "
+            "data, or compress in rounds (solver: {rounds: 5, steps: 20})"
+        ]
+    if found + noise < predicted / PARTED:
+        return [
+            f"on the batches held back the compressed model loses {loss(found)} nats per "
+            f"prediction, where the metric predicts {loss(predicted)}: the metric is a poor guide "
+            "here, and another may spend the budget better (metric: {kind: ekfac}, fisher: exact)"
+        ]
+    return []
+
+
 def units(plan: Plan) -> dict[str, tuple[str, ...]]:
     """What is rewritten together, by the name of the site or the bundle: names of sites."""
     found: dict[str, tuple[str, ...]] = {}
@@ -80,6 +113,11 @@ def units(plan: Plan) -> dict[str, tuple[str, ...]]:
         name = site.bundle or site.name
         found[name] = (*found.get(name, ()), site.name)
     return found
+
+
+def mean_with_error(sums: Numbers, predictions: NDArray[np.int64]) -> tuple[float, float | None]:
+    """Mean per prediction of sums over batches, and its standard error; None of one batch."""
+    return _mean(sums, predictions), _standard_error(sums, predictions)
 
 
 def _mean(sums: Numbers, predictions: NDArray[np.int64]) -> float:

@@ -73,15 +73,19 @@ class Table:
 
     Args:
         path: where they are kept; None to forget them.
+
+    Attributes:
+        unkept: why they could not be kept; empty if they were.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.unkept = ""
         self._all: dict[str, dict[str, float]] = {}
-        if path is not None and path.exists():
+        if path is not None:
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-                self._all = {key: dict(value) for key, value in known.items()}
+                self._all = {key: _times(value) for key, value in known.items()}
             except (OSError, ValueError, TypeError, AttributeError):
                 self._all = {}  # a table that cannot be read is measured again
 
@@ -100,16 +104,38 @@ class Table:
         if missing:
             known.update(_measured(missing, device, tick))
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                partial = self.path.with_suffix(f".{os.getpid()}")
-                partial.write_text(json.dumps(self._all, indent=1), encoding="utf-8")
-                partial.replace(self.path)  # at once: nothing half-written is ever read
+                self._keep(self.path)
         return known
 
+    def _keep(self, path: Path) -> None:
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self._all, indent=1), encoding="utf-8")
+            partial.replace(path)  # at once: nothing half-written is ever read
+        except OSError as error:
+            # The measurement is good all the same, and took its time.
+            self.unkept = (
+                f"the measured times could not be kept in {path} ({error.strerror or error}), so "
+                "the next run measures again; set XDG_CACHE_HOME to a directory that can be written"
+            )
 
-def table_path() -> Path:
-    """Where times are kept: ``fxcompress/latency.json`` in the user's cache directory."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+
+def _times(kept: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a table's entries that are times."""
+    times = {key: value for key, value in kept.items() if type(value) in (int, float)}
+    return {key: float(value) for key, value in times.items() if 0 < value < float("inf")}
+
+
+def table_path() -> Path | None:
+    """Where times are kept: ``fxcompress/latency.json`` in the user's cache directory.
+
+    None for a user without a home.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError:
+        return None
     return Path(root) / "fxcompress" / "latency.json"
 
 
@@ -182,9 +208,10 @@ def _measured(
     entries: Mapping[str, Entry], device: torch.device, tick: Callable[[], None]
 ) -> dict[str, float]:
     least: dict[str, float] = {}
+    numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
     for _ in range(ROUNDS):
         for key, entry in entries.items():
-            module, inputs = _built(entry, device)
+            module, inputs = _built(entry, device, numbers)
             seconds = sum(_time(module, each, device) for each in inputs)
             least[key] = min(seconds, least.get(key, seconds))
         tick()
@@ -205,7 +232,9 @@ class _Together(nn.Module):
 
 
 @torch.no_grad()
-def _built(entry: Entry, device: torch.device) -> tuple[nn.Module, Sequence[Tensor]]:
+def _built(
+    entry: Entry, device: torch.device, numbers: torch.Generator
+) -> tuple[nn.Module, Sequence[Tensor]]:
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
@@ -217,25 +246,26 @@ def _built(entry: Entry, device: torch.device) -> tuple[nn.Module, Sequence[Tens
     elif isinstance(shape, ConvShape):
         module = bare_convolution(shape)
     elif isinstance(shape, EmbeddingShape):
-        module = nn.Embedding(
-            shape.in_features, shape.out_features, dtype=shape.dtype, device=device
+        module = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Embedding, shape.in_features, shape.out_features, dtype=shape.dtype, device=device
         )
     else:
         module = bare_linear(shape.in_features, shape.out_features, shape.bias, shape)
     for parameter in module.parameters():
-        parameter.normal_(std=0.02)
-    return module.eval(), [_input(shape, size) for size in _sizes(shape)]
+        parameter.normal_(std=0.02, generator=numbers)
+    return module.eval(), [_input(shape, size, numbers) for size in _sizes(shape)]
 
 
 def _sizes(shape: Shape) -> Sequence[tuple[int, ...]]:
     return shape.inputs if isinstance(shape, ConvShape) else [(shape.rows,)]
 
 
-def _input(shape: Shape, size: tuple[int, ...]) -> Tensor:
+def _input(shape: Shape, size: tuple[int, ...], numbers: torch.Generator) -> Tensor:
+    device = numbers.device
     if isinstance(shape, EmbeddingShape):
-        return torch.randint(shape.in_features, size, device=shape.device)
+        return torch.randint(shape.in_features, size, device=device, generator=numbers)
     size = (size[0], shape.in_features, *size[1:])
-    return torch.randn(size, device=shape.device).to(shape.dtype)
+    return torch.randn(size, device=device, generator=numbers).to(shape.dtype)
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:

@@ -27,13 +27,30 @@ from torch import fx, nn
 
 from fxcompress.analysis import iterate, working_copy
 from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
-from fxcompress.fidelity import assess, units
-from fxcompress.graph.inputs import Forward, device_of, padding_mask, run_model
-from fxcompress.metric.output import Family, OutputKind, divergence, heads
-from fxcompress.plan import Fidelity, Plan, attach_plan, history, plan_of
+from fxcompress.fidelity import assess, mean_with_error, units
+from fxcompress.graph.inputs import (
+    Forward,
+    device_of,
+    output_mask,
+    padding_mask,
+    run_model,
+    to_device,
+)
+from fxcompress.metric.output import (
+    SEVERAL,
+    Family,
+    Loss,
+    OutputKind,
+    described,
+    divergence,
+    heads,
+    loss_sum,
+)
+from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
+from fxcompress.wrappers import unwrapped
 
 Exchange = Sequence[tuple[nn.Module, nn.Module]]
 """Modules of the dense model, each with what takes its place."""
@@ -71,6 +88,7 @@ def measure(
         CalibrationError: no batches, or a batch on which a model fails or is not finite.
     """
     plan = plan_of(small)
+    model, small = unwrapped(model), unwrapped(small)
     _require_pair(model, small, plan)
     kind = _family(output, plan)
     with torch.inference_mode(False), torch.no_grad(), stages(progress) as show:
@@ -103,10 +121,62 @@ def measure(
         np.array([batch.predictions for batch in found]),
         found[0].output,
     )
-    attach_plan(small, plan.model_copy(update={"fidelity": fidelity}))
+    update_plan(small, plan.model_copy(update={"fidelity": fidelity}))
     for note in fidelity.warnings:
         warnings.warn(note, FxcompressWarning, stacklevel=2)
     return fidelity
+
+
+def measure_whole(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Sequence[Any],
+    *,
+    kind: OutputKind,
+    loss: Loss | None,
+    forward: Forward | None,
+    tick: Callable[[], None],
+) -> HeldBack:
+    """A compressed model beside the dense one, on batches that it was not fitted to.
+
+    Args:
+        dense, compressed: in eval mode; only read.
+        batches: at least one.
+        kind: families of the outputs.
+        loss: the user's; then the rise of its mean is measured instead of the divergence.
+        forward: as of :func:`measure`.
+        tick: called after every forward pass.
+
+    Raises:
+        CalibrationError: a batch on which a model fails or is not finite.
+    """
+    sums, counts, output = [], [], "loss"
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            if loss is None:
+                found = _measure_batch(dense, compressed, {}, batch, index, kind, forward, tick)
+                lost, count, output = found.whole, found.predictions, found.output
+            else:
+                before, count = _loss_on(dense, loss, batch, forward)
+                tick()
+                after, _ = _loss_on(compressed, loss, batch, forward)
+                tick()
+                lost = after - before
+            sums.append(lost)
+            counts.append(count)
+    mean, error = mean_with_error(np.array(sums), np.array(counts))
+    return HeldBack(
+        batches=len(batches), predictions=sum(counts), output=output, measured=mean, error=error
+    )
+
+
+def _loss_on(
+    model: nn.Module, loss: Loss, batch: Any, forward: Forward | None
+) -> tuple[float, int]:
+    result = run_model(model, batch, forward)
+    moved = to_device(batch, device_of(model))
+    total, count = loss_sum(loss, result, moved, output_mask(batch))
+    return float(total), count
 
 
 def _require_pair(model: nn.Module, small: nn.Module, plan: Plan) -> None:
@@ -128,7 +198,7 @@ def _require_pair(model: nn.Module, small: nn.Module, plan: Plan) -> None:
 def _family(output: OutputKind, plan: Plan) -> OutputKind:
     """The family asked for, or else that of the calibration, which may have had none."""
     planned = plan.calibration.get("output", "none")
-    if output != "auto" or planned in ("none", "loss"):
+    if output != "auto" or planned in ("none", "loss") or str(planned).startswith(SEVERAL):
         return output
     for family in get_args(Family):
         if family == planned:
@@ -206,8 +276,10 @@ def _measure_batch(
         with _exchanged(dense, exchange):
             singly.append(lost(dense, f"model with only {name} rewritten")[0])
     whole, predictions = lost(compressed, "compressed model")
-    families = dict.fromkeys(head.family for head in heads(reference, kind))
-    return _Batch(singly, whole, predictions, ", ".join(families))
+    found = heads(reference, kind)
+    families = ", ".join(dict.fromkeys(head.family for head in found))
+    name = described(found, kind) if kind == "auto" else families
+    return _Batch(singly, whole, predictions, name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxcompress.forms import ConvShape
+from fxcompress.forms import ConvShape, JointBody
 from fxcompress.modules import shape_of
 from fxcompress.plan import Part
 
@@ -27,6 +27,13 @@ def layers(body: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
         elif node.op == "call_method":
             parts.append(Part(path="", op=node.target))
     return tuple(parts)
+
+
+def joint_layers(body: JointBody) -> list[tuple[Part, ...]]:
+    """The operators of each member of a body; what is shared stands with the first."""
+    shared = layers(body.shared, "shared.")
+    heads = [layers(head) for head in body.heads]
+    return [(*shared, *heads[0]), *heads[1:]]
 
 
 def _layer(path: str, module: nn.Module) -> Part:

@@ -6,23 +6,59 @@ Everything here is a frozen value with a JSON form; no tensors, no modules.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+import sys
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import fx, nn
 
-from fxcompress.errors import RewriteError
+from fxcompress.errors import RewriteError, printable
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
+from fxcompress.structure import Structure, structure_of
+from fxcompress.wrappers import unwrapped
 
-FORMAT = 3
+FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
+LARGEST = 2**63 - 1
+"""The largest whole number in a plan, either way."""
+
+LARGEST_FLOAT = 1e250
+"""The largest other number, so that sums of such are finite."""
+
+Whole = Annotated[int, Field(ge=0)]
+
+
 class _Frozen(BaseModel):
+    """A record that any report can show: its texts are printable, its numbers not too large.
+
+    That holds whoever made it; texts that came with control characters have escapes in their
+    place (:func:`printable`).
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _showable(cls, value: Any) -> Any:
+        return _showable(value)
+
+
+def _showable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, tuple):
+        return tuple(map(_showable, value))
+    if isinstance(value, dict):
+        return {_showable(key): _showable(one) for key, one in value.items()}
+    largest = LARGEST_FLOAT if isinstance(value, float) else LARGEST
+    if isinstance(value, int | float) and abs(value) > largest:
+        raise ValueError("the number is too large")
+    return value
 
 
 class Size(_Frozen):
@@ -69,9 +105,9 @@ class Part(_Frozen):
 
     path: str
     op: str
-    in_features: int | None = None
-    out_features: int | None = None
-    kernel: tuple[int, ...] = ()
+    in_features: Whole | None = None
+    out_features: Whole | None = None
+    kernel: tuple[Whole, ...] = ()
 
 
 class SitePlan(_Frozen):
@@ -93,8 +129,10 @@ class SitePlan(_Frozen):
         rank: its rank, None if the site stays dense; ``tucker2`` has two of them.
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
+        member: place in that bundle, from 0, in the order of the rule's pattern.
         parts: what the form puts in the operator's place; empty if the site stays dense.
-        predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.
+        predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
+            of the batches held back, if there are any that reach the site.
         energy: share of the squared singular values that is kept, in [0, 1].
         before, after: sizes of this operator; what a bundle shares counts for its first site.
         seconds: measured time of this operator before and after, where a budget is about it;
@@ -108,11 +146,11 @@ class SitePlan(_Frozen):
     weight: str
     op: str
     operator: str
-    in_features: int
-    out_features: int
+    in_features: Whole
+    out_features: Whole
     bias: bool
     dtype: FloatingType
-    calls: int
+    calls: Whole
     rule: str
     location: str
     forms: tuple[str, ...]
@@ -120,6 +158,7 @@ class SitePlan(_Frozen):
     rank: Rank | None
     full_rank: Rank
     bundle: str = ""
+    member: Whole = 0
     parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
@@ -177,8 +216,8 @@ class Unmatched(_Frozen):
     name: str
     op: str
     weight: str
-    shape: tuple[int, ...]
-    parameters: int
+    shape: tuple[Whole, ...]
+    parameters: Whole
     reason: str
 
 
@@ -189,7 +228,7 @@ class NodeSummary(_Frozen):
     op: str
     path: str
     inputs: tuple[str, ...]
-    shape: tuple[int, ...] | None
+    shape: tuple[Whole, ...] | None
 
 
 Unit = Literal["parameters", "macs", "bytes", "latency"]
@@ -226,7 +265,8 @@ class BudgetOutcome(_Frozen):
         dense: what they cost before.
         multiplier: λ, predicted loss per unit of cost; None for uniform ranks.
         predicted: predicted loss, summed over sites.
-        bound: no plan within the budget can have a lower predicted loss; None for uniform.
+        fitted: the same by the damped moments that the ranks were chosen by: what was minimized.
+        bound: no plan within the budget can have a lower fitted loss; None for uniform.
     """
 
     keep: float
@@ -238,12 +278,21 @@ class BudgetOutcome(_Frozen):
     dense: float
     multiplier: float | None
     predicted: float
+    fitted: float
     bound: float | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_kind(cls, values: Any) -> Any:
+        """Plans of version 0.1.0 knew one predicted loss, the fitted one."""
+        if isinstance(values, dict) and "predicted" in values:
+            return {"fitted": values["predicted"], **values}
+        return values
 
     @property
     def gap(self) -> float | None:
         """Duality gap, in the unit of the predicted loss."""
-        return None if self.bound is None else self.predicted - self.bound
+        return None if self.bound is None else self.fitted - self.bound
 
 
 class MeasuredSite(_Frozen):
@@ -279,8 +328,8 @@ class Fidelity(_Frozen):
         warnings: where prediction and measurement part, and what to do about it.
     """
 
-    batches: int
-    predictions: int
+    batches: Whole
+    predictions: Whole
     output: str
     sites: tuple[MeasuredSite, ...]
     measured: float
@@ -300,6 +349,23 @@ class Fidelity(_Frozen):
         return {name: one for one in self.sites for name in one.sites}
 
 
+class HeldBack(_Frozen):
+    """The whole compressed model beside the dense one, on calibration batches held back.
+
+    Attributes:
+        batches, predictions: how much data.
+        output: family of the output distribution; ``"loss"`` for a user's loss.
+        measured: KL to the dense model, or what the user's loss rises by; nats per prediction.
+        error: its standard error, from the differences between batches; None of one batch.
+    """
+
+    batches: int
+    predictions: int
+    output: str
+    measured: float
+    error: float | None
+
+
 class Round(_Frozen):
     """One attempt at a round of ISVT: a thresholding, and gradient steps after it.
 
@@ -315,7 +381,7 @@ class Round(_Frozen):
         kind: ``"factors"``, ``"whitened"`` or ``"correction"``.
     """
 
-    round: int
+    round: Whole
     keep: float
     removed: float
     before: float
@@ -342,6 +408,10 @@ class Plan(_Frozen):
         metric: name of the metric.
         loss_unit: what predicted losses are measured in.
         calibration: what the metric was estimated on (batches, predictions, family, seed).
+        damping: of the input and of the output factors, given or chosen; empty where the metric
+            has none.
+        held_back: the model measured on the batches that the metric did not see; None if it is
+            not rewritten yet, or nothing was held back.
         budget: the budget and how it was met; the first of several.
         limits: the other budgets, and those of single rules.
         sites: every matched site, in graph order.
@@ -358,14 +428,18 @@ class Plan(_Frozen):
         fidelity: predicted and measured losses, once :func:`fxcompress.measure` was called.
         earlier: the plans that were carried out before this one, oldest first, if the model given
             was a compressed one.
+        save_id: in ``plan.json``, the id of the save, which the weights beside it have too; empty
+            in memory, and in files of before there were such ids.
     """
 
-    format: int = FORMAT
+    format: Literal[3] = FORMAT
     model_class: str
     rules: str
     metric: str
     loss_unit: str
     calibration: dict[str, int | str]
+    damping: tuple[float, ...] = ()
+    held_back: HeldBack | None = None
     budget: BudgetOutcome
     limits: tuple[Limit, ...] = ()
     sites: tuple[SitePlan, ...]
@@ -383,6 +457,7 @@ class Plan(_Frozen):
     rounds: tuple[Round, ...] = ()
     fidelity: Fidelity | None = None
     earlier: tuple[Plan, ...] = ()
+    save_id: str = Field("", pattern=r"^([0-9a-f]{16})?$")
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -399,9 +474,12 @@ class Plan(_Frozen):
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:
-        """The sites that are rewritten together, by the name of their bundle."""
+        """The sites that are rewritten together, by the name of their bundle.
+
+        They stand in the order of the rule's pattern, as the forms have them.
+        """
         found: dict[str, tuple[SitePlan, ...]] = {}
-        for site in self.sites:
+        for site in sorted(self.sites, key=lambda site: site.member):
             if site.bundle:
                 found[site.bundle] = (*found.get(site.bundle, ()), site)
         return found
@@ -413,23 +491,42 @@ class Plan(_Frozen):
 
 
 _PLAN = "_fxcompress_plan"
+_STRUCTURE = "_fxcompress_structure"
 _PRESERVED = "_user_preserved_attributes"
 
 
 def attach_plan(model: nn.Module, plan: Plan) -> None:
-    """Let a model carry its plan; it survives ``deepcopy`` and pickling."""
-    model.__dict__[_PLAN] = plan
+    """Let a model that was just rewritten carry its plan; it survives ``deepcopy`` and pickling."""
+    _carry(model, _PLAN, plan)
+    _carry(model, _STRUCTURE, structure_of(model))
+    if "transformers.modeling_utils" in sys.modules:
+        from fxcompress.hf import watch
+
+        watch(model)
+
+
+def update_plan(model: nn.Module, plan: Plan) -> None:
+    """Exchange the plan that a model carries for one that says more about the same rewrite."""
+    _carry(unwrapped(model), _PLAN, plan)
+
+
+def _carry(model: nn.Module, key: str, value: object) -> None:
+    model.__dict__[key] = value
     if isinstance(model, fx.GraphModule):
         # Its deepcopy drops attributes, except for those in here; pickling drops ``meta``.
-        model.meta.setdefault(_PRESERVED, {})[_PLAN] = plan
+        model.meta.setdefault(_PRESERVED, {})[key] = value
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a model that came from :func:`compile` or :func:`fxcompress.load`.
 
+    Args:
+        model: may be wrapped by ``torch.compile`` or for data parallelism.
+
     Raises:
         RewriteError: the model carries none.
     """
+    model = unwrapped(model)
     carried = getattr(model, "__dict__", {}).get(_PLAN)
     if not isinstance(carried, Plan):
         raise RewriteError(
@@ -438,9 +535,15 @@ def plan_of(model: nn.Module) -> Plan:
     return carried
 
 
+def rewritten_structure(model: nn.Module) -> Structure | None:
+    """What a model consisted of when its plan was carried out; None if it does not say."""
+    found = unwrapped(model).__dict__.get(_STRUCTURE)
+    return found if isinstance(found, Structure) else None
+
+
 def history(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that were carried out on a model, oldest first; none on a dense one."""
-    last = model.__dict__.get(_PLAN)
+    last = unwrapped(model).__dict__.get(_PLAN)
     if not isinstance(last, Plan):
         return ()
     return (*last.earlier, last.model_copy(update={"earlier": ()}))

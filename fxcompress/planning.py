@@ -7,15 +7,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
+from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.recorder import Weight
 from fxcompress.latency import ROUNDS, Table, table_path
-from fxcompress.metric import METRICS
-from fxcompress.parts import layers
+from fxcompress.metric import METRICS, Metric
+from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.modules import canonical_weight
+from fxcompress.parts import joint_layers, layers
 from fxcompress.plan import (
     ZERO,
     BudgetOutcome,
@@ -30,6 +36,7 @@ from fxcompress.plan import (
 )
 from fxcompress.pricing import Counted, Pricing, timed
 from fxcompress.report.progress import Progress
+from fxcompress.rules.result import STEPS
 from fxcompress.sites import Site, SiteBundle, decoded, on_meta
 from fxcompress.solving import solve
 
@@ -76,15 +83,18 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
         metric=rules.metric.kind,
         loss_unit=METRICS[rules.metric.kind].unit,
         calibration={
-            "batches": analysis.calibration.batches,
-            "predictions": analysis.calibration.predictions,
-            "output": analysis.calibration.kind,
+            "batches": analysis.estimate.calibration.batches,
+            "predictions": analysis.estimate.calibration.predictions,
+            "output": analysis.estimate.calibration.kind,
+            "held back": len(analysis.estimate.held_back.batches),
             "seed": rules.metric.seed,
         },
+        damping=analysis.estimate.damping if _is_damped(METRICS[rules.metric.kind]) else (),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
             predicted=allocation.loss,
+            fitted=allocation.loss,
             bound=solution.bound,
         ),
         limits=tuple(more),
@@ -99,6 +109,53 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     )
     tick()
     return planned
+
+
+def foreseen(analysis: Analysis, planned: Plan) -> Plan:
+    """The plan with its losses predicted by the moments of the batches held back.
+
+    The moments that it was made by are fitted to it: where data are few it looks far better in
+    their eyes than it is.
+
+    Args:
+        analysis: has the decompositions and the moments.
+        planned: of it; as it is if nothing was held back.
+    """
+    known = analysis.estimate.held_back.moments
+    if not known:
+        return planned
+    metric = METRICS[analysis.rules.rules.metric.kind]
+    sites = {site.name: site for site in analysis.sites}
+    entries = []
+    for entry in planned.sites:
+        if entry.form is not None and entry.name in known:
+            module = analysis.model.get_submodule(entry.name)
+            dense = canonical_weight(module).detach().to(torch.float64)
+            change = _approximated(analysis, sites[entry.name], entry) - dense
+            loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
+            entry = entry.model_copy(update={"predicted": loss})
+        entries.append(entry)
+    predicted = math.fsum(entry.predicted for entry in entries)
+    budget = planned.budget.model_copy(update={"predicted": predicted})
+    return planned.model_copy(update={"sites": tuple(entries), "budget": budget})
+
+
+def _approximated(analysis: Analysis, site: Site, entry: SitePlan) -> Tensor:
+    """The dense weight (canonical layout, float64) that the form of a site stands for."""
+    chosen, rank = entry.choice
+    if not entry.bundle:
+        form, target = site.forms[chosen], analysis.decomposed.sites[site.name].target
+        return form.product(
+            site.shape, [factor.to(torch.float64) for factor in form.factors(target, rank)]
+        )
+    (members,) = (each.sites for each in analysis.bundles if each.name == entry.bundle)
+    left, right = analysis.decomposed.bundles[entry.bundle].target.truncations().factors(rank)
+    part = torch.split(left, [member.out_features for member in members])[members.index(site)]
+    return part.to(torch.float64) @ right.to(torch.float64)
+
+
+def _is_damped(metric: Metric) -> bool:
+    return metric.factors is not None and bool(metric.needs)
 
 
 def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
@@ -117,6 +174,8 @@ def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
+            if table.unkept and table.unkept not in analysis.notes:
+                analysis.notes.append(table.unkept)
     return pricings
 
 
@@ -157,6 +216,7 @@ class _Chosen:
     rank: Rank | None
     parts: tuple[Part, ...] = ()
     bundle: str = ""
+    member: int = 0
 
 
 def _single(site: Site, analysis: Analysis, allocation: Allocation) -> _Chosen:
@@ -180,8 +240,7 @@ def _joint_choices(
     body = form.empty([on_meta(shape) for shape in bundle.shapes], choice.rank)
     predicted = analysis.decomposed.bundles[bundle.name].predicted(choice.loss, choice.rank)
     sizes = bundle.sizes(choice.form, choice.rank, body)
-    for index, (site, head) in enumerate(zip(bundle.sites, body.heads, strict=True)):
-        shared = layers(body.shared, "shared.") if index == 0 else ()
+    for index, (site, parts) in enumerate(zip(bundle.sites, joint_layers(body), strict=True)):
         yield (
             site.name,
             _Chosen(
@@ -190,8 +249,9 @@ def _joint_choices(
                 sizes[index],
                 form.full_rank(bundle.shapes),
                 choice.rank,
-                (*shared, *layers(head)),
+                parts,
                 bundle.name,
+                index,
             ),
         )
 
@@ -234,17 +294,24 @@ def _site_plan(
         rank=chosen.rank,
         full_rank=chosen.full_rank,
         bundle=chosen.bundle,
+        member=chosen.member,
         parts=chosen.parts,
         predicted=chosen.predicted,
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
         before=site.dense_size(),
         after=chosen.after,
-        reason=_dense_reason(site, forms, out) if dense else "",
+        reason=_dense_reason(site, forms, out, analysis) if dense else "",
         spectrum=tuple(sigma[shown].tolist()),
     )
 
 
-def _dense_reason(site: Site, forms: Sequence[str], excluded: Collection[str]) -> str:
+def _dense_reason(
+    site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
+) -> str:
+    if site.name in analysis.decomposed.idle and not site.match.unmeasured:
+        known = analysis.estimate.calibration.unmeasured
+        why = known.get(site.name, "every statistic of it is zero")
+        return f"no influence was measured: {why}"
     misfits = [reason for form in site.forms.values() if (reason := form.misfit(site.shape))]
     if misfits and len(misfits) == len(forms):
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
@@ -277,7 +344,9 @@ def _used_templates(analysis: Analysis, sites: Sequence[SitePlan]) -> dict[str, 
 def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
     """Matrices and larger weights that stay as they are, each with the nearest reason."""
     matched = {site.weight for site in analysis.sites}
-    reasons = {miss.operator: miss.reason for miss in analysis.matched.misses}
+    # Of several rules that lost an operator, the one that it came furthest with.
+    misses = sorted(analysis.matched.misses, key=lambda miss: -STEPS.index(miss.step))
+    reasons = {miss.operator: miss.reason for miss in reversed(misses)}
     for kept in analysis.matched.protected:
         reasons[kept.operators[0]] = f"kept dense by rule {kept.rule_id} ({kept.location})"
     weights = analysis.recording.weights
@@ -295,7 +364,7 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
             continue  # norms and other vectors: nothing to factorize
         seen.add(weight)
         shape = weights[weight].shape
-        if operator.op == "linear":  # (out x in), whichever way it is stored
+        if operator.op == "linear" and len(shape) == 2:  # (out x in), whichever way it is stored
             shape = tuple(int(operator.attributes[k]) for k in ("out_features", "in_features"))  # type: ignore[arg-type]
         out.append(
             Unmatched(
@@ -303,7 +372,7 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
                 op=operator.op,
                 weight=weight,
                 shape=shape,
-                parameters=math.prod(shape),
+                parameters=math.prod(weights[weight].shape),
                 reason=reasons.get(operator.name, f"no rule is about operator {operator.op}"),
             )
         )
@@ -312,18 +381,13 @@ def _unmatched(analysis: Analysis) -> tuple[Unmatched, ...]:
 
 def _unseen(analysis: Analysis) -> list[Unmatched]:
     """Weights that no operator of the graph applies: rules cannot be about them."""
-    ran = {operator.path: operator.op for operator in analysis.recording.operators}
+    ran = {o.path: o.op for o in analysis.recording.operators if o.module}
     out = []
     for name, facts in analysis.recording.weights.items():
         owner = name.rpartition(".")[0]
         if facts.calls or len(facts.shape) < 2:
             continue
-        if owner in ran:
-            reason = f"{ran[owner]} applies it inside, out of the reach of rules"
-        elif ".parametrizations." in name:
-            reason = "it is parametrized (torch.nn.utils.parametrize): remove that first"
-        else:
-            reason = "the example does not use it; if other inputs do, pass examples=[...] of both"
+        reason = _unseen_reason(analysis.model, name, facts, ran)
         out.append(
             Unmatched(
                 name=owner or name,
@@ -335,6 +399,35 @@ def _unseen(analysis: Analysis) -> list[Unmatched]:
             )
         )
     return out
+
+
+def _unseen_reason(model: nn.Module, name: str, facts: Weight, ran: Mapping[str, str]) -> str:
+    """Why no operator has a weight.
+
+    Args:
+        model: as it was recorded.
+        name: of the weight.
+        facts: about it.
+        ran: operators of the modules that were called as one, by path.
+    """
+    owner = name.rpartition(".")[0]
+    above = [owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", ".")]
+    if any(ran.get(path) == "script_module" for path in above):
+        return (
+            "it is part of a TorchScript program, which hides its operators: compress the model "
+            "before that is scripted"
+        )
+    if ".parametrizations." in name:
+        return PARAMETRIZED.replace("its weight", "it")
+    if owner in ran and made_by_hook(model.get_submodule(owner)):
+        return MADE_BY_HOOK
+    inside = [function for function, scope in facts.readers if owner in ran and scope == owner]
+    if inside:
+        return f"{ran[owner]} applies it inside, out of the reach of rules"
+    if facts.readers:
+        function, scope = facts.readers[0]
+        return f"{function} in {forward_of(scope)} computes with it, out of the reach of rules"
+    return "the example does not use it; if other inputs do, pass examples=[...] of both"
 
 
 def sum_sizes(sizes: Iterable[Size]) -> Size:

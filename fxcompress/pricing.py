@@ -129,7 +129,8 @@ def problems(
 ) -> list[Problem]:
     """The same choices with their costs in each of several units.
 
-    A rank is offered if it saves as much as its rule asks for in one of the units.
+    A rank is offered if it saves as much as its rule asks for in one of the units; none of a
+    site without a measured influence on the output, unless its rule asks for that.
 
     Args:
         sites, bundles: to choose for.
@@ -137,11 +138,16 @@ def problems(
         pricings: one for each unit.
         excluded: forms that are not to be chosen, by the name of a site or bundle.
     """
+    idle = {*decomposed.idle}
+
+    def measured(site: Site) -> bool:
+        return site.name not in idle or site.match.unmeasured
+
     singles = []
     for site in sites:
         dense = [pricing.dense(site) for pricing in pricings]
         offers = []
-        for form in site.forms:
+        for form in site.forms if measured(site) else ():
             if form not in excluded.get(site.name, ()):
                 ranks = site.ranks(form)
                 costs = [pricing.single(site, form, ranks) for pricing in pricings]
@@ -162,7 +168,12 @@ def problems(
     return [
         Problem(
             tuple(
-                Candidate(site.name, dense[at], _taken(offers, at), site.match.group)
+                Candidate(
+                    site.name,
+                    dense[at],
+                    _taken(offers, at),
+                    site.match.group if measured(site) else None,
+                )
                 for site, dense, offers in singles
             ),
             tuple(

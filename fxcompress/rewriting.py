@@ -12,12 +12,14 @@ from torch import Tensor, fx, nn
 
 from fxcompress.analysis import Analysis
 from fxcompress.errors import BudgetError, RecordError, RewriteError
+from fxcompress.fidelity import parted
 from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.measure import measure_whole
 from fxcompress.plan import Plan, SitePlan
-from fxcompress.planning import make_plan, summarize
+from fxcompress.planning import foreseen, make_plan, summarize
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import (
     Bodies,
@@ -66,6 +68,17 @@ def rewrite(
         rewritten = model
     else:
         rewritten = own_parameters(rewritten, model)
+    planned = foreseen(analysis, planned)
+    held = analysis.estimate.held_back
+    measured = None
+    if held.batches:
+        tick = show.stage("measure", 2 * len(held.batches))
+        compressed = nn.Module.train(skeleton(rewritten), False)
+        measured = measure_whole(
+            analysis.model, compressed, held.batches,
+            kind=analysis.rules.rules.metric.output, loss=held.loss, forward=forward, tick=tick,
+        )  # fmt: skip
+        notes += parted(planned, measured)
     counted = planned.model_after.model_copy(update={"macs": after.macs})
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
@@ -77,6 +90,7 @@ def rewrite(
         update={
             "model_after": counted,
             "after": summarize(after.operators),
+            "held_back": measured,
             "expanded": tuple(
                 name
                 for name, module in rewritten.named_modules()

@@ -119,7 +119,12 @@ def _demand(analysis: Analysis, budget: Budget, problem: Problem) -> _Demand:
     limit = budget.keep * whole - rest
     least = least_cost(problem.candidates, problem.bundles)
     if least > limit:
-        raise BudgetError(_impossible(budget, whole, rest + least))
+        kept = sum(
+            not site.match.unmeasured
+            for site in analysis.sites
+            if site.name in analysis.decomposed.idle
+        )
+        raise BudgetError(_impossible(budget, whole, rest + least) + _unmeasured(kept))
     return _Demand(
         Limit(
             keep=budget.keep, of=budget.of, unit=budget.unit, limit=limit, cost=dense,
@@ -142,6 +147,15 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
         f"{amount(budget.keep * base, unit)}, and these rules need at least "
         f"{amount(needed, unit)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
         "multiple_of) or match more operators"
+    )
+
+
+def _unmeasured(count: int) -> str:
+    if not count:
+        return ""
+    return (
+        f"; {count} of the matched operators stay dense, as no influence of them on the output was "
+        "measured (the warnings of a plan with a higher keep name them)"
     )
 
 

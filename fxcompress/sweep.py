@@ -18,11 +18,12 @@ from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
 from fxcompress.plan import attach_plan
-from fxcompress.planning import make_plan
+from fxcompress.planning import foreseen, make_plan
 from fxcompress.report.progress import stages
 from fxcompress.report.sweep import Point, Sweep
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, Rules, read_rules, with_keep
+from fxcompress.wrappers import unwrapped
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 
@@ -60,6 +61,7 @@ def sweep(
         BudgetError: a keep is not a fraction, or none can be met.
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
+    model = unwrapped(model)
     loaded = _by_keep(read_rules(rules), keeps)
     points: list[Point] = []
     dense: dict[str, float] = {}
@@ -115,7 +117,7 @@ def _point(
     with stages(enabled=False) as own:
         try:
             if evaluate is None:
-                planned = make_plan(analysis, {}, own)
+                planned = foreseen(analysis, make_plan(analysis, {}, own))
                 planned = planned.model_copy(update={"warnings": tuple(analysis.notes)})
             else:
                 small, planned = rewrite(model, analysis, forward, own)

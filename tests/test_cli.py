@@ -362,7 +362,7 @@ tests:
 
 def test_rule_tests_pass(run: _Run, place: Path) -> None:
     (place / "tested.yaml").write_text(RULES_WITH_TESTS)
-    assert run("test", "tested.yaml")[0].splitlines() == [
+    assert run("test", "--run-models", "tested.yaml")[0].splitlines() == [
         "ok    a graph",
         "ok    a model",
         "tested.yaml: 2 tests, all passed",
@@ -370,16 +370,30 @@ def test_rule_tests_pass(run: _Run, place: Path) -> None:
     assert run("check", "tested.yaml")[0] == "tested.yaml: 1 rule, 2 tests, no errors\n"
 
 
+def test_rule_tests_run_no_code_unless_they_may(run: _Run, place: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (place / "marks.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef net(): pass\n")
+    text = RULES_WITH_TESTS.replace("functions.py:net", "marks.py:net")
+    (place / "marks.yaml").write_text(text)
+    out, _ = run("test", "marks.yaml", code=1)
+    assert "ok    a graph" in out
+    assert "marks.yaml:9:12: did not run: it would run code: it imports marks.py:net and" in out
+    assert "--run-models" in out
+    assert not mark.exists()
+    run("test", "marks.yaml", "--run-models", code=1)
+    assert mark.exists()
+
+
 def test_files_of_rule_tests_stand_next_to_the_rules(run: _Run, place: Path) -> None:
     (place / "tested.yaml").write_text(RULES_WITH_TESTS)
     run.place = place / "empty"
-    assert "all passed" in run("test", place / "tested.yaml")[0]
+    assert "all passed" in run("test", "--run-models", place / "tested.yaml")[0]
 
 
 def test_rule_tests_fail(run: _Run, place: Path) -> None:
     text = RULES_WITH_TESTS.replace("[fc]", "[]").replace("functions.py:net", "functions.py:nope")
     (place / "failing.yaml").write_text(text)
-    out, _ = run("test", "failing.yaml", code=1)
+    out, _ = run("test", "--run-models", "failing.yaml", code=1)
     assert "FAIL  a graph  (failing.yaml:5:5)" in out
     assert "failing.yaml:7:20: rule 'all' should match nothing; it matches fc" in out
     assert "rule all (failing.yaml:3)\n      1 linear" in out
@@ -390,7 +404,7 @@ def test_rule_tests_fail(run: _Run, place: Path) -> None:
 
 def test_rule_tests_as_json(run: _Run, place: Path) -> None:
     (place / "failing.yaml").write_text(RULES_WITH_TESTS.replace("[fc]", "[]"))
-    found = json.loads(run("test", "failing.yaml", "--json", code=1)[0])
+    found = json.loads(run("test", "--run-models", "failing.yaml", "--json", code=1)[0])
     assert [(case["name"], case["passed"]) for case in found["tests"]] == [
         ("a graph", False),
         ("a model", True),
@@ -401,7 +415,10 @@ def test_rule_tests_as_json(run: _Run, place: Path) -> None:
 def test_a_model_without_data_is_told(run: _Run, place: Path) -> None:
     text = RULES_WITH_TESTS.replace("    data: functions.py:batches\n", "")
     (place / "failing.yaml").write_text(text)
-    assert "the model is run once: give 'data'" in run("test", "failing.yaml", code=1)[0]
+    assert (
+        "the model is run once: give 'data'"
+        in run("test", "--run-models", "failing.yaml", code=1)[0]
+    )
 
 
 def test_a_file_without_tests(run: _Run) -> None:

@@ -212,7 +212,7 @@ def test_asking_a_weight_for_its_type_adds_no_work() -> None:
     model, batch = case.build(), case.batch()
     small = fxcompress.compile(model, rules(0.6, unit="macs"), [batch])
     planned = plan_of(small)
-    assert not planned.warnings
+    assert not any("multiply-accumulates" in note for note in planned.warnings)
     assert planned.budget.cost <= 0.6 * planned.budget.dense
     assert planned.model_after.macs == counted(small, batch, "macs")
 

@@ -19,24 +19,26 @@ ROOT = Path(fxcompress.__file__).parent
 
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
-    {"errors"},
-    {"graph", "budget", "forms", "processes"},
+    {"errors", "late", "structure", "wrappers"},
+    {"graph", "budget", "forms", "files", "processes"},
     {"rules", "metric", "plan", "modules"},
     {"report", "rewrite", "sites", "parts", "latency"},
-    {"decomposition", "fidelity"},
-    {"analysis", "pricing"},
-    {"solving"},
+    {"decomposition", "fidelity", "influence", "held_back"},
+    {"analysis", "pricing", "plan_checks", "pretrained"},
+    {"solving", "measure"},
     {"planning"},
-    {"rewriting"},
+    {"rewriting", "loading"},
     {"isvt"},
-    {"compile", "compare", "io"},
-    {"measure", "sweep"},
+    {"compile", "compare"},
+    {"sweep", "saving"},
+    {"hf"},
     {"cli"},
 ]
 """The order of the package, the ground first: parts of it by name, file or folder."""
 
-DELAYED = {("plan", "report")}
-"""Imports the other way, inside of functions: a plan prints itself as a table."""
+DELAYED = {("plan", "report"), ("plan", "hf")}
+"""Imports the other way, inside of functions: a plan prints itself as a table, and a
+Hugging Face model that gets one is watched where it is saved."""
 
 DEPTH = {part: depth for depth, row in enumerate(LAYERS) for part in row}
 
@@ -144,8 +146,8 @@ def test_only_declared_libraries_are_imported() -> None:
 
 
 def test_transformers_is_never_needed() -> None:
-    """Not on top of any module, so that everything else works without it."""
-    for name in ALL:
+    """Not on top of any module but the one that is only imported once it is there."""
+    for name in ALL - {"fxcompress.hf"}:
         assert not any(t.split(".")[0] == "transformers" and top for t, top in imports(name)), name
 
 

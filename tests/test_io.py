@@ -338,7 +338,7 @@ def test_a_config_that_is_broken(tmp_path: Path) -> None:
         (json.dumps({**config, "hidden_size": 32}), "not what the plan was made for"),
         (json.dumps({**config, "num_hidden_layers": 1}), "no linear layer"),
         (json.dumps({**config, "num_hidden_layers": 3}), "the file has no model.layers.2"),
-        (json.dumps({**config, "vocab_size": 99}), "lm_head.weight is"),
+        (json.dumps({**config, "vocab_size": 99}), "lm_head is linear 64→99"),
     ]:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(LoadError, match=words):
@@ -444,7 +444,7 @@ class _Convolution(Net):
     [
         (nn.Sequential(nn.Linear(24, 48)), ["no linear layer up", "Sequential"]),
         (net(width=20), ["up is linear 20→40, the plan has linear 24→48"]),
-        (net(classes=11), ["head.weight is (10, 24) in the file, (11, 24) in the model"]),
+        (net(classes=11), ["head is linear 24→11, the plan has linear 24→10"]),
         (Net().to("meta"), ["meta device"]),
     ],
 )
@@ -483,12 +483,12 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_site(rank=0), ["up: rank 0"]),
         (_site(rank=-3), ["up: rank -3"]),
         (_site(rank=10**9), ["up: rank 1000000000"]),
-        (_site(rank=2), ["up.body.pivot.weight is"]),
+        (_site(rank=2), ["sites[0].after.parameters"]),
         (_site(dtype="load"), ["not a valid plan", "dtype"]),
         (_site(name="nowhere"), ["no linear layer nowhere"]),
         (_site(name=""), ["no linear layer"]),
         (_site(name="__class__"), ["no linear layer __class__"]),
-        (_site(operator="linear 24→1000000000"), ["the plan has linear 24→1000000000"]),
+        (_site(operator="linear 24→1000000000"), ["sites[0].operator", "24→1000000000"]),
         (lambda plan: plan["sites"].append(plan["sites"][0]), ["a site appears twice"]),
     ],
 )
@@ -539,6 +539,6 @@ def test_no_paths_of_this_machine(tmp_path: Path) -> None:
 
 def test_a_plan_survives_json(tmp_path: Path) -> None:
     small = saved(tmp_path)
-    assert fxcompress.Plan.model_validate_json((tmp_path / "plan.json").read_text()) == plan_of(
-        small
-    )
+    read = fxcompress.Plan.model_validate_json((tmp_path / "plan.json").read_text())
+    assert read.save_id
+    assert read.model_copy(update={"save_id": ""}) == plan_of(small)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import latency
-from fxcompress.forms import Form, LinearShape, find_form
+from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form
 from fxcompress.forms.convolution import convolution_shape
 from fxcompress.latency import Entry, Table, entries_for, interpolated, rank_grid, table_path
 
@@ -36,13 +36,15 @@ def test_the_operator_that_is_timed_is_the_real_one() -> None:
     """Of a convolution and of bodies: outputs have the size that they have in the model."""
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
     shape = latency.replace(convolution_shape(conv), inputs=((2, 9, 7), (1, 5, 5)))
-    module, inputs = latency._built(Entry((shape,)), CPU)
+    module, inputs = latency._built(Entry((shape,)), CPU, torch.Generator())
     assert [tuple(each.shape) for each in inputs] == [(2, 3, 9, 7), (1, 3, 5, 5)]
     assert module(inputs[0]).shape == conv(inputs[0]).shape
-    body, _ = latency._built(Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU)
+    body, _ = latency._built(
+        Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU, torch.Generator()
+    )
     assert body(inputs[1]).shape == conv(inputs[1]).shape
     joint = Entry((LINEAR, LINEAR), fxcompress.forms.find_joint_form("joint"), 5)
-    module, (x,) = latency._built(joint, CPU)
+    module, (x,) = latency._built(joint, CPU, torch.Generator())
     assert [tuple(out.shape) for out in module(x)] == [(10, 48), (10, 48)]
 
 
@@ -125,6 +127,23 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert table_path() == tmp_path / "fxcompress" / "latency.json"
 
 
+def test_times_that_are_none_are_measured_again(tmp_path: Path) -> None:
+    path, entry = tmp_path / "latency.json", Entry((LINEAR,))
+    for wrong in (float("nan"), float("inf"), -1.0, 0.0, "fast", None, True):
+        path.write_text(json.dumps({latency.machine(CPU): {entry.key: wrong}}))
+        assert 0 < Table(path).measure([entry], CPU, no_tick)[entry.key] < 1
+
+
+def test_measuring_draws_no_random_numbers_of_the_user() -> None:
+    before = torch.get_rng_state()
+    table = EmbeddingShape(50, 8, torch.float32, CPU, None, False, False, None, rows=4)
+    conv = latency.replace(convolution_shape(nn.Conv2d(3, 8, 3)), inputs=((2, 9, 7),))
+    entries = [Entry((LINEAR,)), Entry((LINEAR,), find_form("low_rank"), 4)]
+    torch.set_rng_state(before)
+    Table(None).measure([*entries, Entry((table,)), Entry((conv,))], CPU, no_tick)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ---- in the compiler ------------------------------------------------------------------
 
 RULES = """
@@ -202,6 +221,29 @@ def test_measured_once_for_two_runs(made_up: list[str], tmp_path: Path) -> None:
     assert count
     assert fxcompress.plan(model, path, batches).sites == first.sites
     assert len(made_up) == count
+
+
+def test_a_cache_that_cannot_be_written_is_told_about(
+    made_up: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all the measuring; a file stands where the directory should be."""
+    path, file = tmp_path / "rules.yaml", tmp_path / "file"
+    path.write_text(RULES)
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    model, batches = network()
+    with pytest.warns(fxcompress.FxcompressWarning, match="could not be kept in .*XDG_CACHE_HOME"):
+        small = fxcompress.compile(model, path, batches)
+    assert fxcompress.plan_of(small).rewritten
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert table_path() is None
 
 
 def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxcompress.errors import RewriteError
 from fxcompress.forms.form import (
     Counts,
     Form,
@@ -24,7 +25,8 @@ from fxcompress.forms.form import (
 )
 from fxcompress.forms.shape import LinearShape
 from fxcompress.forms.target import Ranks
-from fxcompress.forms.template import Step, Template, size_of, source_shape
+from fxcompress.forms.template import Step, Template
+from fxcompress.forms.widths import size_of, source_shape
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "relu": F.relu,
@@ -161,6 +163,11 @@ def _add(
             rows, columns = (size_of(width, sizes) for width in source_shape(step.weight))
             # A bias that the template names may be missing in a match.
             bias = bool(step.bias) and shapes[step.bias.partition(".")[0]].bias
+            if hasattr(fx.GraphModule, step.name):  # of a torch newer than forms/reserved.py
+                raise RewriteError(
+                    f"'{step.name}' names something of torch's modules: give that node of the "
+                    "template another name"
+                )
             root.add_module(step.name, bare_linear(columns, rows, bias, like))
             values[step.name] = graph.call_module(step.name, tuple(inputs))
         elif step.op == "cat":

@@ -54,10 +54,11 @@ class _PivotedConvolution(Form):
         return ranks * pivot.weights + ranks * (shape.group_out - ranks) * shape.groups
 
     def macs(self, shape: ConvShape, ranks: Ranks) -> Counts:
-        pivot, combine = self._layers(shape, 1)
-        left = shape.group_out - ranks
-        each: int = combine.macs // (shape.group_out - 1)
-        return ranks * pivot.macs + ranks * left * each
+        pivot, _ = self._layers(shape, 1)
+        # One other channel of each group from one pivot; a group of one channel has no others.
+        none = (False,) * shape.dims
+        each = shape.part(shape.groups, shape.groups, none, shape.bias, pivot.outputs).macs
+        return ranks * pivot.macs + ranks * (shape.group_out - ranks) * each
 
     def bytes(self, shape: ConvShape, ranks: Ranks) -> Counts:
         order = shape.out_channels * torch.int32.itemsize

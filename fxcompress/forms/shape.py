@@ -15,6 +15,7 @@ kernel; its canonical weight is that of this convolution.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -320,6 +321,89 @@ class ConvShape:
 
 
 Shape = LinearShape | ConvShape | EmbeddingShape
+
+
+MOST_CHANNELS = 2**28
+"""Features, channels, rows or taps of an operator that is read from a text."""
+
+MOST_WEIGHTS = 2**42
+"""Entries of its weight."""
+
+_MATRIX = re.compile(r"(linear|embedding) ([0-9]{1,9})→([0-9]{1,9})")
+_CONVOLUTION = re.compile(r"(conv|conv_transpose)([123])d ([0-9]{1,9})→([0-9]{1,9}) ([0-9×]{1,32})")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def parse_shape(text: str, bias: bool, dtype: torch.dtype, device: torch.device = CPU) -> Shape:
+    """The operator that ``str()`` describes.
+
+    >>> parse_shape("conv1d 6→4 3, padding same, groups 2", True, torch.float32).group_out
+    2
+
+    Args:
+        text: as of ``str()``.
+        bias: whether it has one.
+        dtype: of the weight.
+        device: of the weight.
+
+    Raises:
+        ValueError: there is no such operator, or it is larger than any that fits into memory.
+    """
+    made = _parsed(text, bias, dtype, device)
+    if made is None or str(made) != text or (bias and not made.bias):
+        raise ValueError(f"'{text}' describes no operator")
+    sizes = (made.in_features, made.out_features)
+    taps = made.taps if isinstance(made, ConvShape) else 1
+    if min(*sizes, taps) < 1 or max(*sizes, taps) > MOST_CHANNELS or made.weights > MOST_WEIGHTS:
+        raise ValueError(f"'{text}' is out of all bounds")
+    return made
+
+
+def _parsed(text: str, bias: bool, dtype: torch.dtype, device: torch.device) -> Shape | None:
+    if plain := _MATRIX.fullmatch(text):
+        n, m = int(plain[2]), int(plain[3])
+        if plain[1] == "linear":
+            return LinearShape(n, m, bias, dtype, device)
+        return EmbeddingShape(n, m, dtype, device)
+    head, *words = text.split(", ")
+    found = _CONVOLUTION.fullmatch(head)
+    if not found:
+        return None
+    dims = int(found[2])
+    given: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition(" ")
+        given[name if value else "padding_mode"] = value or name
+    padding = given.get("padding", "0")
+    groups, mode = given.get("groups", "1"), given.get("padding_mode", "zeros")
+    transposed = found[1] == "conv_transpose"
+    made = ConvShape(
+        in_channels=int(found[3]),
+        out_channels=int(found[4]),
+        kernel_size=_numbers(found[5], dims),
+        stride=_numbers(given.get("stride", "1"), dims),
+        padding=padding if padding in ("same", "valid") else _numbers(padding, dims),
+        dilation=_numbers(given.get("dilation", "1"), dims),
+        groups=_numbers(groups, 1)[0],
+        bias=bias,
+        padding_mode=mode,
+        transposed=transposed,
+        output_padding=_numbers(given.get("output_padding", "0"), dims) if transposed else (),
+        dtype=dtype,
+        device=device,
+    )
+    sound = mode in _PADDING_MODES and min(made.stride) > 0 and min(made.dilation) > 0
+    whole = made.groups > 0 and not made.in_channels % made.groups | made.out_channels % made.groups
+    return made if sound and whole else None
+
+
+def _numbers(text: str, dims: int) -> Sizes:
+    """``3×5``; one number stands for all dimensions."""
+    numbers = tuple(int(part) for part in text.split("×") if re.fullmatch("[0-9]{1,9}", part))
+    numbers = numbers * dims if len(numbers) == 1 else numbers
+    if len(numbers) != dims:
+        raise ValueError(f"'{text}' are not {dims} numbers")
+    return numbers
 
 
 def _where(owned: Sequence[bool], values: Sequence[int], other: int) -> Sizes:

@@ -14,19 +14,31 @@ Several operators are decomposed together, as one matrix stacked from theirs: ``
 (r x n) belongs to all of them, and ``q.left`` (m_q x r) are the rows of ``q``.
 
 The width of every value is a sum of whole multiples of 1, r and the widths of the matched
-operators (:class:`Width`).  Two widths that cannot be equal, whatever these are, are an error
-of the rule file; two that are not equal for one match are a reason to leave it alone.  This
-file does without torch; :mod:`fxcompress.forms.graph` makes the form.
+operators (:mod:`fxcompress.forms.widths`).  Two widths that cannot be equal, whatever these are,
+are an error of the rule file; two that are not equal for one match are a reason to leave it
+alone.  This file does without torch; :mod:`fxcompress.forms.graph` makes the form.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fxcompress.forms.reserved import is_reserved
+from fxcompress.forms.widths import (
+    Width,
+    never_equal,
+    size_of,
+    source_shape,
+    substituted,
+    sum_of,
+    text_of,
+)
 
 UNARY = ("relu", "gelu", "silu", "tanh", "sigmoid")
 """Operators of templates that keep the width."""
@@ -42,8 +54,11 @@ _ARITY = {"cat": (2, 64), **dict.fromkeys(BINARY, (2, 2))}
 JOINT = "joint"
 """Owner of the right factor of several operators that are decomposed as one."""
 
-Width = Mapping[str, int]
-"""A width as a sum: symbol (``""`` for 1, ``"r"``, ``"fc.in_features"``) -> how many of it."""
+MOST_STEPS = 64
+"""Nodes of one template, and values that ``cat`` joins."""
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FORM = re.compile(r"graph:[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -92,13 +107,16 @@ class Step(_Frozen):
 
     name: str
     op: str
-    inputs: tuple[str, ...]
+    inputs: Annotated[tuple[str, ...], Field(max_length=MOST_STEPS)]
     weight: str = ""
     bias: str = ""
 
 
 class Template(_Frozen):
     """A checked template; it has a JSON form, so that saved models can be rebuilt.
+
+    It is checked whenever one is made, wherever its parts come from: the names of its nodes
+    become names of modules, which torch.fx writes into source code as they are.
 
     Attributes:
         name: of the form, ``"graph:my-bottleneck"``.
@@ -109,8 +127,14 @@ class Template(_Frozen):
 
     name: str
     input: str
-    steps: tuple[Step, ...]
-    outputs: tuple[tuple[str, str], ...]
+    steps: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)]
+    outputs: Annotated[tuple[tuple[str, str], ...], Field(max_length=MOST_STEPS)]
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if problems := _made_problems(self):
+            raise ValueError("; ".join(_placed(problem) for problem in problems[:5]))
+        return self
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -134,7 +158,7 @@ class Template(_Frozen):
         """:meth:`parameters` in symbols: ``"r * fc.in_features + r * fc.out_features"``."""
         weights = (source_shape(step.weight) for step in self.steps if step.weight)
         products = (self._named(shape) for shape in weights)
-        factors = (sorted(map(_text, shape), key=lambda text: text != "r") for shape in products)
+        factors = (sorted(map(text_of, shape), key=lambda text: text != "r") for shape in products)
         return " + ".join(" * ".join(pair) for pair in factors)
 
     def _named(self, shape: tuple[Width, Width]) -> tuple[Width, Width]:
@@ -166,14 +190,14 @@ class Template(_Frozen):
             self.steps,
             {self.input: {"": sizes[f"{JOINT}.in_features"]}},
             problems,
-            lambda width: _substitute(width, sizes),
+            lambda width: substituted(width, sizes),
         )
         for role, name in self.outputs:
             wanted = {"": sizes[f"{role}.out_features"]}
             if widths[name] != wanted:
                 return (
-                    f"template node '{name}' has {_text(widths[name])} features, and {role} has "
-                    f"{_text(wanted)}"
+                    f"template node '{name}' has {text_of(widths[name])} features, and {role} has "
+                    f"{text_of(wanted)}"
                 )
         return problems[0].message if problems else None
 
@@ -205,6 +229,11 @@ def build_template(
     for clash in graph.keys() & set(readers.values()):
         message = f"'{clash}' is what the match reads; the node needs another name"
         raise TemplateErrors([Problem(("graph", clash), "name-clash", message)])
+    problems += [
+        Problem(("graph", node), "reserved-name", message, "give the node another name")
+        for node in graph
+        if (message := _misnamed(node))
+    ]
     steps = _ordered(_steps(graph, problems), problems)
     if outputs is None:
         for step in steps:
@@ -237,16 +266,79 @@ def build_template(
     if set(outputs.values()) <= graph.keys():
         _check_use(steps, outputs, problems)
     if not problems:
-        made = Template(
+        made = Template.model_construct(
             name=name,
             input=values[0],
             steps=tuple(steps),
             outputs=tuple((role, outputs[role]) for role in roles),
         )
-        problems += _shape_problems(made) or _factor_problems(made)
+        problems += _made_problems(made)
         if not problems:
-            return made
+            return Template(
+                name=made.name, input=made.input, steps=made.steps, outputs=made.outputs
+            )
     raise TemplateErrors(problems)
+
+
+def _misnamed(node: str) -> str:
+    """Why a node cannot have a name; empty if it can."""
+    if not _IDENTIFIER.fullmatch(node):
+        return f"'{node}' is no name: letters, digits and underscores"
+    if is_reserved(node):
+        return f"'{node}' means something else to Python or to a torch module"
+    return ""
+
+
+def _placed(problem: Problem) -> str:
+    place = ".".join(map(str, problem.path))
+    return f"{place}: {problem.message}"
+
+
+def _made_problems(made: Template) -> list[Problem]:
+    """What is wrong with a template that is made already: what :func:`build_template` looks for.
+
+    Each step is compared with what comes of it as a node of a rule file, so that nothing is in a
+    template that could not have been written in one.
+    """
+    problems: list[Problem] = []
+    names = [step.name for step in made.steps]
+    words = [made.input, *made.roles]
+    if not _FORM.fullmatch(made.name):
+        problems.append(Problem(("name",), "bad-name", f"'{made.name}' is no name of a template"))
+    if len({*names}) < len(names) or len({*made.roles}) < len(made.roles):
+        problems.append(Problem(("steps",), "duplicate-key", "a name is given twice"))
+    problems += [
+        Problem(("outputs",), "bad-name", f"'{word}' is no name")
+        for word in words
+        if not _IDENTIFIER.fullmatch(word)
+    ]
+    if not made.steps or not made.outputs:
+        problems.append(Problem(("steps",), "empty-graph", "it has no node, or no output"))
+    known = {made.input}
+    for step in made.steps:
+        if message := _misnamed(step.name):
+            problems.append(Problem(("graph", step.name), "reserved-name", message))
+        if not step.inputs or not known.issuperset(step.inputs) or step.name in known:
+            message = f"'{step.name}' reads nothing, or what comes after it"
+            problems.append(Problem(("graph", step.name), "unbound-value", message))
+        known.add(step.name)
+    if problems:
+        return problems
+    graph = {
+        step.name: {
+            "op": step.op, "inputs": list(step.inputs), "weight": step.weight, "bias": step.bias
+        }
+        for step in made.steps
+    }  # fmt: skip
+    if _steps(graph, problems) != list(made.steps):
+        problems.append(Problem(("graph",), "bad-name", "its nodes are not as a rule has them"))
+    for role, node in made.outputs:
+        if node not in graph:
+            problems.append(Problem(("outputs", role), "bad-outputs", f"graph has no '{node}'"))
+    for step in made.steps:
+        _check_sources(step, made.roles, problems)
+    _check_use(made.steps, dict(made.outputs), problems)
+    return problems or _shape_problems(made) or _factor_problems(made)
 
 
 def _only_output(steps: Sequence[Step], readers: Mapping[str, str]) -> dict[str, str]:
@@ -371,15 +463,17 @@ def _shape_problems(made: Template) -> list[Problem]:
     alike = {f"{role}.in_features": f"{first}.in_features" for role in (*made.roles, JOINT)}
 
     def named_alike(width: Width) -> Width:
-        return _sum([{alike.get(symbol, symbol): count} for symbol, count in width.items()])
+        return sum_of([{alike.get(symbol, symbol): count} for symbol, count in width.items()])
 
     widths = _widths(made.steps, inputs, problems, named_alike)
     if problems:
         return problems
     for role, node in made.outputs:
         wanted = {f"{role}.out_features": 1}
-        if _never_equal(widths[node], wanted):
-            message = f"'{node}' has {_text(widths[node])} features, and {role} has {_text(wanted)}"
+        if never_equal(widths[node], wanted):
+            message = (
+                f"'{node}' has {text_of(widths[node])} features, and {role} has {text_of(wanted)}"
+            )
             problems.append(Problem(("outputs", role), "shape-mismatch", message))
     return problems
 
@@ -398,87 +492,31 @@ def _widths(
             continue
         if step.op == "linear":
             rows, columns = (simplify(width) for width in source_shape(step.weight))
-            if _never_equal(inputs[0], columns):
+            if never_equal(inputs[0], columns):
                 message = (
-                    f"'{step.name}' reads {_text(inputs[0])} features, and {step.weight} takes "
-                    f"{_text(columns)}"
+                    f"'{step.name}' reads {text_of(inputs[0])} features, and {step.weight} takes "
+                    f"{text_of(columns)}"
                 )
                 path = ("graph", step.name, "weight")
                 problems.append(Problem(path, "shape-mismatch", message))
             if step.bias:
                 length = simplify({f"{step.bias.partition('.')[0]}.out_features": 1})
-                if _never_equal(rows, length):
+                if never_equal(rows, length):
                     message = (
-                        f"'{step.name}' has {_text(rows)} features, and {step.bias} has "
-                        f"{_text(length)}"
+                        f"'{step.name}' has {text_of(rows)} features, and {step.bias} has "
+                        f"{text_of(length)}"
                     )
                     path = ("graph", step.name, "bias")
                     problems.append(Problem(path, "shape-mismatch", message))
             widths[step.name] = rows
         elif step.op == "cat":
-            widths[step.name] = _sum(inputs)
+            widths[step.name] = sum_of(inputs)
         else:
-            if _never_equal(inputs[0], inputs[-1]):
+            if never_equal(inputs[0], inputs[-1]):
                 message = (
-                    f"'{step.name}' joins values of {_text(inputs[0])} and {_text(inputs[-1])} "
+                    f"'{step.name}' joins values of {text_of(inputs[0])} and {text_of(inputs[-1])} "
                     "features"
                 )
                 problems.append(Problem(("graph", step.name), "shape-mismatch", message))
             widths[step.name] = inputs[0]
     return widths
-
-
-def source_shape(source: str) -> tuple[Width, Width]:
-    """Rows and columns of a weight source, ``"fc.right"``: (r x fc.in_features)."""
-    owner, _, part = source.partition(".")
-    if part == "left":
-        return {f"{owner}.out_features": 1}, {"r": 1}
-    return {"r": 1}, {f"{owner}.in_features": 1}
-
-
-def size_of(width: Width, sizes: Mapping[str, int]) -> int:
-    """A width in numbers.
-
-    >>> size_of({"r": 2, "fc.in_features": 1, "": 3}, {"r": 4, "fc.in_features": 10})
-    21
-    """
-    return sum(count * (sizes[symbol] if symbol else 1) for symbol, count in width.items())
-
-
-def _sum(widths: Sequence[Width]) -> Width:
-    total: dict[str, int] = {}
-    for width in widths:
-        for symbol, count in width.items():
-            total[symbol] = total.get(symbol, 0) + count
-    return total
-
-
-def _substitute(width: Width, sizes: Mapping[str, int]) -> Width:
-    """Sizes in the place of symbols; the rank stays one."""
-    return _sum(
-        [{"": n * sizes[s]} if s in sizes else {s: n} for s, n in width.items() if n] or [{}]
-    )
-
-
-def _never_equal(one: Width, other: Width) -> bool:
-    """Whether two widths differ whatever their symbols stand for.
-
-    The rank varies freely from site to site, so its multiples have to agree; other symbols may
-    happen to be equal.
-    """
-    if one == other:
-        return False
-    if one.get("r", 0) != other.get("r", 0):
-        return True
-    symbols = {symbol for symbol in (*one, *other) if symbol not in ("", "r")}
-    return not symbols
-
-
-def _text(width: Width) -> str:
-    """``r``, ``fc.in_features``, ``2 r + 16``."""
-    parts = [
-        (str(count) if not symbol else symbol if count == 1 else f"{count} {symbol}")
-        for symbol, count in width.items()
-        if count
-    ]
-    return " + ".join(parts) or "0"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -53,9 +54,13 @@ def is_hf_conv1d(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module becomes one node: operators of the vocabulary, and childless modules."""
+    """Whether a module becomes one node.
+
+    Operators of the vocabulary do, and modules that nothing is seen of: childless and scripted
+    ones.
+    """
     return (
-        isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+        isinstance(module, (nn.Linear, *_CONVOLUTIONS, torch.jit.ScriptModule))
         or is_hf_conv1d(module)
         or next(module.children(), None) is None
     )
@@ -80,6 +85,8 @@ def canonicalize(
 
 
 def _module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return {"op": "script_module", "attributes": {}}
     weight = getattr(module, "weight", None)
     dtype = {"dtype": dtype_name(weight)} if isinstance(weight, Tensor) else {}
     if isinstance(module, nn.Linear):

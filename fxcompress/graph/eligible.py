@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,10 +13,11 @@ from torch.nn.utils import parametrize
 
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.operator import Operator
-from fxcompress.graph.recorder import Recording
+from fxcompress.graph.recorder import Recording, Weight
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MADE_BY_HOOK = "its weight is made by a hook (torch.nn.utils.weight_norm): remove that first"
 PARAMETRIZED = "its weight is parametrized (torch.nn.utils.parametrize): remove that first"
 
 
@@ -35,22 +39,15 @@ def obstacle(
             module = modules.get(operator.path) if operator.module else None
             if module is not None and parametrize.is_parametrized(module):
                 return PARAMETRIZED
-            if module is not None and module._forward_pre_hooks:
-                return (
-                    "its weight is made by a hook (torch.nn.utils.weight_norm): remove that first"
-                )
+            if module is not None and made_by_hook(module):
+                return MADE_BY_HOOK
             return "it applies no parameter of its own"
         facts = recording.weights[operator.weight]
         if len(facts.aliases) > 1:
             others = ", ".join(name for name in facts.aliases if name != operator.weight)
             return f"its weight is tied to {others}"
         if not operator.module:
-            where = f"the forward of {operator.scope}" if operator.scope else "the model's forward"
-            return (
-                f"its weight {operator.weight} is applied by a function call in {where}, not by a "
-                "module that could be replaced; use nn.Linear there, or give compile() an "
-                "fx.GraphModule"
-            )
+            return _function_obstacle(operator, facts)
         if not operator.path:
             return "it is the model itself; wrap it in nn.Sequential"
         if facts.strangers:
@@ -58,6 +55,8 @@ def obstacle(
             return f"its weight is also read by {readers}, which would bypass a rewritten layer"
         if facts.dtype not in FLOATING:
             return f"its weight is {facts.dtype}, not a floating type"
+        if 0 in facts.shape:
+            return f"its weight has no entries: its shape is {facts.shape}"
         if operator.path.startswith(finished):
             return "it is part of a layer that was factorized before"
         return _module_obstacle(model.get_submodule(operator.path), recording, operator)
@@ -65,10 +64,42 @@ def obstacle(
     return reason
 
 
+def made_by_hook(module: nn.Module) -> bool:
+    """Whether a hook makes the weight of a module before every call."""
+    held = module._parameters
+    return bool(module._forward_pre_hooks) and "weight" not in held and "weight" in vars(module)
+
+
+def forward_of(scope: str) -> str:
+    """What messages call the place where a function was called."""
+    return f"the forward of {scope}" if scope else "the model's forward"
+
+
+def _function_obstacle(operator: Operator, facts: Weight) -> str:
+    whole = operator.op != "linear" or math.prod(facts.shape) == (
+        cast("int", operator.attributes["in_features"])
+        * cast("int", operator.attributes["out_features"])
+    )
+    return (
+        f"{'its weight' if whole else 'a part of its weight'} {operator.weight} is applied by a "
+        f"function call in {forward_of(operator.scope)}, not by a module that could be replaced"
+        f"{_REMEDIES.get(operator.op, '') if whole else ''}"
+    )
+
+
+_REMEDIES = {
+    "linear": "; use nn.Linear there, or give compile() an fx.GraphModule",
+    "embedding": "; use nn.Embedding there",
+    **{f"conv{n}d": f"; use nn.Conv{n}d there" for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": f"; use nn.ConvTranspose{n}d there" for n in (1, 2, 3)},
+}
+
+
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:
     if parametrize.is_parametrized(module):
         return PARAMETRIZED
-    if not _runs_as_usual(module):
+    inside = recording.inside.get(operator.path, frozenset())
+    if not _runs_as_usual(module) and not computes_the_same(module, inside):
         return f"its class {type(module).__name__} has a forward of its own"
     if operator.attributes.get("output_size"):
         return "it is called with output_size, which decides its output padding anew every time"
@@ -97,6 +128,80 @@ _PLAIN_CLASSES = (
     *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+
+
+# What a linear map, a convolution and a look-up can be written with.
+_PARTS: dict[type[nn.Module], set[str]] = {
+    nn.Linear: {"linear", "matmul", "mm", "transpose", "add", "addmm"},
+    nn.Embedding: {"embedding"},
+    **{cls: {cls.__name__.lower(), "pad"} for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+}
+
+
+def computes_the_same(module: nn.Module, inside: frozenset[str]) -> bool:
+    """Whether a class with a forward of its own computes what its base class does.
+
+    ``x @ W.T + b`` does.  It has to be made of the operators of the plain one, so that it is a
+    polynomial in input, weight and bias, and to agree with it on random values of all of them, in
+    evaluation and in training.
+
+    Args:
+        module: of a subclass.
+        inside: operators that its forward was seen to consist of.
+    """
+    plain = next((cls for cls in _PARTS if isinstance(module, cls)), None)
+    if plain is None or not inside or not inside <= _PARTS[plain]:
+        return False
+    if "forward" in module.__dict__:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            return all(
+                own.shape == usual.shape and torch.allclose(own, usual, rtol=1e-9, atol=1e-9)
+                for own, usual in _trials(module, plain, draw)
+            )
+    except Exception:
+        return False  # it is particular about sizes or types
+
+
+def _trials(
+    module: nn.Module, plain: type[nn.Module], draw: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What both forwards make of random inputs, on a small copy in float64 on the CPU."""
+    small = {
+        id(p): nn.Parameter(torch.randn(_few(plain, p), generator=draw, dtype=torch.float64))
+        for p in module.parameters()
+    }
+    trial: Any = copy.deepcopy(module, small)
+    if plain is nn.Linear:
+        trial.out_features, trial.in_features = trial.weight.shape
+    elif plain is nn.Embedding:
+        trial.num_embeddings, trial.embedding_dim = trial.weight.shape
+    for training in (False, True):
+        trial.train(training)
+        for x in _inputs(trial, draw):
+            yield trial.forward(x), plain.forward(trial, x)
+
+
+def _few(plain: type[nn.Module], parameter: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a parameter for the trial: of a matrix, rows and columns at most."""
+    most = (5, 7) if plain in (nn.Linear, nn.Embedding) else parameter.shape
+    return tuple(map(min, parameter.shape, most))
+
+
+def _inputs(module: Any, draw: torch.Generator) -> list[torch.Tensor]:
+    """Random inputs of the ranks that a plain operator takes."""
+    sizes: list[tuple[int, ...]]
+    if isinstance(module, nn.Embedding):
+        high = module.num_embeddings
+        return [torch.randint(high, size, generator=draw) for size in ((5,), (2, 3))]
+    if isinstance(module, nn.Linear):
+        sizes = [(module.in_features,), (3, module.in_features), (2, 3, module.in_features)]
+    else:
+        pairs = zip(module.dilation, module.kernel_size, strict=True)
+        sizes = [(2, module.in_channels, *(d * (k - 1) + 3 for d, k in pairs))]
+    return [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
 
 
 def _runs_as_usual(module: nn.Module) -> bool:

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_DISABLED = torch._C._disabled_torch_dispatch_impl
 
 
-class _NoModules:
-    """Stands in for torch's ``ModuleTracker``: everything counts for the whole."""
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what runs inside, by the formulas of ``torch.utils.flop_counter``.
 
-    parents = frozenset({"Global"})
+    Not torch's own ``FlopCounterMode``: to count by module, that one hooks into every module
+    call of the process and asks for the gradient functions of arguments, which a view of a
+    parameter has none of under ``no_grad``; and it lets no nested tensor and no higher-order
+    operator pass.
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class FlopCounter(FlopCounterMode):
-    """torch's counter, without its count by module.
-
-    To tell modules apart it hooks into every module call of the process and asks for the
-    gradient functions of its arguments, which a view of a parameter under ``no_grad`` has not.
+    Attributes:
+        total: operations so far; two for a multiply-accumulate.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker: Any = _NoModules()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(each.__torch_dispatch__ is not _DISABLED for each in types):
+            return NotImplemented  # what such a class computes with plain tensors comes by again
+        if func is torch.ops.higher_order.cond:
+            chosen, yes, no, operands = args
+            with self:
+                return (yes if chosen else no)(*operands)
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)  # what other higher-order operators do inside is not seen
+        if func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out

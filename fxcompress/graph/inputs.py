@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fxcompress.graph.eager import eager
+
 Forward = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` returns the model's output on a batch of the user's own kind."""
 
@@ -17,16 +19,18 @@ def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
     """Call ``model`` on ``batch``, moved to the model's device.
 
     A tensor is one positional argument, a tuple or list several, a mapping (a Hugging Face
-    ``BatchEncoding`` too) keyword arguments.  With ``forward`` the user decides.
+    ``BatchEncoding`` too) keyword arguments.  With ``forward`` the user decides.  Whatever is
+    compiled runs as it was written.
     """
     batch = to_device(batch, device_of(model))
-    if forward is not None:
-        return forward(model, batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
+    with eager():
+        if forward is not None:
+            return forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, (tuple, list)):
+            return model(*batch)
+        return model(batch)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -25,14 +25,15 @@ class Ownership:
         self._learnt: set[int] = set()
         known: dict[Any, int] = {}
         for prefix, module in model.named_modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            parameters = [*module._parameters.items()]
+            for index, (name, tensor) in enumerate([*parameters, *module._buffers.items()]):
                 if tensor is None:
                     continue
                 key = known.setdefault(_memory(tensor), id(tensor))
                 self._keys[id(tensor)] = key
                 self._tensors.setdefault(key, tensor)
                 self._owners[key].append((prefix, name))
-                if isinstance(tensor, nn.Parameter):
+                if index < len(parameters):  # those of TorchScript are of no class of their own
                     self._learnt.add(key)
                     # Where several parameters are slices of one buffer, memory tells nothing.
                     address = storage(tensor)

@@ -19,23 +19,28 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
+from fxcompress.graph.eager import eager
 from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
+from fxcompress.graph.names import function_name, function_operator
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
+from fxcompress.graph.physical import physical
+from fxcompress.graph.union import union
+from fxcompress.graph.values import is_tensor, shape_of, tensors_in
 from fxcompress.graph.versions import Version, Versions, counter
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
@@ -65,6 +70,7 @@ class Weight:
             their channels, (items, then extents); empty for anything that applies rows.
         strangers: scopes that read its values while no owner of it was running.
         source: key of the value it was applied to; equal for weights with the same input.
+        readers: (function, scope) of the calls that computed with its values, one of each.
     """
 
     name: str
@@ -78,23 +84,25 @@ class Weight:
     inputs: tuple[tuple[int, ...], ...]
     strangers: tuple[str, ...]
     source: str
+    readers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The operator graph of one forward pass.
+    """The operator graph of one forward pass, or of several.
 
     Attributes:
         graph: nodes carry ``meta["op"]``, ``["scope"]``, ``["path"]``, ``["shape"]`` and
-            ``["attributes"]``.
-        operators: the same graph as frozen values, in execution order.
+            ``["attributes"]``; of the first pass.
+        operators: the same as frozen values, in execution order; those of all passes.
         weights: facts per parameter, by its first name.
-        macs: multiply-accumulates of the recorded pass (matrix products, convolutions and
+        macs: multiply-accumulates of the recorded passes (matrix products, convolutions and
             attention, as counted by ``torch.utils.flop_counter``).
         samples: for each weight, some of the input that it met, to verify a rewrite on: up to
             :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
             items of a convolution (items x channels x extents).
         called: paths of all modules that were called in any of the passes.
+        inside: path of a module that became one operator -> the operators that it is made of.
     """
 
     graph: fx.Graph
@@ -103,6 +111,7 @@ class Recording:
     macs: int
     samples: Mapping[str, Tensor]
     called: frozenset[str]
+    inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 SAMPLE_ROWS = 32
@@ -113,12 +122,13 @@ SAMPLE_ENTRIES = 1 << 18
 def record(
     model: nn.Module, examples: Sequence[Any], *, forward: Forward | None = None
 ) -> Recording:
-    """Run ``model`` once on every example and return the graph of the first run.
+    """Run ``model`` once on every example and return the graph of all runs.
 
     Args:
         model: any module that runs; it is not changed.
         examples: one or more batches (see :mod:`fxcompress.graph.inputs`).  Facts about
-            weights (who shares an input, who reads them) are kept only if true of all runs.
+            weights (who shares an input, who reads them) are kept only if true of all runs that
+            use them; sizes and multiply-accumulates are added up.
         forward: how to call the model on a batch, if neither its type nor the convention of
             :mod:`fxcompress.graph.inputs` says so.
 
@@ -129,21 +139,42 @@ def record(
         raise RecordError("recording needs at least one example batch, and got none")
     runs = [_record_one(model, example, forward) for example in examples]
     first = runs[0]
-    weights = {name: _agree([run.weights[name] for run in runs]) for name in first.weights}
+    if len(runs) == 1:
+        return first
+    whole = union([run.operators for run in runs])
+    weights = {
+        name: _agree([run.weights[name] for run in runs], whole.names) for name in first.weights
+    }
+    samples = {name: each for run in reversed(runs) for name, each in run.samples.items()}
     called = frozenset[str]().union(*(run.called for run in runs))
-    return Recording(first.graph, first.operators, weights, first.macs, first.samples, called)
+    macs = sum(run.macs for run in runs)
+    paths = dict.fromkeys(path for run in runs for path in run.inside)
+    inside = {
+        path: frozenset[str]().union(*(run.inside.get(path, ()) for run in runs)) for path in paths
+    }
+    return Recording(first.graph, whole.operators, weights, macs, samples, called, inside)
 
 
-def _agree(facts: list[Weight]) -> Weight:
-    """The facts about one weight that hold in all recordings."""
-    head = facts[0]
-    strangers = tuple(dict.fromkeys(scope for fact in facts for scope in fact.strangers))
-    # Joined keys are equal for two weights only if they shared their input in every run.
-    source = "|".join(fact.source for fact in facts)
-    return Weight(
-        head.name, head.aliases, head.shape, head.dtype, head.device, head.bytes,
-        head.calls, head.rows, head.inputs, strangers, source,
-    )  # fmt: skip
+def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weight:
+    """One weight in all recordings together.
+
+    Args:
+        facts: of each.
+        names: of the operators of each in the whole.
+    """
+    pairs = zip(facts, names, strict=True)
+    calls = dict.fromkeys(called[call] for fact, called in pairs for call in fact.calls)
+    return replace(
+        facts[0],
+        calls=tuple(calls),
+        rows=sum(fact.rows for fact in facts),
+        inputs=tuple(size for fact in facts for size in fact.inputs),
+        strangers=tuple(dict.fromkeys(scope for fact in facts for scope in fact.strangers)),
+        # Joined keys are equal for two weights only if they shared their input in every run; one
+        # that is not used in a run shares it with nothing that is.
+        source="|".join(fact.source for fact in facts),
+        readers=tuple(dict.fromkeys(reader for fact in facts for reader in fact.readers)),
+    )
 
 
 def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Recording:
@@ -154,6 +185,8 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
         example = to_device(example, device_of(model))  # before, so that no node comes of it
         with FlopCounter() as flops:
             recorder.run(lambda: run_model(model, example, forward))
+    except RecordError:
+        raise
     except Exception as error:
         raise RecordError(
             f"the model failed on the example batch: {type(error).__name__}: {error}\n"
@@ -164,11 +197,7 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     finally:
         for module in training:
             module.training = True
-    return recorder.finish(flops.get_total_flops() // 2)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return recorder.finish(flops.total // 2)
 
 
 class _Recorder(TorchFunctionMode):
@@ -190,38 +219,48 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[str] = []
         self.leaf_depth = 0
         self.strangers: dict[int, list[str]] = defaultdict(list)
+        self.readers: dict[int, dict[tuple[str, str], None]] = defaultdict(dict)
         self.reads: dict[int, list[fx.Node]] = defaultdict(list)
         self.sources: dict[int, list[str]] = defaultdict(list)
         self.rows: dict[int, int] = defaultdict(int)
         self.inputs: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
         self.called: set[str] = set()
+        self.leaf = ""
+        self.inside: dict[str, set[str]] = defaultdict(set)
         self.thread = threading.get_ident()
 
     # ---- running -----------------------------------------------------------------
 
     def run(self, function: Callable[[], Any]) -> None:
         """Call ``function`` and record all that happens inside."""
-        with _wrapped(self.model, self.call), torch.no_grad(), _eagerly(), self:
+        with _wrapped(self.model, self.call), torch.no_grad(), eager(), self:
             result = function()
+        if isinstance(result, Iterator):
+            raise RecordError(
+                "the model returns a generator, which computes nothing until somebody reads it: "
+                "pass forward=lambda model, batch: list(model(batch)), or what fits your batches"
+            )
         with torch._C.DisableTorchFunction():
-            outputs = tuple(self.node_of(tensor) for tensor in _tensors(result))
+            outputs = tuple(self.node_of(tensor) for tensor in tensors_in(result))
         self.graph.output(outputs).meta.update(op="output", scope="", path="", attributes={})
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the ``__call__`` of a module of the model while recording."""
         if threading.get_ident() != self.thread:  # a model may have its modules run by workers
-            return module._call_impl(*args, **kwargs)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         name = self.module_names[id(module)]
         self.called.add(name)
         leaf = not self.leaf_depth and is_leaf(module)
         if leaf:
+            assert name is not None
+            self.leaf = name
             with torch._C.DisableTorchFunction():
                 nodes, before = self.arguments(args, kwargs)
         self.stack.append(name)
         self.leaf_depth += leaf
         try:
-            out = module._call_impl(*args, **kwargs)
+            out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.leaf_depth -= leaf
             self.stack.pop()
@@ -230,7 +269,8 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_module(name, *nodes)
                 meta = canonicalize(module=module, args=args, kwargs=kwargs)
                 node.meta.update(meta, path=name, scope=self.scope())
-                weight = module._parameters.get("weight")
+                scripted = isinstance(module, torch.jit.ScriptModule)
+                weight = None if scripted else module._parameters.get("weight")
                 key = None if weight is None else self.ownership.key(weight)
                 if key is not None and before:
                     self.applied(key, node, before[0][0])
@@ -248,18 +288,20 @@ class _Recorder(TorchFunctionMode):
             out = function(*args, **kwargs)
             if not isinstance(out, Tensor) or self.ownership.key(out) is not None:
                 return out
-        self.notice_strangers(args, kwargs)
+        self.notice_readers(function, args, kwargs)
         nodes, before = ((), []) if self.leaf_depth else self.arguments(args, kwargs)
-        arguments = _tensors((args, kwargs))
+        arguments = tensors_in((args, kwargs))
         counters = [counter(tensor) for tensor in arguments]
         out = function(*args, **kwargs)
         self.versions.notice(name, arguments, counters)
         if self.leaf_depth:
+            op = function_operator(function_name(function), args, kwargs)
+            self.inside[self.leaf].add(op)
             return out
         if name in ("__setitem__", "__set__"):
             node = self.function_node(function, nodes, args, kwargs)
             self.tag(args[0], node)
-        elif _tensors(out):
+        elif tensors_in(out):
             out = self.emit(self.function_node(function, nodes, args, kwargs), before, out)
         return out
 
@@ -270,7 +312,7 @@ class _Recorder(TorchFunctionMode):
         key = meta.pop("weight", None)
         node.meta.update(meta, path=self.scope(), scope=self.scope())
         if key is not None:
-            data = next(t for t in _tensors((args, kwargs)) if parameter(t) is None)
+            data = next(t for t in tensors_in((args, kwargs)) if parameter(t) is None)
             self.applied(key, node, data)
         return node
 
@@ -278,7 +320,7 @@ class _Recorder(TorchFunctionMode):
 
     def tag(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         self.producers[tensor] = (node, self.versions.of(tensor))
-        node.meta["shape"] = tuple(tensor.shape)
+        node.meta["shape"] = shape_of(tensor)
         return node
 
     def node_of(self, value: Any) -> Any:
@@ -304,9 +346,23 @@ class _Recorder(TorchFunctionMode):
             node.meta.update(op="input", attributes={}, scope="", path="")
         return self.tag(value, node)
 
+    def nodes(self, value: Any) -> Any:
+        """The same with nodes for tensors.
+
+        Containers of other classes become tuples: theirs may take nothing but tensors.
+        """
+        if type(value) in (list, tuple):
+            return type(value)(map(self.nodes, value))
+        if type(value) is dict:
+            return {str(key): self.nodes(each) for key, each in value.items()}
+        leaves = tree_leaves(value, is_leaf=is_tensor)
+        if len(leaves) == 1 and leaves[0] is value:
+            return self.node_of(value)
+        return tuple(map(self.nodes, leaves))
+
     def arguments(self, args: Any, kwargs: Any) -> tuple[Any, list[tuple[Tensor, Version]]]:
-        nodes = tree_map(self.node_of, (tuple(args), dict(kwargs)))
-        return nodes, [(tensor, self.versions.of(tensor)) for tensor in _tensors((args, kwargs))]
+        nodes = tuple(map(self.nodes, args)), {key: self.nodes(kwargs[key]) for key in kwargs}
+        return nodes, [(tensor, self.versions.of(tensor)) for tensor in tensors_in((args, kwargs))]
 
     def emit(self, node: fx.Node, before: list[tuple[Tensor, Version]], out: Any) -> Any:
         if isinstance(out, Tensor) and any(
@@ -315,7 +371,7 @@ class _Recorder(TorchFunctionMode):
             # Dropout in eval mode and no-op .to() hand back their argument: give the result
             # an identity of its own, so that the node stays visible.
             out = out.view_as(out)
-        tensors = _tensors(out)
+        tensors = tensors_in(out)
         if len(tensors) == 1:
             self.tag(tensors[0], node)
         else:
@@ -335,12 +391,13 @@ class _Recorder(TorchFunctionMode):
         producer = self.producers.get(data, (None, None))[0]
         self.reads[key].append(node)
         self.sources[key].append(f"{producer}@{self.versions.of(data)}")
-        data = _physical(data).detach()
+        op = node.meta["op"]
+        extents = int(op[-2]) if op in CONVOLUTIONS else None
+        data = physical(data, extents).detach()
         if not data.dim() or not data.numel():
             return
-        op = node.meta["op"]
-        if op in CONVOLUTIONS:
-            items = data.unsqueeze(0) if data.dim() < int(op[-2]) + 2 else data
+        if extents is not None:
+            items = data.unsqueeze(0) if data.dim() < extents + 2 else data
             self.inputs[key].append((len(items), *items.shape[2:]))
             few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))
             self.samples[key].append(items[: min(few, SAMPLE_ROWS)].clone())
@@ -351,10 +408,13 @@ class _Recorder(TorchFunctionMode):
             step = max(1, len(rows) // SAMPLE_ROWS)
             self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
 
-    def notice_strangers(self, args: Any, kwargs: Any) -> None:
-        """A parameter's values are read although no owner of it is running."""
-        for tensor in _tensors((args, kwargs)):
+    def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Who reads a parameter's values, and who does while no owner of it is running."""
+        for tensor in tensors_in((args, kwargs)):
             key = self.ownership.key(tensor)
+            if key is not None:
+                op = function_operator(function_name(function), args, kwargs)
+                self.readers[key].setdefault((op, self.scope()))
             if key is not None and not self.ownership.owners(key) & set(self.stack):
                 self.strangers[key].append(self.scope())
 
@@ -377,6 +437,7 @@ class _Recorder(TorchFunctionMode):
                 inputs=tuple(self.inputs[key]),
                 strangers=tuple(dict.fromkeys(self.strangers[key])),
                 source=" ".join(self.sources[key]),
+                readers=tuple(self.readers[key]),
             )
             weight_of.update({node.name: name for node in self.reads[key]})
             parts = self.samples[key]
@@ -384,17 +445,8 @@ class _Recorder(TorchFunctionMode):
                 samples[name] = torch.cat(parts)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         called = frozenset(self.called)
-        return Recording(self.graph, operators, weights, macs, samples, called)
-
-
-def _physical(tensor: Tensor) -> Tensor:
-    """The tensor behind the ones that ``torch.func`` hands to a model, all rows included."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        inner = functorch.get_unwrapped(tensor)
-        batched = functorch.is_batchedtensor(tensor)
-        tensor = inner.movedim(functorch.maybe_get_bdim(tensor), 0) if batched else inner
-    return tensor
+        inside = {path: frozenset(ops) for path, ops in self.inside.items()}
+        return Recording(self.graph, operators, weights, macs, samples, called, inside)
 
 
 def _operator(node: fx.Node, weight: str | None) -> Operator:
@@ -450,35 +502,3 @@ def _wrapped(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
             vars(module).pop(_SLOT, None)
             if before is not None:
                 vars(module)[_SLOT] = before
-
-
-class _Eagerly:
-    """Runs functions that the model had compiled uncompiled: inside of them nothing is seen.
-
-    Torch knows this setting for the whole process only: the first recording of those that run at
-    the same time makes it and the last one takes it back.  Compiled functions of other threads
-    are slower meanwhile, and compute the same.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running = 0
-        self._stance: Any = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._running:
-                self._stance = torch.compiler.set_stance("force_eager")
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                if not self._running:
-                    self._stance.__exit__(None, None, None)
-                    self._stance = None
-
-
-_eagerly = _Eagerly()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fxcompress.forms import LinearShape
 from fxcompress.graph.inputs import Forward, padding_mask, run_model
 from fxcompress.isvt.threshold import Metrics
+from fxcompress.metric.moments import normalized, times_power
 from fxcompress.metric.passes import InputKey, input_key
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import input_rows
@@ -46,8 +47,8 @@ class Crossed:
     """Moments of the inputs of layers in the dense and in the compressed model, by their source.
 
     Attributes:
-        crossed: ``C = E[x x'ᵀ]`` (n x n), float64.
-        second: ``A' = E[x' x'ᵀ]`` (n x n), float64.
+        crossed: ``C = E[x x'ᵀ]`` (n x n), float64, in the units of the root.
+        second: ``A' = E[x' x'ᵀ]`` (n x n), float64, likewise.
         roots: of A', damped.
     """
 
@@ -101,6 +102,7 @@ def cross_moments(
     crossed: dict[InputKey, Tensor] = {}
     second: dict[InputKey, Tensor] = {}
     count: dict[InputKey, int] = {}
+    powers: dict[InputKey, int] = {}  # of two, out of inputs whose squares would overflow
     for batch in batches:
         mask = padding_mask(batch)
         pairs = []
@@ -115,6 +117,10 @@ def cross_moments(
                     input_rows(x, site.shape, mask), input_rows(y, site.shape, mask), strict=True
                 )
                 for before, after in rows:
+                    if key not in powers and bool(before.any()):
+                        powers[key] = normalized(before)[1]
+                    shift = -powers.get(key, 0)
+                    before, after = times_power(before, shift), times_power(after, shift)
                     n = before.shape[-1]
                     zeros = torch.zeros(n, n, dtype=torch.float64, device=x.device)
                     crossed[key] = crossed.get(key, zeros) + (before.T @ after)
@@ -125,7 +131,7 @@ def cross_moments(
     return Crossed(
         {key: value / count[key] for key, value in crossed.items()},
         means,
-        {key: whitener(mean, damping) for key, mean in means.items()},
+        {key: whitener(mean, damping, 2.0 ** powers.get(key, 0)) for key, mean in means.items()},
     )
 
 
@@ -160,7 +166,7 @@ def fitted(
         now = canonical_weight(model.get_submodule(site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
-        target = now + inputs.solve(change.T).T
+        target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
         given = metrics[site.name]
         assert isinstance(given, Kronecker)
         metric = Kronecker(inputs, given.outputs)

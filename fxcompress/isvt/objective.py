@@ -22,7 +22,7 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.isvt.features import Features, Outputs
-from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, per_prediction
+from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, loss_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +67,7 @@ class Objective:
                 distance = features.distance(wanted, own, padding_mask(batch))
                 total = total + count * distance.to(total.device)
             return total, count
-        value = per_prediction(self.loss, result, to_device(batch, device_of(model)))
-        if mask is None or value.shape[:2] != mask.shape:
-            return value.sum(), value.numel()
-        real = mask.to(value.device)
-        return value[real].sum(), value[real].numel()
+        return loss_sum(self.loss, result, to_device(batch, device_of(model)), mask)
 
     @torch.no_grad()
     def reference(self, batch: Any) -> Any:

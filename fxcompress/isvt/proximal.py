@@ -37,7 +37,7 @@ def natural(metric: Quadratic, gradient: Tensor) -> Tensor:
         return torch.stack([natural(group, part) for group, part in parts])
     if isinstance(metric, Elementwise):
         floor = 1e-6 * float(metric.entries.mean())
-        return wide / metric.entries.clamp_min(floor)
+        return wide / metric.unit / metric.unit / metric.entries.clamp_min(floor)
     assert isinstance(metric, Kronecker)
     assert isinstance(metric.outputs, Whitener)
     flat = wide.flatten(1)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import calibrated_on, described, limited, survey
+from fxcompress.analysis import Estimate, calibrated_on, described, limited, survey
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
@@ -127,7 +127,9 @@ def _begin(
     for each in (dense, found.model):
         nn.Module.train(each, False)
     task = solver.objective == "task"
-    objective = Objective(None if task else dense, loss if task else None, spec.output, forward)
+    objective = Objective(
+        None if task else dense, loss if task else None, found.rules.rules.metric.output, forward
+    )
     held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
     judging, training = batches[-held:], batches[:-held] or batches
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))
@@ -244,7 +246,7 @@ def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -
     """Decompose in full, rewrite, and write down how it went."""
     tick = show.stage("decompose", len(task.found.sites))
     cut = threshold(task.found, state.metrics, task.rules, task.pricings, tick=tick)
-    analysis = replace(cut.analysis, calibration=state.calibration)
+    analysis = replace(cut.analysis, estimate=Estimate(state.calibration))
     if not inplace:
         rewritten, planned = rewrite(task.private, analysis, task.forward, show)
         return rewritten, _described(task, state, planned)
@@ -277,7 +279,12 @@ def _described(task: Task, state: State, planned: Plan) -> Plan:
         update={
             "sites": tuple(entries),
             "budget": planned.budget.model_copy(
-                update={"predicted": predicted, "bound": None, "multiplier": None}
+                update={
+                    "predicted": predicted,
+                    "fitted": predicted,
+                    "bound": None,
+                    "multiplier": None,
+                }
             ),
             "loss_unit": f"{planned.loss_unit}{AWAY}",
             "objective": task.rules.rules.solver.objective,

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxcompress.metric.moments import normalized
+
 
 @dataclass(frozen=True, eq=False)
 class Leading:
@@ -49,6 +51,13 @@ class Leading:
         own = float(self.sigma[index]) if index < len(self.sigma) else 0.0
         return math.hypot(own, self.residual)
 
+    def times(self, factor: float) -> Leading:
+        """Those of a multiple of the matrix; the factor is positive."""
+        return Leading(
+            self.left, self.sigma * factor, self.right * factor,
+            self.rest * factor * factor, self.residual * factor,
+        )  # fmt: skip
+
     def loss(self) -> Tensor:
         """``½ ‖S - S_r‖²`` for the first r components, r = 0..p (p + 1), float64."""
         energy = 0.5 * self.sigma.square()
@@ -68,6 +77,9 @@ def leading(matrix: Tensor, basis: Tensor, iterations: int = 1, *, tight: bool =
     Raises:
         ValueError: the matrix is not finite.
     """
+    scaled, exponent = normalized(matrix)
+    if exponent:  # or its squares would leave the range of its type
+        return leading(scaled, basis, iterations, tight=tight).times(2.0**exponent)
     y = matrix @ basis
     if not bool(y.isfinite().all()):
         raise ValueError("the matrix is not finite")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.analysis import Analysis, Survey
+from fxcompress.analysis import Analysis, Estimate, Survey
 from fxcompress.decomposition import (
     Decomposed,
     Decomposition,
@@ -32,6 +32,7 @@ from fxcompress.decomposition import (
 )
 from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
+from fxcompress.held_back import default_damping
 from fxcompress.isvt.subspace import Leading
 from fxcompress.isvt.warm import Partial, Warm, start
 from fxcompress.metric import METRICS, Calibration
@@ -80,7 +81,7 @@ def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quad
         ValueError: a moment is not finite.
     """
     spec = survey.rules.rules.metric
-    damping = (spec.damping.input, spec.damping.output)
+    damping = default_damping((spec.damping.input, spec.damping.output))
     metric_of = metric_from(dict(moments), METRICS[spec.kind], damping)
     found = {}
     for site in survey.sites:
@@ -207,7 +208,7 @@ def threshold(
         tick()
     full = {name for name in found if name not in starts}
     for iterations in (*ITERATIONS[1:], None, None):
-        analysis = _analysis(survey, found, bundles)
+        analysis = _analysis(survey, found, metrics, bundles)
         solution = solve(analysis, pricings, {})
         more = _uncertain(analysis, solution, pricings)
         if not more:
@@ -220,7 +221,7 @@ def threshold(
     else:
         full = {*found}
         found = {name: decompose(name, None) for name in found}
-        analysis = _analysis(survey, found, bundles)
+        analysis = _analysis(survey, found, metrics, bundles)
         solution = solve(analysis, pricings, {})
     return Thresholded(
         analysis, solution, dict(_starts(analysis, {**metrics, **together}, solution)),
@@ -248,11 +249,12 @@ def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> 
 
 
 def _analysis(
-    survey: Survey, found: Mapping[str, Decomposed], bundles: Collection[str]
+    survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics, bundles: Collection[str]
 ) -> Analysis:
     sites = {name: each for name, each in found.items() if name not in bundles}
     joint = {name: each for name, each in found.items() if name in bundles}
-    return Analysis.of(survey, Calibration({}), Decomposition(sites, joint, ()))
+    idle = tuple(name for name in sites if metrics[name].null)
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, idle))
 
 
 def _spectrum(decomposed: Decomposed) -> Spectrum | None:

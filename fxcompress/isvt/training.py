@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, Survey, calibrated_on, described, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
@@ -40,9 +40,11 @@ from fxcompress.isvt.threshold import (
 from fxcompress.metric import Loss, Moments
 from fxcompress.plan import attach_plan
 from fxcompress.planning import price
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress, stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
+from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -130,7 +132,7 @@ class ISVT(Generic[M]):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if schedule not in ("soft", "hard"):
             raise ValueError(f"schedule must be 'soft' or 'hard', not {schedule!r}")
-        self.model = model
+        self.model = model = unwrapped(model)
         self.steps = steps
         self.every = every
         self.schedule: Schedule = schedule
@@ -204,7 +206,7 @@ class ISVT(Generic[M]):
         with torch.inference_mode(False), stages(self._progress) as show:
             self._sync_buffers()
             found = self._find(1.0, {})
-            analysis = replace(found.analysis, calibration=self._calibration)
+            analysis = replace(found.analysis, estimate=Estimate(self._calibration))
             small, planned = rewrite(self.model, analysis, self._forward, show)
         unit = f"{planned.loss_unit}{LAST}"
         attach_plan(
@@ -301,7 +303,8 @@ class ISVT(Generic[M]):
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
         loaded = self._survey.rules
         batches, total = limited(batches, loaded.rules.metric.batches, total)
-        found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
+        with same_data(batches, described(self._survey)) as batches:
+            found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
         self._calibration = replace(found, moments={})
         self._set_metric(found.moments)
         self._starts = {}  # of other coordinates
@@ -334,9 +337,9 @@ def _require_trainable(found: Survey, model: nn.Module) -> None:
             )
 
 
-def _tensors(moments: Moments) -> dict[str, Tensor | None]:
+def _tensors(moments: Moments) -> dict[str, Any]:
     return {each.name: getattr(moments, each.name) for each in fields(Moments)}
 
 
 def _shapes(moments: Moments) -> dict[str, Any]:
-    return {key: value is not None and value.shape for key, value in _tensors(moments).items()}
+    return {key: getattr(value, "shape", None) for key, value in _tensors(moments).items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
+from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
@@ -85,13 +86,14 @@ def measure_directions(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Tensor]:
     """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
 
     Args:
         wanted: site name -> any key -> components.
-        model, sites, batches, drawn, loss, forward, tick: as of
+        model, sites, batches, drawn, loss, forward, places, tick: as of
             :func:`fxcompress.metric.passes.run_pass`.
 
     Returns:
@@ -103,7 +105,7 @@ def measure_directions(
     visitor = _Products(wanted)
     passed = run_pass(
         model, [site for site in sites if wanted.get(site.name)], batches, visitor,
-        drawn=drawn, loss=loss, forward=forward, tick=tick,
+        drawn=drawn, loss=loss, forward=forward, places=places, tick=tick,
     )  # fmt: skip
     return {key: total / passed.predictions for key, total in visitor.squares.items()}
 
@@ -118,6 +120,10 @@ class _Products:
         self.wanted = wanted
         self.squares: dict[tuple[str, str], Tensor] = {}
         self.pending: dict[tuple[str, str], Tensor] = {}
+        self.exponent = 0
+
+    def start(self, exponent: int) -> None:
+        self.exponent = exponent
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         return not data.is_floating_point() or bool(data.isfinite().all())
@@ -136,7 +142,8 @@ class _Products:
 
     def end(self) -> None:
         for place, products in self.pending.items():
-            squares = products.square().sum(0, dtype=torch.float64)
+            wide = times_power(products.to(torch.float64), self.exponent)
+            squares = wide.square().sum(0)
             total = self.squares.get(place)
             self.squares[place] = squares if total is None else total + squares
         self.pending.clear()

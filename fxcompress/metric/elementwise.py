@@ -52,14 +52,21 @@ class Elementwise:
     Attributes:
         entries: F (m x n), or one group after another (g x m/g x n/g x kernel), float64.
         grouped: whether it is a convolution.
+        unit: a power of two; F is in units of its square.
     """
 
     entries: Tensor
     grouped: bool
+    unit: float = 1.0
 
     @staticmethod
-    def of(entries: Tensor, shape: Shape) -> Elementwise:
+    def of(entries: Tensor, shape: Shape, unit: float = 1.0) -> Elementwise:
         """Of the diagonal of the Fisher: (m x n), of a convolution (g x m/g x patch).
+
+        Args:
+            entries: in units of ``unit²``.
+            shape: of the operator.
+            unit: a power of two.
 
         Raises:
             ValueError: it is not finite.
@@ -67,9 +74,9 @@ class Elementwise:
         if not bool(entries.isfinite().all()):
             raise ValueError("the Fisher weights are not finite")
         if not isinstance(shape, ConvShape):
-            return Elementwise(entries, False)
+            return Elementwise(entries, False, unit)
         sizes = (shape.group_in, *shape.kernel_size)
-        return Elementwise(entries.reshape(*entries.shape[:2], *sizes), True)
+        return Elementwise(entries.reshape(*entries.shape[:2], *sizes), True, unit)
 
     @property
     def null(self) -> bool:
@@ -78,7 +85,8 @@ class Elementwise:
 
     def loss(self, change: Tensor) -> float:
         """``½ Σ F ∘ Δ²``."""
-        return 0.5 * float((self.entries * change.to(torch.float64).square()).sum())
+        change = change.to(torch.float64) * self.unit
+        return 0.5 * float((self.entries * change.square()).sum())
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight, by iteration."""
@@ -88,9 +96,9 @@ class Elementwise:
         parts = []
         for part, entries in pairs:
             w, f = (arrange(each.detach().to(torch.float64), view)[0] for each in (part, entries))
-            parts.append((w, f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))))
+            parts.append((w * self.unit, f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))))
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return _Iterated(tuple(parts), view == "tucker2", self.grouped, dtype)
+        return _Iterated(tuple(parts), view == "tucker2", self.grouped, dtype, self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +106,18 @@ class _Iterated:
     """Approximations of every group, each at the same rank.
 
     Attributes:
-        groups: W and F (m x c x q) of each.
+        groups: W times the unit, and F, (m x c x q) of each.
         two: whether both channel modes are reduced, instead of the matrix ((m, q) x c).
         grouped: whether factors have a dimension of groups.
         dtype: of the factors that are handed out.
+        unit: the root of what F is in units of.
     """
 
     groups: tuple[tuple[Tensor, Tensor], ...]
     two: bool
     grouped: bool
     dtype: torch.dtype
+    unit: float = 1.0
 
     @property
     def sigma(self) -> Tensor:
@@ -129,7 +139,8 @@ class _Iterated:
     def factors(self, rank: Rank) -> tuple[Tensor, ...]:
         parts = []
         for w, f in self.groups:
-            factors, _ = approximate(w, f, rank)
+            (*above, below), _ = approximate(w, f, rank)
+            factors = (*above, below / self.unit)
             parts.append(tuple(factor.to(self.dtype) for factor in factors))
         if self.grouped:
             return stack(parts)

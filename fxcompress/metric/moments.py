@@ -8,6 +8,8 @@ Products are taken in float32 (float64 for a float64 model), sums over the data 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,12 +35,109 @@ class Moments:
             a prediction is made from many positions (an image classifier).
         weight: mean over each row of W of the diagonal of the Fisher per prediction (m), float64.
         entries: the diagonal of the Fisher per prediction (m x n), float64.
+        units: of ``input``, of ``output`` and of the other two, which are given in units of its
+            square.  Powers of two, 1 unless squares would come near the ends of float64.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     weight: Tensor | None = None
     entries: Tensor | None = None
+    units: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+class ScaledSum:
+    """Running sum of float64 tensors times powers of four; finite whatever their size.
+
+    ``Σ x_i 4^(e_i)`` is kept as ``total 4^exponent``, so that squares of 1e300 and of 1e-300 can be
+    summed, too.  What is 2^800 times smaller than the rest is rounded away, as it would be anyway.
+    """
+
+    SPAN = 400
+    """Of exponents that are summed without a change of scale."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.totals = [torch.zeros(*s, dtype=torch.float64, device=device) for s in shapes]
+        self.exponent = 0
+        self._empty = True
+
+    def scale_to(self, exponent: int) -> float:
+        """By what to multiply something in units of ``4^exponent`` before it is added."""
+        near = abs(exponent) <= self.SPAN // 4
+        if self._empty:
+            self.exponent = 0 if near else exponent
+            self._empty = False
+        elif exponent > self.exponent + self.SPAN:
+            for total in self.totals:
+                times_power(total, 2 * (self.exponent - exponent), out=total)
+            self.exponent = exponent
+        return 2.0 ** max(2 * (exponent - self.exponent), -1074)
+
+    def add(self, parts: Iterable[Tensor], exponent: int = 0) -> None:
+        """Add tensors (of ``shapes``) that are not all zero, times ``4^exponent``."""
+        factor = self.scale_to(exponent)
+        for total, part in zip(self.totals, parts, strict=True):
+            total.add_(part, alpha=factor)
+
+
+def times_power(x: Tensor, exponent: int, out: Tensor | None = None) -> Tensor:
+    """``x 2^exponent``, exact unless the result itself leaves the range of its type."""
+    if not exponent and out is None:
+        return x
+    half = exponent // 2
+    first = torch.mul(x, 2.0 ** max(half, -1074), out=out)
+    return torch.mul(first, 2.0 ** max(exponent - half, -1074), out=out)
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value, 0 of an empty tensor."""
+    if not x.numel():
+        return 0.0
+    low, high = torch.aminmax(x)
+    return max(float(high), -float(low))
+
+
+def normalized(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor whose largest entry is near 1 and the power of two that it was divided by.
+
+    As it is, with 0, if it is zero, is of integers, or can be squared as it is.
+    """
+    peak = largest(x) if x.is_floating_point() else 0.0
+    if not 0 < peak < math.inf or 2.0**-20 <= peak <= 2.0**20:
+        return x, 0
+    exponent = math.frexp(peak)[1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return times_power(wide, -exponent), exponent
+
+
+def unit_mean(parts: Sequence[Tensor], exponent: int, count: int, peak: float) -> int:
+    """Divide sums by a count, in place, and bring them into range.
+
+    Args:
+        parts: sums, in units of ``4^exponent``.
+        exponent: as said.
+        count: of what was summed.
+        peak: their largest entry.
+
+    Returns:
+        The exponent of what the means are in units of (``4^e``): 0 if they can do without.
+    """
+    mean = peak / max(count, 1)
+    for part in parts:
+        part /= max(count, 1)
+    if not mean:
+        return 0
+    own = math.frexp(mean)[1]
+    whole = own + 2 * exponent
+    wanted = 0 if abs(whole) <= PLAIN else max(min(own // 2 + exponent, 1023), -1022)
+    if wanted != exponent:
+        for part in parts:
+            times_power(part, 2 * (exponent - wanted), out=part)
+    return wanted
+
+
+PLAIN = 64
+"""Means between 2^-64 and 2^64 are kept as they are, others in units of a power of four."""
 
 
 class GramSum:
@@ -46,7 +145,8 @@ class GramSum:
 
     Only the blocks on and above the diagonal are computed and kept: 5/8 of the work and of the
     memory of the full product.  Products are summed in float32 up to :data:`FLUSH` rows, as
-    one long product would be, and from there on in float64.
+    one long product would be, and from there on in float64.  Columns whose squares could leave the
+    range of the type are multiplied by powers of two before: the sum is right for every finite x.
     """
 
     BLOCKS = 4
@@ -68,50 +168,135 @@ class GramSum:
         shapes = [(features,)] if diagonal else [
             (min(step, features - start), features - start) for start in self._starts
         ]  # fmt: skip
-        self._sums = [torch.zeros(s, dtype=torch.float64, device=device) for s in shapes]
+        self._sums = ScaledSum(shapes, device)
         self._recent = [torch.zeros(s, dtype=dtype, device=device) for s in shapes]
+        self._powers: Tensor | None = None  # of the columns in what is recent; None for all 0
+        self._exponent = 0  # of all of them
+        self._safe = SAFE[dtype]
 
-    def add(self, rows: Tensor) -> bool:
-        """Add rows (positions x features) of any floating type; False if they are not finite."""
+    def add(self, rows: Tensor, exponent: int = 0) -> bool:
+        """Add rows (positions x features) times ``2^exponent``; False if they are not finite.
+
+        Args:
+            rows: of any floating type.
+            exponent: of a power of two that they are to be multiplied by.
+        """
+        if not len(rows):
+            return True
         rows = rows.to(self._recent[0].dtype)
-        finite = True
+        low, high = torch.aminmax(rows, dim=0)
+        peaks = torch.maximum(high, -low)
+        if not bool(peaks.isfinite().all()):
+            return False
+        if not bool(peaks.any()):
+            return True
+        powers = self._powers_for(peaks)
+        if exponent != self._exponent or powers is not None or self._powers is not None:
+            self._flush()
+            self._powers, self._exponent = powers, exponent
+        if powers is not None:
+            half = powers // 2  # in two steps, as 2^-powers itself may be out of range
+            rows = torch.ldexp(torch.ldexp(rows, -half), half - powers)
         for start, recent in zip(self._starts, self._recent, strict=True):
             if self.diagonal:
                 recent += rows.square().sum(0)
-                squares = recent
             else:
                 recent.addmm_(rows[:, start : start + len(recent)].T, rows[:, start:])
-                squares = recent.diagonal()
-            finite = finite and bool(squares.sum().isfinite())
         self._rows += len(rows)
         if self._rows >= self.FLUSH:
             self._flush()
-        return finite
+        return True
+
+    def _powers_for(self, peaks: Tensor) -> Tensor | None:
+        """Powers of two that columns are divided by, so that their squares can be summed."""
+        least, most = self._safe
+        if bool(((peaks == 0) | ((peaks >= least) & (peaks <= most))).all()):
+            return None
+        powers = torch.frexp(peaks).exponent
+        return powers.where(peaks > 0, powers[peaks > 0].max())
 
     def _flush(self) -> None:
-        for total, recent in zip(self._sums, self._recent, strict=True):
-            total += recent
+        if not self._rows:
+            return
+        if self._powers is None:
+            self._sums.add(self._recent, self._exponent)
+        else:
+            top = int(self._powers.max())
+            ones = torch.ones_like(self._powers, dtype=torch.float64)
+            columns = torch.ldexp(ones, self._powers - top)
+            self._sums.add(self._unscaled(columns), top + self._exponent)
+        for recent in self._recent:
             recent.zero_()
         self._rows = 0
 
+    def _unscaled(self, columns: Tensor) -> Iterator[Tensor]:
+        """What is recent with its columns multiplied again."""
+        for start, recent in zip(self._starts, self._recent, strict=True):
+            if self.diagonal:
+                yield recent * columns.square()
+            else:
+                yield recent * columns[start : start + len(recent), None] * columns[start:]
+
     def finish(self, count: int) -> Tensor:
-        """The symmetric mean, the sum divided by ``count``; the sum itself is given up."""
-        self._flush()
-        self._recent.clear()
+        """The symmetric mean, the sum divided by ``count``; the sum itself is given up.
+
+        It has to be in the range of float64: :func:`finish_together` is for any.
+        """
+        (mean,), exponent = finish_together([self], count)
+        return times_power(mean, 2 * exponent)
+
+    def _mean(self) -> Tensor:
+        """The symmetric matrix, or its diagonal, of what was summed."""
+        totals = self._sums.totals
         if self.diagonal:
-            return self._sums.pop() / max(count, 1)
+            return totals.pop()
         shape = (self.features, self.features)
-        mean = torch.empty(shape, dtype=torch.float64, device=self._sums[0].device)
-        for start, total in zip(self._starts, self._sums, strict=True):
+        mean = torch.empty(shape, dtype=torch.float64, device=totals[0].device)
+        for start, total in zip(self._starts, totals, strict=True):
             stop = start + len(total)
-            total /= max(count, 1)
             mean[start:stop, start:] = total
             mean[start:, start:stop] = total.T
             # The block on the diagonal was written twice; one half of it counts.
             square = total[:, : stop - start]
             mean[start:stop, start:stop] = square.triu() + square.triu(1).T
-        self._sums.clear()
+        totals.clear()
         return mean
+
+
+SAFE: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (2.0**-32, 2.0**40),
+    torch.float64: (2.0**-300, 2.0**400),
+}
+"""Largest values of a column between which its squares can be summed as they are: what is next
+to them to rounding must not underflow, and 2^40 rows must not overflow."""
+
+
+def finish_together(sums: Sequence[GramSum], count: int) -> tuple[list[Tensor], int]:
+    """The means of several sums, those of the groups of a convolution, say, in one unit.
+
+    Args:
+        sums: are given up.
+        count: that they are divided by.
+
+    Returns:
+        The means, and e: they are in units of ``4^e``.
+    """
+    for each in sums:
+        each._flush()
+        each._recent.clear()
+    top = max(each._sums.exponent for each in sums)
+    means = []
+    for each in sums:
+        mean = each._mean()
+        if each._sums.exponent != top:
+            times_power(mean, 2 * (each._sums.exponent - top), out=mean)
+        means.append(mean)
+    peak = max(float(_diagonal(mean).max()) for mean in means)
+    return means, unit_mean(means, top, count, peak)
+
+
+def _diagonal(mean: Tensor) -> Tensor:
+    return mean if mean.dim() == 1 else mean.diagonal()
 
 
 class CountSum:

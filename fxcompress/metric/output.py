@@ -10,12 +10,23 @@ gaussian       values (..., D), unit variance             -½ ‖y - f‖²
 
 A *prediction* is one such row.  A model with several outputs predicts all of them, independently
 of one another: the divergences add up, and so do the Fishers.
+
+``auto`` counts every floating-point tensor that a model returns, by name or place:
+
+* Names with ``logit``, ``class`` or ``cls`` are categorical (Bernoulli with one class beside other
+  outputs); if there are none, the first tensor whose name is not one of values (embeddings, hidden
+  states, boxes, ...).  All others are Gaussian.
+* What a model shows of its inside does not count: losses, hidden states of single layers, attention
+  weights, caches; nor what is nested in lists, nor ``last_hidden_state`` where there are logits.
+* Of several outputs a Gaussian one is taken in units of its own root mean square: pixels and
+  shares of an image weigh alike beside logits.  A single one, or a declared one, has unit variance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,11 +60,13 @@ class Head:
         name: field of the output, or its place in a tuple; empty for a plain tensor.
         tensor: as the model returned it.
         family: what it means.
+        scale: standard deviation of a Gaussian; None for 1.
     """
 
     name: str
     tensor: Tensor
     family: Family
+    scale: float | None = None
 
     @property
     def classes(self) -> int:
@@ -90,43 +103,123 @@ class Head:
 def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
     """The tensors that carry a model's predictions.
 
-    ``auto`` asks a Hugging Face output for ``logits`` (categorical), for ``start_logits`` and
-    ``end_logits``, then for ``last_hidden_state`` or an embedding (Gaussian).  A plain tensor, or
-    the first tensor of a tuple, counts as logits: declare ``metric: {output: gaussian}`` for a
-    regression, and ``{output: {"0": categorical, "1": gaussian}}`` for several outputs.
+    ``auto`` takes all of them, as said above; a plain tensor, or the first tensor of a tuple, for
+    logits: declare ``metric: {output: gaussian}`` for a regression, and ``{output: {"0":
+    categorical, "1": gaussian}}`` for several outputs.  A single family is that of the main output:
+    the logits, else ``last_hidden_state`` or an embedding, else the first tensor.
 
     Raises:
         CalibrationError: no floating-point tensor is to be found, or not the one that was
             declared; values that are not finite; or what the family makes no sense of.
     """
-    found = _declared(output, kind) if isinstance(kind, Mapping) else _detected(output, kind)
+    if isinstance(kind, Mapping):
+        found = _declared(output, kind)
+    else:
+        found = _seen(output) if kind == "auto" else _main(output, kind)
+    if not found:
+        raise CalibrationError(
+            f"no predictions found in the model's output of type {type(output).__name__}; "
+            "pass loss=lambda output, batch: ... (one negative log-likelihood per prediction)"
+        )
     for head in found:
         _require_sense(head)
     return found
 
 
-def _detected(output: Any, kind: str) -> list[Head]:
-    def head(name: str, tensor: Tensor, family: Family) -> Head:
-        return Head(name, tensor, family if kind == "auto" else kind)  # type: ignore[arg-type]
-
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return [head("", output, "categorical")]
+def _main(output: Any, family: Family) -> list[Head]:
+    """The output that a single family is about."""
+    if isinstance(output, Tensor):
+        return [Head("", output, family)] if output.is_floating_point() else []
     fields = _fields(output)
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     for name in _LOGITS:
-        if isinstance(fields.get(name), Tensor):
-            return [head(name, fields[name], "categorical")]
-    if all(isinstance(fields.get(name), Tensor) for name in _SPANS):
-        return [head(name, fields[name], "categorical") for name in _SPANS]
-    for name in _VALUES:
-        if isinstance(fields.get(name), Tensor):
-            return [head(name, fields[name], "gaussian")]
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return [head(name, value, "categorical")]
-    raise CalibrationError(
-        f"no predictions found in the model's output of type {type(output).__name__}; "
-        "pass loss=lambda output, batch: ... (one negative log-likelihood per prediction)"
-    )
+        if name in tensors:
+            return [Head(name, tensors[name], family)]
+    if all(name in tensors for name in _SPANS):
+        return [Head(name, tensors[name], family) for name in _SPANS]
+    named = [name for name in _VALUES if name in tensors]
+    floating = [name for name, value in tensors.items() if value.is_floating_point()]
+    return [Head(name, tensors[name], family) for name in [*named, *floating][:1]]
+
+
+def _seen(output: Any) -> list[Head]:
+    """Every output that ``auto`` counts, and what it takes it for."""
+    if isinstance(output, Tensor):
+        return [Head("", output, "categorical")] if output.is_floating_point() else []
+    tensors = {
+        name: value
+        for name, value in _fields(output).items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not _INSIDE.search(name)
+    }
+    if any(value.dim() for value in tensors.values()):  # a loss beside other outputs is none
+        tensors = {name: value for name, value in tensors.items() if value.dim()}
+    logits = [name for name in tensors if _CLASSES.search(name)]
+    if logits:
+        tensors.pop("last_hidden_state", None)
+    else:
+        logits = [name for name in tensors if not _NUMBERS.search(name)][:1]
+    found = []
+    for name, value in tensors.items():
+        head = Head(name, value, "categorical" if name in logits else "gaussian")
+        if len(tensors) > 1 and head.family == "gaussian":
+            head = replace(head, scale=_root_mean_square(value))
+        elif len(tensors) > 1 and (value.dim() == 1 or value.shape[head.classes] == 1):
+            head = replace(head, family="bernoulli")
+        found.append(head)
+    return found
+
+
+def _root_mean_square(values: Tensor) -> float:
+    """Of the finite values; 1 if they are all zero."""
+    values = values.detach()
+    finite = values[values.isfinite()].to(torch.float64)
+    peak = float(finite.abs().max()) if finite.numel() else 0.0
+    return peak * float((finite / peak).square().mean().sqrt()) if peak else 1.0
+
+
+def described(found: Sequence[Head], kind: OutputKind) -> str:
+    """The outputs that count and what they are taken for, in words."""
+    if isinstance(kind, Mapping):
+        return ", ".join(f"{head.name} {head.family}" for head in found)
+    if kind == "auto" and len(found) > 1:
+        words = (
+            f"{head.name} {head.family}" + (" of its own scale" if head.scale else "")
+            for head in found
+        )
+        return f"{SEVERAL}{', '.join(words)}"
+    return ", ".join(dict.fromkeys(head.family for head in found))
+
+
+SEVERAL = "auto: "
+"""How the words start if ``auto`` found several outputs."""
+
+
+def declared_by(model: object) -> Family | None:
+    """The family that a Hugging Face classifier says its logits have (``config.problem_type``)."""
+    names = [each.__name__ for each in type(model).__mro__]
+    stock = type(model).__module__.startswith("transformers.")
+    if stock and not any(_CLASSIFIERS.search(name) for name in names):
+        return None
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return _PROBLEMS.get(problem) if isinstance(problem, str) else None
+
+
+_PROBLEMS: Mapping[str, Family] = {
+    "single_label_classification": "categorical",
+    "multi_label_classification": "bernoulli",
+    "regression": "gaussian",
+}
+_CLASSIFIERS = re.compile("For(?!Token)[A-Za-z]*Classification")
+_CLASSES = re.compile("logit|class|(^|_)cls", re.IGNORECASE)
+_NUMBERS = re.compile(
+    "hidden|embed|pool|box|mask|depth|coord|point|feature|recon|score|spectrogram|waveform",
+    re.IGNORECASE,
+)
+_INSIDE = re.compile(
+    "^(loss|encoder_|enc_|init_|intermediate_|hidden|attn|past_|cache|mems$|state$|extract_feat|"
+    "router_|projected_)|_loss$|_loss_|attention|_hidden_states|hidden_states$",
+    re.IGNORECASE,
+)
 
 
 def _declared(output: Any, kinds: Mapping[str, Family]) -> list[Head]:
@@ -196,6 +289,25 @@ def per_prediction(loss: Loss, output: Any, batch: Any) -> Tensor:
     return value
 
 
+def loss_sum(loss: Loss, output: Any, batch: Any, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum of a user's loss over the predictions of a batch, and how many they are.
+
+    Args:
+        loss: the user's.
+        output: what the model returned.
+        batch: that it was given, on the model's device.
+        mask: (batch, positions) real positions; the others make no prediction.
+
+    Raises:
+        CalibrationError: as :func:`per_prediction`.
+    """
+    value = per_prediction(loss, output, batch)
+    if mask is None or value.shape[:2] != mask.shape:
+        return value.sum(), value.numel()
+    real = mask.to(value.device)
+    return value[real].sum(), value[real].numel()
+
+
 def divergence(
     dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
 ) -> tuple[float, int]:
@@ -236,7 +348,10 @@ def divergence_sum(
             raise CalibrationError(
                 f"the outputs have shapes {tuple(p.tensor.shape)} and {tuple(q.tensor.shape)}"
             )
-        each = _row_divergence(p.family, p.rows(p.tensor).to(dtype), q.rows(q.tensor).to(dtype))
+        one, two = (head.rows(head.tensor).to(dtype) for head in (p, q))
+        if p.scale is not None:
+            one, two = one / p.scale, two / p.scale
+        each = _row_divergence(p.family, one, two)
         real = p.real(mask)
         totals.append((each if real is None else each[real]).sum())
         predictions = max(predictions, p.predictions(mask))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import Shape
+from fxcompress.forms.shape import ConvShape, Shape
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -32,7 +32,15 @@ from fxcompress.graph.inputs import (
     run_model,
     to_device,
 )
+from fxcompress.graph.physical import (
+    base,
+    folded,
+    is_differentiated,
+    outside,
+    physical,
+)
 from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.rows import rows_of
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
 
@@ -76,6 +84,9 @@ class Visitor(Protocol):
     ) -> bool:
         """The gradient of a call's output, with its input if asked for; whether it is finite."""
 
+    def start(self, exponent: int) -> None:
+        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
+
     def end(self) -> None:
         """A backward pass has ended."""
 
@@ -99,6 +110,21 @@ DRAWS = Draws()
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What of the data got to a site, and back to it.
+
+    Attributes:
+        rows: positions that it was applied to, without padding.
+        answered: those of them whose output was sent a gradient, be it zero; 0 without a backward
+            pass.  No gradient at all says nothing about influence: ``no_grad`` and ``detach``
+            stop it.
+    """
+
+    rows: int
+    answered: int
+
+
+@dataclass(frozen=True)
 class Passed:
     """How a pass went.
 
@@ -106,11 +132,15 @@ class Passed:
         batches: number of batches seen.
         predictions: number of predictions in them, 0 without a backward pass.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
+        reach: per site name.
+        ran: names of watched modules that ran.
     """
 
     batches: int
     predictions: int
     kind: str
+    reach: Mapping[str, Reach]
+    ran: tuple[str, ...]
 
 
 def run_pass(
@@ -122,6 +152,9 @@ def run_pass(
     drawn: Draws = DRAWS,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    everywhere: bool = True,
+    places: Sequence[int] | None = None,
+    watched: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -135,30 +168,36 @@ def run_pass(
         drawn: what the outputs mean, and where labels come from.
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
+        everywhere: whether the data have to reach every site.
+        places: what errors call the batches, if these are a part of others.
+        watched: paths of other modules, of which is told whether they ran.
         tick: called after every batch.
 
     Raises:
         CalibrationError: no batches; a batch that the model rejects; values that are not
             finite (naming the site and the batch); a site that no data reached.
     """
-    session = _Session(model, sites, visitor)
+    session = _Session(model, sites, visitor, watched)
     generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
     count = predictions = 0
     kind = "none"
     with session.attached():
         for batch in batches:
-            session.begin(count, padding_mask(batch))
+            place = count if places is None else places[count]
+            session.begin(place, padding_mask(batch))
             with torch.set_grad_enabled(visitor.backward):
-                result = _forward(model, batch, forward, count)
+                result = _forward(model, batch, forward, place)
+                session.require_shared()
                 if visitor.backward:
-                    with _named(count):
+                    with _named(place):
                         starts = backward_starts(
                             result, to_device(batch, device_of(model)), kind=drawn.output,
                             fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
                             generator=generator,
                         )  # fmt: skip
                         for at, start in enumerate(starts.passes):
-                            session.backward(start, again=at + 1 < len(starts.passes))
+                            visitor.start(start.exponent)
+                            session.descend(start, again=at + 1 < len(starts.passes))
                             visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
@@ -174,8 +213,12 @@ def run_pass(
             "the calibration batches hold no prediction at all: they are empty, or their "
             "attention_mask is zero everywhere"
         )
-    session.require_reached()
-    return Passed(count, predictions, kind)
+    if everywhere:
+        session.require_reached()
+    reach = {
+        site.name: Reach(session.rows[site.name], session.answered[site.name]) for site in sites
+    }
+    return Passed(count, predictions, kind, reach, tuple(sorted(session.ran)))
 
 
 def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
@@ -209,7 +252,7 @@ def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
             "pass a forward= that does not, or choose metric: {kind: activation}"
         )
     try:
-        pairs = zip(start.tensors, start.gradients, strict=True)
+        pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
         if zeros:
@@ -221,6 +264,25 @@ def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
             f"the backward pass failed: {type(error).__name__}: {error}\n"
             "metric: {kind: activation} needs none"
         ) from error
+
+
+def _not_shared(name: str, batch: int) -> str:
+    return (
+        f"{name} shared its input with another layer when the model was recorded, "
+        f"but not on calibration batch {batch}; pass examples=[...] of both kinds"
+    )
+
+
+def _extents(site: SiteFacts) -> int | None:
+    return site.shape.dims if isinstance(site.shape, ConvShape) else None
+
+
+@dataclass
+class _Call:
+    """One call of a site: its rows, and whether a gradient came back to them."""
+
+    rows: int
+    answered: bool = False
 
 
 @contextmanager
@@ -254,14 +316,18 @@ class _Session:
     model: nn.Module
     sites: Sequence[SiteFacts]
     visitor: Visitor
+    watched: Sequence[str] = ()
     mask: Tensor | None = None
     batch: int = 0
+    backward: bool = False
 
     def __post_init__(self) -> None:
         self.seen: dict[InputKey, list[tuple[weakref.ref[Tensor], int]]] = {}
         self.calls: dict[str, int] = {}
-        self.reached: set[str] = set()
         self.zeros: dict[torch.device, Tensor] = {}
+        self.rows: dict[str, int] = defaultdict(int)
+        self.answered: dict[str, int] = defaultdict(int)
+        self.ran: set[str] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -272,6 +338,9 @@ class _Session:
             for site in self.sites:
                 module = self.model.get_submodule(site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
+            for name in self.watched:
+                ran = partial(self._see_run, name)
+                handles.append(self.model.get_submodule(name).register_forward_hook(ran))
             with _frozen(self.model):
                 yield
         finally:
@@ -280,17 +349,27 @@ class _Session:
             for module in training:
                 module.training = True
 
-    def backward(self, start: Start, again: bool) -> None:
+    def descend(self, start: Start, again: bool) -> None:
         """Go back to all sites; ``again`` if there is more to come of the same forward pass."""
+        self.backward = True
         _backward(start, [*self.zeros.values()], again)
+        self.backward = False
 
     def begin(self, batch: int, mask: Tensor | None) -> None:
         self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
+    def require_shared(self) -> None:
+        """Layers that share inputs share their moments: none may have been left out."""
+        first: dict[InputKey, SiteFacts] = {}
+        for site in self.sites:
+            other = first.setdefault(input_key(site), site)
+            if self.calls[site.name] != self.calls[other.name]:
+                raise CalibrationError(_not_shared(site.name, self.batch))
+
     def require_reached(self) -> None:
-        unreached = [site.name for site in self.sites if site.name not in self.reached]
+        unreached = [site.name for site in self.sites if not self.rows[site.name]]
         if unreached:
             raise CalibrationError(
                 f"no calibration data reached {', '.join(unreached[:5])}"
@@ -301,15 +380,43 @@ class _Session:
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self._see_input(site, data)
-            if not torch.is_grad_enabled():
+            # A checkpoint runs its part again during the backward pass: the same rows.
+            if torch._C._current_graph_task_id() == -1:
+                self._see_input(site, data)
+                self.rows[site.name] += self._rows_of(site, out, data)
+            if not (self.visitor.backward and torch.is_grad_enabled()):
                 return None
-            out = out + self._zero(out.device)  # no leaf, so that an in-place activation may follow
-            kept = data.detach() if self.visitor.keeps_inputs else None
-            out.register_hook(partial(self._see_gradient, site, kept, self.mask))  # type: ignore[no-untyped-call]
+            if is_differentiated(out):
+                raise CalibrationError(
+                    f"the model takes derivatives of {site.name} inside its forward (torch.func), "
+                    "and what the layer does to them has no measure here; leave it out of the "
+                    "rules (unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
+            # No leaf, so that an in-place activation may follow; a sum is seen by autograd inside
+            # of vmap, too.
+            out = out + self._zero(out.device)
+            kept = self._plain(site, data) if self.visitor.keeps_inputs else None
+            inner, ordered = base(out)
+            if not inner.requires_grad:
+                raise CalibrationError(
+                    f"{site.name} runs where no gradient can be followed (inside of torch.cond or "
+                    "another higher-order operator); leave it out of the rules "
+                    "(unless: [{name: ...}]), or choose metric: {kind: activation}"
+                )
+            call = _Call(self._rows_of(site, out, data))
+            see = partial(self._see_gradient, site, call, kept, self.mask, ordered)
+            inner.register_hook(see)  # type: ignore[no-untyped-call]
             return out
 
         return hook
+
+    @staticmethod
+    def _plain(site: SiteFacts, data: Tensor) -> Tensor:
+        return physical(data, _extents(site)).detach()
+
+    def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
+        plain = physical(out, _extents(site)).detach()
+        return rows_of(plain, self._plain(site, data), site.shape, self.mask)
 
     def _zero(self, device: torch.device) -> Tensor:
         """What makes the values of a device depend on something that has a gradient."""
@@ -318,24 +425,36 @@ class _Session:
         return self.zeros[device]
 
     def _see_input(self, site: SiteFacts, data: Tensor) -> None:
-        if data.numel():
-            self.reached.add(site.name)
         version = -1 if data.is_inference() else data._version
         call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
         seen = self.seen[input_key(site)]
         if call < len(seen):
             if seen[call][0]() is data and seen[call][1] == version:
                 return
-            raise CalibrationError(
-                f"{site.name} shared its input with another layer when the model was recorded, "
-                f"but not on calibration batch {self.batch}; pass examples=[...] of both kinds"
-            )
+            raise CalibrationError(_not_shared(site.name, self.batch))
         seen.append((weakref.ref(data), version))
-        self._require_finite(self.visitor.input(site, data.detach(), self.mask), site, "input")
+        with outside(data):
+            finite = self.visitor.input(site, self._plain(site, data), self.mask)
+        self._require_finite(finite, site, "input")
+
+    def _see_run(self, name: str, *_: Any) -> None:
+        self.ran.add(name)
 
     def _see_gradient(
-        self, site: SiteFacts, data: Tensor | None, mask: Tensor | None, gradient: Tensor
+        self,
+        site: SiteFacts,
+        call: _Call,
+        data: Tensor | None,
+        mask: Tensor | None,
+        ordered: Callable[[Tensor], Tensor],
+        gradient: Tensor,
     ) -> None:
+        if not self.backward:
+            return  # of a derivative that the model takes itself
+        if not call.answered:  # by the first of several backward passes
+            call.answered = True
+            self.answered[site.name] += call.rows
+        gradient = folded(ordered(gradient.detach()), _extents(site))
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 

@@ -45,21 +45,21 @@ class Whiteners:
         self.damping = damping
         self._last: tuple[Factor, list[Whitener]] | None = None
 
-    def inputs(self, factor: Factor, groups: int) -> list[Whitener]:
-        """Of an input factor, one per group."""
+    def inputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
+        """Of an input factor in units of ``unit²``, one per group."""
         if self._last is None or factor is None or self._last[0] is not factor:
-            self._last = (factor, _each(factor, groups, self.damping[0]))
+            self._last = (factor, _each(factor, groups, self.damping[0], unit))
         return self._last[1]
 
-    def outputs(self, factor: Factor, groups: int) -> list[Whitener]:
-        """Of an output factor, one per group."""
-        return _each(factor, groups, self.damping[1])
+    def outputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
+        """Of an output factor in units of ``unit²``, one per group."""
+        return _each(factor, groups, self.damping[1], unit)
 
 
-def _each(factor: Factor, groups: int, damping: float) -> list[Whitener]:
+def _each(factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
     if factor is None:
         return [Whitener()] * (groups or 1)
-    return [whitener(part, damping) for part in (factor if groups else [factor])]
+    return [whitener(part, damping, unit) for part in (factor if groups else [factor])]
 
 
 def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whiteners) -> Quadratic:
@@ -76,12 +76,48 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
     """
     if metric.factors is None:
         assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape)
+        return Elementwise.of(moments.entries, shape, moments.units[2])
     a, g = metric.factors(moments)
     groups = shape.groups if isinstance(shape, ConvShape) else 0
-    pairs = zip(whiteners.inputs(a, groups), whiteners.outputs(g, groups), strict=True)
+    first, second, third = moments.units
+    outputs = whiteners.outputs(g, groups, third if moments.output is None else second)
+    pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
     parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
     return Grouped(parts) if groups else parts[0]
+
+
+def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor) -> float:
+    """Loss of a change of a weight by the moments themselves: ``½ tr(G Δ A Δᵀ)``, undamped.
+
+    For moments that the change was not chosen by: there is nothing to be careful about.
+
+    Args:
+        metric: makes factors of moments.
+        shape: of the operator.
+        moments: of the site.
+        change: Δ (canonical layout), float64.
+    """
+    if metric.factors is None:
+        assert moments.entries is not None
+        return Elementwise.of(moments.entries, shape).loss(change)
+    grouped = isinstance(shape, ConvShape)
+    parts = change.flatten(2) if grouped else change[None]
+    factors = [
+        [None] * len(parts) if factor is None else [*factor] if grouped else [factor]
+        for factor in metric.factors(moments)
+    ]
+    return 0.5 * sum(
+        float((_times(g, part) * _times(a, part.T).T).sum())
+        for a, g, part in zip(*factors, parts, strict=True)
+    )
+
+
+def _times(factor: Factor, x: Tensor) -> Tensor:
+    """``M x`` for a factor M (d x d), its diagonal (d) or the identity, and x (d x k)."""
+    if factor is None:
+        return x
+    factor = factor.to(x.dtype)
+    return factor[:, None] * x if factor.dim() == 1 else factor @ x
 
 
 def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
@@ -94,8 +130,10 @@ def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
         rows: of each weight.
     """
     if isinstance(parts[0], Elementwise):
-        entries = [part.entries for part in parts if isinstance(part, Elementwise)]
-        return Elementwise(torch.cat(entries), False)
+        each = [part for part in parts if isinstance(part, Elementwise)]
+        unit = max(part.unit for part in each)
+        entries = [part.entries * (part.unit / unit) ** 2 for part in each]
+        return Elementwise(torch.cat(entries), False, unit)
     blocks = [p.outputs for p in parts if isinstance(p, Kronecker)]
     inputs = parts[0].inputs  # type: ignore[attr-defined]
     return Kronecker(inputs, BlockWhitener(tuple(blocks), tuple(rows)))  # type: ignore[arg-type]

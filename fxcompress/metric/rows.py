@@ -132,6 +132,23 @@ def _real(data: Tensor, mask: Tensor | None) -> Tensor:
     return data.reshape(-1, data.shape[-1])
 
 
+def rows_of(out: Tensor, data: Tensor, shape: Shape, mask: Tensor | None) -> int:
+    """How many rows an operator was applied to, without padding.
+
+    Args:
+        out: what it returned.
+        data: what it was given.
+        shape: of the operator.
+        mask: as of :func:`input_rows`.
+    """
+    of = out if isinstance(shape, EmbeddingShape) else data
+    masked = mask is not None and of.dim() == 3 and of.shape[:2] == mask.shape
+    if masked and not isinstance(shape, ConvShape):
+        assert mask is not None
+        return int(mask.sum())
+    return out.numel() // shape.out_features
+
+
 def weight_gradients(data: Tensor, gradient: Tensor, shape: Shape) -> Iterator[Tensor]:
     """Gradient of the weight for every sample, ``Σ_t g_t a_tᵀ``, some samples at a time.
 
@@ -187,11 +204,8 @@ def squared_gradients(data: Tensor, gradient: Tensor, shape: Shape, *, entries: 
         return (g.T @ a)[None] if entries else (g.T @ a.mean(1))[None]
     total: Tensor | None = None
     for part in weight_gradients(data, gradient, shape):
-        squares = part.square()
-        if entries:
-            found = squares.sum(0, dtype=torch.float64)
-        else:
-            found = squares.mean(3, dtype=torch.float64).sum(0)
+        squares = part.to(torch.float64).square()  # of inputs in units of all sizes
+        found = squares.sum(0) if entries else squares.mean(3).sum(0)
         total = found if total is None else total + found
     assert total is not None
     return total

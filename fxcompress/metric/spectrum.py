@@ -80,7 +80,9 @@ class Whitened:
         Args:
             left: orthonormal columns U (k x p) in the coordinates of ``matrix``.
         """
-        first, second = self.rows.out_of(left), left.T @ self.half
+        first, second, unit = self.rows.out_of(left), left.T @ self.half, self.rows.unit
+        if unit != 1:  # which would leave the range of a narrow type
+            first, second = first * unit, second / unit
         return (second.T, first.T) if self.tall else (first, second)
 
 

@@ -35,7 +35,8 @@ class SplitTruncations:
 
     Attributes:
         weight: in the order of the view (m x c x q), float64.
-        inputs: whitens A, patches in the order (n, k_1, ..., k_d).
+        inputs: whitens A, patches in the order (n, k_1, ..., k_d).  A fit does not depend on its
+            unit, so T is without it, and ``coordinates`` with it.
         order: the place in a patch of every (c, q), (c·q).
         outputs: whitens G.
         basis: rows b_i (k x c), float64.
@@ -82,7 +83,7 @@ class SplitTruncations:
             torch.promote_types(weight.dtype, torch.float32),
         )
         fitted, _ = plain.fit(len(basis))
-        coordinates = outputs.into(fitted).reshape(m, len(basis), q)
+        coordinates = outputs.into(fitted).reshape(m, len(basis), q) * inputs.unit
         if inputs.null or outputs.null:
             coordinates = torch.zeros_like(coordinates)
         sigma = coordinates.square().sum((0, 2)).sqrt()

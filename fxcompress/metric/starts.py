@@ -18,6 +18,7 @@ For each family the gradient at the output is known in closed form, so no loss g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,12 +27,19 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
-from fxcompress.metric.output import Head, Loss, OutputKind, heads, per_prediction
+from fxcompress.metric.moments import largest, times_power
+from fxcompress.metric.output import Head, Loss, OutputKind, described, heads, per_prediction
 
 FisherKind = Literal["sampled", "exact", "empirical"]
 
 MOST_COLUMNS = 128
 """Columns that ``exact`` goes through at most: each of them is a backward pass."""
+
+MOST_WIDE = 1 << 24
+"""Numbers of an output that are looked at in float64 at most (128 MiB)."""
+
+SUREST = 2.0**-400
+"""Gradients at the output below this are none: the model is sure of everything."""
 
 IGNORED = -100
 """A label that is none, as torch and Hugging Face have it."""
@@ -43,11 +51,30 @@ class Start:
 
     Attributes:
         tensors: parts of the model's output.
-        gradients: with respect to each, of the same shape.
+        scaled: gradients with respect to each, of the same shape, over ``2^exponent``: those of a
+            model that is sure of everything would be lost on the way otherwise.
+        exponent: of two.
     """
 
     tensors: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
+    scaled: tuple[Tensor, ...]
+    exponent: int = 0
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """With respect to each of the tensors."""
+        return tuple(times_power(each, self.exponent) for each in self.scaled)
+
+    @classmethod
+    def of(cls, heads: Sequence[Head], rows: Sequence[Tensor]) -> Start:
+        """From gradients of the rows of every head."""
+        peak = max(map(largest, rows), default=0.0)
+        exponent = math.frexp(peak)[1] if SUREST < peak < 0.25 else 0
+        pairs = zip(heads, (times_power(each, -exponent) for each in rows), strict=True)
+        scaled = [head.like(each) for head, each in pairs]
+        if peak <= SUREST:
+            scaled = [torch.zeros_like(each) for each in scaled]
+        return cls(tuple(head.tensor for head in heads), tuple(scaled), exponent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +120,7 @@ def backward_starts(
     if loss is not None:
         return _from_loss(output, batch, loss, mask)
     found = heads(output, kind)
-    named = isinstance(kind, Mapping)
-    words = (f"{head.name} {head.family}" if named else head.family for head in found)
-    name = ", ".join(dict.fromkeys(words))
+    name = described(found, kind)
     if fisher == "exact":
         passes = [start for head in found for start in _exact(head, mask, generator)]
         return Starts(passes, max(head.predictions(mask) for head in found), name)
@@ -107,10 +132,9 @@ def backward_starts(
             rows, real = _empirical(head, batch, mask, len(found))
         if real is not None:
             rows = rows * real[..., None]
-        gradients.append(head.like(rows))
+        gradients.append(rows)
         counts.append(rows[..., 0].numel() if real is None else int(real.sum()))
-    start = Start(tuple(head.tensor for head in found), tuple(gradients))
-    return Starts([start], max(counts), name)
+    return Starts([Start.of(found, gradients)], max(counts), name)
 
 
 def _sampled(head: Head, generator: torch.Generator) -> Tensor:
@@ -118,20 +142,41 @@ def _sampled(head: Head, generator: torch.Generator) -> Tensor:
     f = head.rows(head.tensor.detach().float())
     if head.family == "gaussian":
         # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
-        return torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
+        drawn = torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
+        return drawn / (head.scale or 1.0)
     if head.family == "bernoulli":
-        p = f.sigmoid()
-        return p - torch.bernoulli(p, generator=generator)
-    p = f.softmax(-1)
-    flat = p.reshape(-1, p.shape[-1])
+        return _bernoulli(head, torch.bernoulli(f.sigmoid(), generator=generator))
+    flat = f.softmax(-1).reshape(-1, f.shape[-1])
     labels = torch.multinomial(flat, 1, generator=generator)
-    flat.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=flat.dtype))
-    return flat.reshape(p.shape)
+    del flat  # as large as a vocabulary
+    return _categorical(head, labels)
+
+
+def _wide(head: Head) -> Tensor:
+    """Rows in float64, so that probabilities of 1e-300 are none of 0; of many in float32."""
+    narrow = head.tensor.numel() > MOST_WIDE and head.tensor.dtype != torch.float64
+    return head.rows(head.tensor.detach().to(torch.float32 if narrow else torch.float64))
+
+
+def _categorical(head: Head, labels: Tensor) -> Tensor:
+    """``p - onehot(y)`` of rows (..., C) for labels y (rows x 1), exact where p is nearly 1."""
+    f = _wide(head)
+    p = f.softmax(-1).reshape(-1, f.shape[-1])
+    p.scatter_(1, labels, 0.0)
+    p.scatter_(1, labels, -p.sum(1, keepdim=True))
+    return p.reshape(f.shape)
+
+
+def _bernoulli(head: Head, given: Tensor) -> Tensor:
+    """``p - y`` of rows (..., D) for y in [0, 1], exact where p is nearly y."""
+    f = _wide(head)
+    y = given.to(f.dtype)
+    return (1 - y) * f.sigmoid() - y * (-f).sigmoid()
 
 
 def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[Start]:
     """One pass for each column of a root of the Hessian."""
-    f = head.rows(head.tensor.detach().float())
+    f = _wide(head)
     columns = f.shape[-1]
     if columns > MOST_COLUMNS:
         raise CalibrationError(
@@ -148,18 +193,19 @@ def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[
             p = f.softmax(-1)
             root = p[..., column : column + 1].sqrt()
             rows = -p * root
-            rows[..., column] += root[..., 0]
+            rows[..., column] = 0.0
+            rows[..., column] = -rows.sum(-1)  # (1 - p) √p
         elif head.family == "bernoulli":
-            p = f[..., column].sigmoid()
-            rows[..., column] = (p * (1 - p)).sqrt()
+            logit = f[..., column]
+            rows[..., column] = (logit.sigmoid() * (-logit).sigmoid()).sqrt()
         else:
-            rows[..., column] = 1.0
+            rows[..., column] = 1.0 / (head.scale or 1.0)
         if several:
             coin = torch.rand(f.shape[:-1], generator=generator, device=f.device)
             rows = rows * ((coin < 0.5).to(rows.dtype) * 2 - 1)[..., None]
         if real is not None:
             rows = rows * real[..., None]
-        starts.append(Start((head.tensor,), (head.like(rows),)))
+        starts.append(Start.of([head], [rows]))
     return starts
 
 
@@ -181,7 +227,7 @@ def _empirical(
         given = head.rows(labels.to(f.dtype)) if labels.dim() == head.tensor.dim() else labels
         if given.shape != f.shape:
             raise CalibrationError(_misfit(labels, head))
-        return (f.sigmoid() if head.family == "bernoulli" else f) - given, real
+        return _bernoulli(head, given) if head.family == "bernoulli" else f - given, real
     if labels.shape != f.shape[:-1]:
         raise CalibrationError(_misfit(labels, head))
     if _is_causal(batch, labels):
@@ -191,11 +237,7 @@ def _empirical(
         labels = shifted
     known = labels != IGNORED
     real = known if real is None else known & real
-    rows = f.softmax(-1)
-    flat = rows.reshape(-1, rows.shape[-1])
-    at = labels.clamp_min(0).reshape(-1, 1)
-    flat.scatter_add_(1, at, torch.full_like(at, -1, dtype=flat.dtype))
-    return flat.reshape(rows.shape), real
+    return _categorical(head, labels.clamp_min(0).reshape(-1, 1)), real
 
 
 def _is_causal(batch: Mapping[str, Any], labels: Tensor) -> bool:

@@ -52,7 +52,9 @@ class TuckerTruncations:
         # L_Gᵀ W ≈ Y Yᵀ L_Gᵀ W: the core is what is left of the layer above the inputs.
         above = split.outputs.into(left.to(torch.float64).flatten(1))
         core = (vectors.T @ above).reshape(second, first, -1)
-        return split.outputs.out_of(vectors).to(left.dtype), core.to(left.dtype), right
+        unit = split.outputs.unit  # which would leave the range of a narrow type
+        below, core = split.outputs.out_of(vectors) * unit, core / unit
+        return below.to(left.dtype), core.to(left.dtype), right
 
     def _tail(self, first: int) -> Tensor:
         """Loss of the output step at every r_2 from 0 to m, after r_1 input channels."""

@@ -33,6 +33,8 @@ class Whitener:
         root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
         scale: √ of a diagonal factor (d), or None.  All three None: the identity.
         matrix: the damped factor itself, if it was one; None for a diagonal one or the identity.
+        unit: what L is a multiple of, a power of two: products have it as a factor, ``lower``,
+            ``root``, ``scale`` and ``matrix`` (its square) do not.
         null: the factor is zero; products are those of the identity, and every singular
             value in these coordinates counts as zero.
     """
@@ -42,6 +44,7 @@ class Whitener:
     scale: Tensor | None = None
     matrix: Tensor | None = None
     null: bool = False
+    unit: float = 1.0
 
     @property
     def plain(self) -> bool:
@@ -50,6 +53,7 @@ class Whitener:
 
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x * self.unit
         if self.lower is not None:
             return _transposed_product(self.lower, x)
         if self.root is not None:
@@ -58,6 +62,7 @@ class Whitener:
 
     def out_of(self, x: Tensor) -> Tensor:
         """``L⁻ᵀ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x / self.unit
         if self.lower is not None:
             lower = self.lower.to(x.dtype)
             solved: Tensor = torch.linalg.solve_triangular(lower.T, x, upper=True)
@@ -68,6 +73,7 @@ class Whitener:
 
     def solve(self, x: Tensor) -> Tensor:
         """``(L Lᵀ)⁻¹ x`` for x (d x k)."""
+        x = x if self.unit == 1 else x / self.unit / self.unit
         if self.lower is not None:
             solved: Tensor = torch.cholesky_solve(x, self.lower.to(x.dtype))
             return solved
@@ -101,6 +107,11 @@ class BlockWhitener:
     sizes: tuple[int, ...]
 
     @property
+    def unit(self) -> float:
+        """The largest of those of the blocks."""
+        return max(block.unit for block in self.blocks)
+
+    @property
     def null(self) -> bool:
         """Whether every block is zero."""
         return all(block.null for block in self.blocks)
@@ -120,8 +131,13 @@ class BlockWhitener:
         return torch.cat([block.out_of(part) for block, part in parts])
 
 
-def whitener(factor: Tensor | None, damping: float) -> Whitener:
+def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whitener:
     """The whitener of a factor (d x d, d, or None), damped relative to its mean eigenvalue.
+
+    Args:
+        factor: in units of ``unit²``; None for the identity.
+        damping: added to its eigenvalues, as a fraction of their mean.
+        unit: a power of two.
 
     Raises:
         ValueError: the factor is not finite, or is clearly not positive semi-definite.
@@ -139,14 +155,15 @@ def whitener(factor: Tensor | None, damping: float) -> Whitener:
         return Whitener(null=True)
     if factor.dim() == 1:
         damped = factor.clamp_min(0) + damping * mean
-        return Whitener(scale=damped.clamp_min(FLOOR * mean).sqrt())
+        return Whitener(scale=damped.clamp_min(FLOOR * mean).sqrt(), unit=unit)
     damped = (factor + factor.T) / 2
     damped.diagonal().add_(damping * mean)
     if damping >= FLOOR:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
-            return Whitener(lower=lower, matrix=damped)
+            return Whitener(lower=lower, matrix=damped, unit=unit)
     values, vectors = torch.linalg.eigh(damped)
     values = values.clamp_min(FLOOR * mean)
     floored = (vectors * values) @ vectors.T
-    return Whitener(root=(vectors * values.sqrt(), vectors * values.rsqrt()), matrix=floored)
+    roots = (vectors * values.sqrt(), vectors * values.rsqrt())
+    return Whitener(root=roots, matrix=floored, unit=unit)

@@ -87,7 +87,9 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(count=count, short=short, loss=loss, site_text=site_text)
-    environment.globals.update(percent=percent, with_error=with_error)
+    environment.globals.update(
+        percent=percent, with_error=with_error, held_back_data=summary.held_back_data
+    )
     source = files("fxcompress.report").joinpath("diff.html.j2").read_text("utf-8")
     return environment.from_string(source).render(
         plan=plan,
@@ -95,6 +97,9 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         rewritten=summary.rewritten_text(plan),
         label=loss_label(plan.loss_unit),
         budget=[*summary.budget_lines(plan), summary.predicted_line(plan)],
+        held_back=plan.held_back,
+        held_back_name=summary.held_back_name(plan),
+        held_back_line=summary.held_back_line(plan),
         fidelity=plan.fidelity,
         fidelity_lines=summary.fidelity_lines(plan),
         scatter=fidelity_scatter(plan),

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Literal
 
-from fxcompress.plan import ZERO, BudgetOutcome, Limit, Plan, Size
+from fxcompress.plan import ZERO, BudgetOutcome, HeldBack, Limit, Plan, Size
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
     amount,
@@ -109,12 +109,37 @@ def _budget(budget: BudgetOutcome | Limit, how: str, label: str) -> list[str]:
     ]
 
 
+def held_back_line(plan: Plan) -> str:
+    """``KL to the dense model 0.1729 ± 2.1% nats per prediction, on 4 batches held back (...)``.
+
+    The first number that is shown; it says so where nothing was measured.
+    """
+    found = plan.held_back
+    if found is None:
+        why = "no calibration batch was held back" if plan.after else "nothing is rewritten yet"
+        return f"{held_back_name(plan)}: not measured ({why})"
+    value = with_error(found.measured, found.error)
+    return f"{held_back_name(plan)} {value} {LOSS_IN_NATS}, on {held_back_data(found)}"
+
+
+def held_back_name(plan: Plan) -> str:
+    """What is measured on the batches held back."""
+    own = plan.held_back is not None and plan.held_back.output == "loss"
+    return "rise of the loss" if own else "KL to the dense model"
+
+
+def held_back_data(found: HeldBack) -> str:
+    """``4 batches held back (4,096 predictions)``."""
+    batches = "1 batch" if found.batches == 1 else f"{count(found.batches)} batches"
+    return f"{batches} held back ({count(found.predictions)} predictions)"
+
+
 def predicted_line(plan: Plan) -> str:
-    """``predicted KL 0.1231 nats per prediction (bound 0.1230, gap 0.0001), λ = ...``."""
+    """``predicted KL 0.1231 nats per prediction (fitted 0.1120, gap 0.0001), λ = ...``."""
     budget = plan.budget
     line = f"predicted {loss_label(plan.loss_unit)} {loss(budget.predicted)} {plan.loss_unit}"
     if budget.bound is not None and budget.gap is not None:
-        line += f" (bound {loss(budget.bound)}, gap {loss(budget.gap)})"
+        line += f" (fitted {loss(budget.fitted)}, gap {loss(budget.gap)})"
     if budget.multiplier is not None:
         line += f", λ = {budget.multiplier:.3g} per {_ONE[budget.unit]}"
     for limit in plan.limits:

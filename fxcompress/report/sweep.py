@@ -13,8 +13,22 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from fxcompress.plan import Plan, Size
-from fxcompress.report.quantities import amount, count, loss, loss_label, percent, short
-from fxcompress.report.summary import BUDGET_TEXT, model_name, totals
+from fxcompress.report.quantities import (
+    LOSS_IN_NATS,
+    amount,
+    count,
+    loss,
+    loss_label,
+    percent,
+    short,
+)
+from fxcompress.report.summary import (
+    BUDGET_TEXT,
+    held_back_data,
+    held_back_name,
+    model_name,
+    totals,
+)
 
 Values = Mapping[str, float]
 
@@ -125,7 +139,10 @@ class Sweep:
             ],
             table,
             impossible,
-            [f"predicted {loss_label(plan.loss_unit)} is in {plan.loss_unit}"],
+            [
+                f"predicted {loss_label(plan.loss_unit)} is in {plan.loss_unit}",
+                *self._judged(),
+            ],
         ]
         if self.warnings:
             sections.append(["warnings:", *(f"  {warning}" for warning in self.warnings)])
@@ -133,28 +150,42 @@ class Sweep:
             sections.append(["interrupted: the smaller budgets are missing"])
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
+    def _judged(self) -> list[str]:
+        """What the column of measured losses is about."""
+        found = [plan for plan in self.plans.values() if plan.held_back is not None]
+        if not found or found[0].held_back is None:
+            return []
+        data = held_back_data(found[0].held_back)
+        return [f"held back: {held_back_name(found[0])} in {LOSS_IN_NATS}, on {data}"]
+
     def _rows(self) -> list[tuple[str, ...]]:
         plan = self._first
         timed = plan.budget.unit == "latency"
         size, dense = plan.model_before, plan.budget.dense
+        judged = any(made.held_back is not None for made in self.plans.values())
         head = (
             *("keep", "parameters", "kept", "MACs", "bytes"),
             *(("time",) if timed else ()),
-            *("rewritten", f"predicted {loss_label(plan.loss_unit)}", *self.dense),
+            "rewritten",
+            *(("held back",) if judged else ()),
+            *(f"predicted {loss_label(plan.loss_unit)}", *self.dense),
         )
         rows = [head]
 
-        def row(name: str, now: Size, cost: float, done: str, lost: str, values: Values) -> None:
+        def row(
+            name: str, now: Size, cost: float, done: str, found: str, lost: str, values: Values
+        ) -> None:
             rows.append(
                 (
                     *(name, count(now.parameters), percent(now.parameters, size.parameters)),
                     *(short(now.macs), short(now.bytes)),
                     *((amount(cost, plan.budget.unit),) if timed else ()),
-                    *(done, lost, *(f"{value:.6g}" for value in values.values())),
+                    *(done, *((found,) if judged else ()), lost),
+                    *(f"{value:.6g}" for value in values.values()),
                 )
             )
 
-        row("dense", size, dense, "", "", self.dense)
+        row("dense", size, dense, "", "", "", self.dense)
         for point in self.points:
             made = point.plan
             if made is None:
@@ -163,7 +194,8 @@ class Sweep:
             done = f"{len(made.rewritten)} of {len(made.sites)}"
             lost = loss(made.budget.predicted)
             values = {name: point.values[name] for name in self.dense}
-            row(f"{point.keep:g}", made.model_after, made.budget.cost, done, lost, values)
+            found = "" if made.held_back is None else loss(made.held_back.measured)
+            row(f"{point.keep:g}", made.model_after, made.budget.cost, done, found, lost, values)
         return rows
 
     @property

@@ -10,6 +10,7 @@ from fxcompress.report.quantities import loss, loss_label, span, sparkline
 from fxcompress.report.summary import (
     budget_lines,
     fidelity_lines,
+    held_back_line,
     model_name,
     predicted_line,
     rewritten_text,
@@ -37,9 +38,12 @@ def plan_table(plan: Plan) -> str:
     head = [
         f"plan for {model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
         rewritten_text(plan),
+        held_back_line(plan),
     ]
     if plan.calibration:
         facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
+        if plan.damping:
+            facts += f", damping {' and '.join(f'{one:g}' for one in plan.damping)}"
         head.append(f"calibration: {facts}")
     lines = [*budget_lines(plan), predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
     sections = [head, lines, totals_lines(plan)]

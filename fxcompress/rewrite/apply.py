@@ -12,10 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
+from fxcompress.graph.canonical import canonicalize
 from fxcompress.modules import shape_of
 from fxcompress.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.batch_norm import fold_batch_norms
+from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
@@ -35,18 +37,20 @@ class Bodies:
     joint: Mapping[str, JointBody]
 
 
-def empty_bodies(plan: Plan, model: nn.Module) -> Bodies:
+def empty_bodies(plan: Plan, model: nn.Module, device: torch.device | None = None) -> Bodies:
     """Bodies without values, for a state dict to be loaded into.
 
     Args:
         plan: that fits the model (:func:`mismatches`).
         model: as it was before the rewrite; says what shapes, types and devices are.
+        device: in the place of the model's; on the meta device bodies take no memory.
     """
     reference = _reference(model, plan)
 
     def shape(site: SitePlan) -> Any:
         found = shape_of(reference.get_submodule(site.name))
-        return replace(found, dtype=getattr(torch, site.dtype))
+        where = found.device if device is None else device
+        return replace(found, dtype=getattr(torch, site.dtype), device=where)
 
     single = {}
     for site in plan.rewritten:
@@ -92,25 +96,58 @@ def _origin(site: SitePlan) -> Provenance:
 
 def mismatches(model: nn.Module, plan: Plan) -> str:
     """How ``model`` differs from what the plan was made for; empty if every site is there."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     problems = [
         f"it has no batch norm {pair.norm} after a convolution {pair.convolution}"
         for pair in plan.folded
-        if not _foldable(model, pair)
+        if not _foldable(modules, pair)
     ]
     if problems:
-        return "; ".join(problems[:5])
+        return _told(problems)
     reference = _reference(model, plan)
-    for site in plan.rewritten:
+    places: dict[nn.Module, str] = {}
+    for site in plan.sites:
         try:
-            found = describe(shape_of(reference.get_submodule(site.name)))
+            module = reference.get_submodule(site.name)
+            shape = shape_of(module)
         except (AttributeError, ValueError):  # nothing of that name, or not a matrix
             problems.append(f"it has no {site.op} layer {site.name}")
             continue
         wanted = f"{site.operator}{'' if site.bias else WITHOUT_BIAS}"
-        if found != wanted:
-            problems.append(f"{site.name} is {found}, the plan has {wanted}")
+        if describe(shape) != wanted:
+            problems.append(f"{site.name} is {describe(shape)}, the plan has {wanted}")
+        elif isinstance(module, Factorized) or canonicalize(module=module)["op"] != site.op:
+            problems.append(f"{site.name} is a {type(module).__name__}, not a {site.op} layer")
+        elif module in places:
+            problems.append(f"{site.name} is the same layer as {places[module]}")
+        elif reason := _unfit(site, shape, plan):
+            problems.append(f"{site.name}: {reason}")
+        places[module] = site.name
+    if not problems and isinstance(reference, fx.GraphModule):
+        problems = [
+            f"the layers of {name} do not read the same values"
+            for name, sites in plan.bundles.items()
+            if len({_reads(reference, site.name) for site in sites}) > 1
+        ]
+    return _told(problems)
+
+
+def _told(problems: list[str]) -> str:
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
+
+
+def _unfit(site: SitePlan, shape: Any, plan: Plan) -> str | None:
+    """Why a layer cannot take the form, where that is no matter of its sizes (``max_norm``)."""
+    if site.form is None or site.bundle:
+        return None
+    return find_form(site.form, site.op, plan.templates).misfit(shape)
+
+
+def _reads(model: fx.GraphModule, path: str) -> tuple[Any, ...]:
+    """The value that each call of a module reads."""
+    calls = (n for n in model.graph.nodes if n.op == "call_module" and n.target == path)
+    return tuple((*node.args, *node.kwargs.values()) for node in calls)
 
 
 def _reference(model: nn.Module, plan: Plan) -> nn.Module:
@@ -120,11 +157,15 @@ def _reference(model: nn.Module, plan: Plan) -> nn.Module:
     return reference
 
 
-def _foldable(model: nn.Module, pair: Folded) -> bool:
-    """Whether both modules of a pair are there."""
-    modules = dict(model.named_modules())
+def _foldable(modules: Mapping[str, nn.Module], pair: Folded) -> bool:
+    """Whether both modules of a pair are there, and fit each other."""
     convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
-    return isinstance(convolution, _ConvNd) and isinstance(norm, _BatchNorm)
+    return (
+        isinstance(convolution, _ConvNd)
+        and isinstance(norm, _BatchNorm)
+        and norm.running_mean is not None
+        and norm.num_features == convolution.out_channels
+    )
 
 
 WITHOUT_BIAS = " without bias"

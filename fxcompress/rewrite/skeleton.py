@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, UntypedStorage, fx, nn
 
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
@@ -15,15 +16,61 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def skeleton(model: M) -> M:
-    """A deep copy that shares the parameters (not the buffers: a forward may write those)."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, {**memo, **_computed(model)})
+    """A deep copy that shares the parameters (not the buffers: a forward may write those).
+
+    Parameters that were made in inference mode are copied: nothing can be computed from them
+    that has gradients.
+    """
+    own: dict[int, UntypedStorage] = {}
+    memo: dict[int, Any] = {
+        id(parameter): _ordinary(parameter, own) if parameter.is_inference() else parameter
+        for parameter in model.parameters()
+    }
+    return _copied(model, memo)
 
 
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    """Tensors that a graph of autograd hangs on (as weight_norm keeps) cannot be copied."""
-    held = (value for module in model.modules() for value in vars(module).values())
-    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """A deep copy, also of what torch cannot copy by itself."""
+    # With gradients on, TorchScript copies parameters as operations on them.
+    with torch.no_grad():
+        copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
+    for old, new in zip(model.modules(), copied.modules(), strict=False):
+        if isinstance(old, torch.jit.ScriptModule):
+            for source, parameter in zip(old.parameters(), new.parameters(), strict=True):
+                parameter.requires_grad_(source.requires_grad)
+    return copied
+
+
+def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Parameter:
+    """A copy that is no inference tensor; parameters that share memory still do."""
+    memory = parameter.untyped_storage()
+    with torch.inference_mode(False):
+        if memory.data_ptr() not in own:
+            own[memory.data_ptr()] = memory.clone()  # type: ignore[no-untyped-call]
+        copied = own[memory.data_ptr()]
+        fresh = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        fresh.set_(copied, parameter.storage_offset(), parameter.shape, parameter.stride())
+        return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+
+
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+
+def _uncopyable(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of tensors that ``deepcopy`` has no way to copy.
+
+    Those that a graph of autograd hangs on (as weight_norm keeps), and compressed sparse ones.
+    """
+    held = (
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+    )
+    return {
+        id(value): value.detach().clone()
+        for value in held
+        if isinstance(value, Tensor) and (not value.is_leaf or value.layout in _COMPRESSED)
+    }
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -44,4 +91,4 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     """
     shared = {id(parameter) for parameter in original.parameters()}
     memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
-    return copy.deepcopy(rewritten, {**memo, **_computed(rewritten)})
+    return _copied(rewritten, memo)

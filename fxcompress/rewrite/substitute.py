@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxcompress.forms import Form, JointBody, JointForm, Rank
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
+from fxcompress.rewrite.node_values import value_metas
 from fxcompress.rewrite.replace import replace_module
 
 
@@ -135,6 +136,7 @@ def _copy(
 ) -> tuple[fx.Node, ...]:
     """Copy the nodes of a body that hangs at ``path`` into a graph; the values it returns."""
     copies: dict[fx.Node, Any] = {}
+    known = value_metas(body, inputs)
     values = iter(inputs)
     for inner in body.graph.nodes:
         if inner.op == "placeholder":
@@ -147,7 +149,7 @@ def _copy(
             copy = graph.node_copy(inner, copies.__getitem__)
             if inner.op in ("call_module", "get_attr"):
                 copy.target = f"{path}.{inner.target}"
-            copy.meta = dict(meta)
+            copy.meta = {**meta, **known.get(inner, {})}
             copies[inner] = copy
     raise AssertionError("a graph without an output")
 

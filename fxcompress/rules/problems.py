@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from fxcompress.rules.dead import dead_globs
 from fxcompress.rules.loader import LoadedRules
 from fxcompress.rules.result import Problem
 from fxcompress.rules.run import Run, pattern_nodes
@@ -20,11 +21,18 @@ _NEAREST = 3
 def find_problems(
     loaded: LoadedRules, runs: Sequence[Run], index: SiteIndex
 ) -> tuple[Problem, ...]:
-    """A warning for every rule that matched nothing, an error for every unmet ``expect``."""
+    """What is to be told of a match.
+
+    A warning for every rule that matched nothing and for every glob that hits nothing, an error
+    for every unmet ``expect``.
+    """
     problems: list[Problem] = []
+    dead = dead_globs(loaded, index)
     for run in runs:
         rule, kept = run.rule, run.count
         problems += [Problem("warning", rule.id, text) for text in run.warnings()]
+        if kept:  # of a rule without any match that is said below
+            problems += [Problem("warning", rule.id, text) for text in dead(rule)]
         severity: Literal["warning", "error"]
         if rule.expect is not None:
             wanted = rule.expect.range

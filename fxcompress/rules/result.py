@@ -47,6 +47,7 @@ class Match:
         group: name of the group whose sites get equal ranks, None without one.
         location: ``"file:line"`` of the rule.
         path: module path of the first operator.
+        unmeasured: whether it is rewritten without a measured influence on the output, too.
     """
 
     rule_id: str
@@ -62,6 +63,7 @@ class Match:
     group: str | None
     location: str
     path: str
+    unmeasured: bool = False
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,8 @@ def _check_graph(
         template = build_template(f"graph:{rule_id}", graph, outputs, readers[0])
     except TemplateErrors as error:
         for problem in error.problems:
+            if problem.code == "bad-name":
+                continue  # of a rule or of an operator: the schema tells of it
             hint = problem.hint
             if problem.word:
                 hint = suggest(problem.word, problem.known) or choices(problem.known)

@@ -92,11 +92,14 @@ def _different(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
 
 
 class Damping(_Model):
-    """Added to each factor's eigenvalues, relative to their mean."""
+    """Added to each factor's eigenvalues, relative to their mean.
 
-    input: Annotated[Number, Field(ge=0)] = 1e-3
+    What is left out is chosen by what it loses on the batches held back; 1e-3 and 1e-1 if none are.
+    """
+
+    input: Annotated[Number, Field(ge=0)] | None = None
     """For the second moments of the inputs."""
-    output: Annotated[Number, Field(ge=0)] = 1e-1
+    output: Annotated[Number, Field(ge=0)] | None = None
     """For the second moments of the gradients of the outputs."""
 
 
@@ -122,7 +125,10 @@ class Metric(_Model):
     seed: Whole = 0
     """Of the draws from the model's predictions."""
     batches: Count | None = None
-    """How many of the calibration batches it is estimated on, from the first; all if left out."""
+    """How many of the calibration batches are used, from the first; all if left out."""
+    held_back: Share = 0.125
+    """Share of them that the metric never sees, one of two or more at least: the loss of the plan
+    is predicted and measured on these.  0 for none."""
 
 
 class Solver(_Model):
@@ -387,6 +393,9 @@ class Rewrite(_Model):
     fold_batch_norm: Flag = False
     """Whether a batch norm that follows a convolution becomes part of it, whatever its rank; in
     eval mode that changes nothing, in training it no longer normalizes."""
+    unmeasured: Flag = False
+    """Whether operators without a measured influence on the output are rewritten, too: those that
+    no gradient came back to, or only zeros.  Every rank of them then counts as free of loss."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -513,7 +522,8 @@ class Case(_Model):
     graph: Annotated[dict[Identifier, CaseNode] | None, Field(min_length=1, max_length=256)] = None
     """A small graph, operator by operator."""
     model: Text | None = None
-    """file.py:function for a function that returns a model; the file stands next to the rules."""
+    """file.py:function for a function that returns a model; the file stands next to the rules.
+    It is run by 'fxcompress test --run-models' only."""
     data: Text | None = None
     """file.py:function for a function that returns batches; goes with 'model'."""
     matches: dict[Text, tuple[Members, ...]] = Field(default_factory=dict)

@@ -176,6 +176,7 @@ class Terms:
             forms=forms,
             group=self.rewrite.group if self.rewrite else None,
             path=site.path,
+            unmeasured=self.rewrite is not None and self.rewrite.unmeasured,
             **self._limits,
         )
 

@@ -56,6 +56,31 @@ def with_weight(layer: nn.Module, shape: ConvShape, weight: Tensor) -> nn.Module
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 1, 7, padding=3),
+        nn.Conv2d(8, 1, 1),
+        nn.Conv1d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 4, 3, groups=4),
+        nn.ConvTranspose2d(4, 1, 3),
+        nn.Conv3d(1, 1, 1),
+    ],
+)
+def test_every_form_counts_for_one_output_channel(layer: nn.Module, name: str) -> None:
+    """Whether it fits or not: costs are asked for at all ranks that there are, even none."""
+    shape = replace(convolution_shape(layer), inputs=((2, 9, 9, 9)[: layer.weight.dim() - 1],))
+    try:
+        form = find_form(name, shape.op)
+    except KeyError:
+        pytest.skip(f"{name} is not for {shape.op}")
+    full = form.full_rank(shape)
+    ranks = np.empty((0,) if isinstance(full, int) else (0, 2), dtype=np.int64)
+    for count in (form.parameters, form.macs, form.bytes):
+        assert len(count(shape, ranks)) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_bodies_compute_what_their_factors_stand_for(case: str, name: str) -> None:

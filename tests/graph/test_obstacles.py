@@ -45,6 +45,47 @@ class Doubling(nn.Linear):
         return super().forward(input) * 2
 
 
+class Spelt(nn.Linear):
+    """A forward of its own that is the plain one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Twice(nn.Linear):
+    """Of the same operators, and another function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T + self.bias
+        return product + self.bias
+
+
+class Noisy(nn.Linear):
+    """The plain one in evaluation only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T + self.bias
+        return product + torch.randn_like(product) if self.training else product
+
+
+class Negative(nn.Linear):
+    """Equal to the plain one on what it is recorded on: positive products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(input @ self.weight.T) + self.bias
+
+
+class OwnConvolution(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
+
+
+class Centred(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
 class Named(nn.Linear):
     """A subclass without a forward of its own is as good as its base class."""
 
@@ -141,6 +182,31 @@ def test_reasons(make: Callable[[], nn.Module], path: str, reason: str) -> None:
 def test_ordinary_layers_have_no_reason() -> None:
     assert reasons(Pair()) == {"a": None, "b": None}
     assert reasons(Pair(Named(N, N))) == {"a": None, "b": None}
+
+
+def test_a_forward_that_is_the_plain_one_is_recognized() -> None:
+    assert reasons(Pair(Spelt(N, N))) == {"a": None, "b": None}
+    assert reasons(Pair(Spelt(N, N, bias=False))) == {"a": None, "b": None}
+    pair = rewrite(Pair(Spelt(N, N)).double(), torch.randn(3, N, dtype=torch.float64))
+    assert "a" in factorized(pair.model)
+
+
+@pytest.mark.parametrize("make", [Twice, Noisy, Negative, Doubling])
+def test_a_forward_that_only_looks_like_it_is_refused(make: type[nn.Linear]) -> None:
+    model = Pair(make(N, N))
+    with torch.no_grad():
+        model.a.weight.abs_()
+    found = reasons(model, torch.rand(3, N))
+    assert found["a"] == f"its class {make.__name__} has a forward of its own"
+
+
+@pytest.mark.parametrize(("make", "same"), [(OwnConvolution, True), (Centred, False)])
+def test_convolutions_with_a_forward_of_their_own(make: type[nn.Conv1d], same: bool) -> None:
+    model = nn.Sequential(make(4, 4, 3), nn.ReLU())
+    recording = record(model, [torch.randn(2, 4, 9)])
+    reason = obstacle(model, recording, (Factorized,))
+    (found,) = (reason(o) for o in recording.operators if o.op == "conv1d")
+    assert (found is None) is same
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
 from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.metric import Metric
-from fxcompress.metric.moments import GramSum
+from fxcompress.metric.moments import GramSum, finish_together
 from fxcompress.metric.starts import backward_starts
 from fxcompress.modules import shape_of
 
@@ -360,3 +361,51 @@ def test_errors_name_the_place_and_the_remedy() -> None:
     with pytest.raises(CalibrationError, match="no calibration data reached first"):
         calibrate(skips, sites, [batches[0]], METRICS["activation"])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [-1000, -120, -60, 0, 60, 120, 1000])
+def test_sums_are_right_for_finite_values_of_any_size(
+    power: int, dtype: torch.dtype, diagonal: bool
+) -> None:
+    """Every column in a unit of its own, every batch in another; against exact fractions."""
+    if abs(power) > 120 and dtype == torch.float32:
+        pytest.skip("out of the range of the type")
+    generator = torch.Generator().manual_seed(0)
+    gram = GramSum(3, torch.device("cpu"), dtype, diagonal=diagonal)
+    exact = [[Fraction(0)] * 3 for _ in range(3)]
+    for shift in (0, 3, -5):
+        x = torch.randn(16, 3, generator=generator, dtype=torch.float64).to(dtype)
+        x = x * torch.tensor([2.0**power, 2.0 ** (power // 2), 1.0], dtype=dtype) * 2.0**shift
+        assert gram.add(x)
+        rows = [[Fraction(value) for value in row] for row in x.tolist()]
+        for i in range(3):
+            for j in range(3):
+                exact[i][j] += sum(row[i] * row[j] for row in rows)
+    (mean,), exponent = finish_together([gram], 48)
+    largest = max(exact[i][i] for i in range(3))
+    for i in range(3):
+        for j in range(3):
+            if diagonal and i != j:
+                continue
+            found = Fraction(float(mean[i] if diagonal else mean[i, j])) * Fraction(4) ** exponent
+            scale = float(exact[i][i] / largest * exact[j][j] / largest) ** 0.5
+            if scale > 1e-280:  # what is smaller beside the largest is 0 in float64
+                bound = Fraction(1e-5 if dtype == torch.float32 else 1e-13) * largest
+                assert abs(found - exact[i][j] / 48) <= bound * Fraction(scale)
+    assert float((mean if diagonal else mean.diagonal()).max()) >= 0.25 or exponent == 0
+
+
+def test_gradients_of_any_exponent_add_up() -> None:
+    gram = GramSum(2, torch.device("cpu"))
+    x = torch.randn(4, 2)
+    for exponent in (-300, 0, -300):
+        gram.add(torch.ldexp(x, torch.tensor(2)), exponent)
+    torch.testing.assert_close(gram.finish(1), 16 * (x.T @ x).double(), rtol=1e-6, atol=0)
+    tiny = GramSum(2, torch.device("cpu"))
+    tiny.add(x, -600)
+    (mean,), exponent = finish_together([tiny], 1)
+    torch.testing.assert_close(
+        torch.ldexp(mean, torch.tensor(2 * (exponent + 600))), (x.T @ x).double()
+    )

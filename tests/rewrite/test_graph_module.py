@@ -17,6 +17,7 @@ import fxcompress
 from fxcompress.rewrite import Factorized, skeleton
 from fxcompress.rewrite.lift import lift
 from tests.full_rank import rewrite
+from tests.small import rules
 
 N = 16
 
@@ -316,3 +317,28 @@ def test_shared_parameters_are_not_lifted() -> None:
     code = model.code
     lift(model)
     assert model.code == code
+
+
+def test_new_nodes_say_what_their_values_are() -> None:
+    """As those of torch.export do: one dimension is free, those of the factors are not."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x = torch.randn(16, 32)
+    free = torch.export.Dim("rows")
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: free},)).module()
+    assert isinstance(exported, fx.GraphModule)
+    small = fxcompress.compile(exported, rules(0.6), [x, x + 1])
+    found = new_nodes(small)
+    assert len(found) > 2
+    rows = next(n for n in small.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    for node in found:
+        shape = tuple(node.meta["val"].shape)
+        assert shape[0] == rows or node.op == "get_attr"
+        assert all(isinstance(size, int) for size in shape[1:])
+
+    plain = fx.symbolic_trace(model)
+    ShapeProp(plain).propagate(x)
+    small = fxcompress.compile(plain, rules(0.6), [x, x + 1])
+    told = {node.name: node.meta["tensor_meta"].shape for node in new_nodes(small)}
+    ShapeProp(small).propagate(x)
+    assert told == {node.name: node.meta["tensor_meta"].shape for node in new_nodes(small)}
+    assert not any("val" in node.meta for node in new_nodes(small))

@@ -1,0 +1,324 @@
+"""Whether a plan that was read is one that could have been made: everything in it that can be told.
+
+A plan may come from a stranger, or from a text editor.  What it says of an operator follows from
+the operator itself (``"linear 576→1536"``), the form and the rank, and sums follow from the sites;
+so all of it is computed anew and compared.  Nothing is built but bodies on the meta device, which
+take no memory.  What is measured (losses, times) or counted on a recorded example has to be
+plausible only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+
+from fxcompress.fidelity import units
+from fxcompress.forms import (
+    ConvShape,
+    Form,
+    JointForm,
+    LinearShape,
+    Rank,
+    Shape,
+    find_form,
+    find_joint_form,
+)
+from fxcompress.forms.shape import parse_shape
+from fxcompress.parts import joint_layers, layers
+from fxcompress.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
+
+Problem = tuple[str, str]
+"""Where (``"sites[3].rank"``), and what is wrong there."""
+
+META = torch.device("meta")
+CLOSE = 1e-6
+"""Relative difference of sums of rounded numbers that is let pass."""
+
+MOST_ROWS = 2**40
+
+
+def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Problem]:
+    """What is wrong with a plan and with the earlier ones in it, one after the other.
+
+    Args:
+        plan: read from a file.
+        parts: whether to build bodies on the meta device, to compare their parts; whoever builds
+            them anyway compares with :func:`body_problems`.
+    """
+    rewritten: set[str] = set()
+    for earlier in plan.earlier:
+        rewritten |= {site.name for site in earlier.rewritten}
+    for index, site in enumerate(plan.sites):
+        if site.name in rewritten:
+            yield f"sites[{index}].name", f"{site.name} was rewritten before"
+    for index, earlier in enumerate(plan.earlier):
+        place = f"earlier[{index}]."
+        if earlier.earlier:
+            yield f"{place}earlier", "an earlier plan holds none itself"
+        yield from _placed(place, _step_problems(earlier, parts))
+    yield from _step_problems(plan, parts)
+
+
+def body_problems(
+    plan: Plan, parts: Callable[[str], Sequence[tuple[Part, ...]]]
+) -> Iterator[Problem]:
+    """Sites whose parts are not those of their bodies.
+
+    Args:
+        plan: without :func:`plan_problems`.
+        parts: of a site or of all members of a bundle, by its name.
+    """
+    places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
+    alone = {site.name: (site,) for site in plan.rewritten if not site.bundle}
+    for name, sites in (alone | plan.bundles).items():
+        for site, found in zip(sites, parts(name), strict=True):
+            if site.parts != found:
+                yield places[site.name], "they are not what the form consists of"
+
+
+def _placed(prefix: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+    return ((f"{prefix}{place}", message) for place, message in problems)
+
+
+def _step_problems(plan: Plan, parts: bool) -> Iterator[Problem]:
+    shapes: dict[str, Shape] = {}
+    sound = True
+    for index, site in enumerate(plan.sites):
+        for place, message in _site_problems(site, plan, shapes):
+            sound = False
+            yield f"sites[{index}].{place}", message
+    for name, template in plan.templates.items():
+        if template.name != name:
+            yield f"templates.{name}.name", f"it is '{template.name}'"
+    if not sound:
+        return  # the rest is about sums and bundles of sites
+    for name, sites in plan.bundles.items():
+        index = plan.sites.index(sites[0])
+        for place, message in _bundle_problems(sites, plan, shapes):
+            sound = False
+            yield f"sites[{index}].{place}", f"bundle {name}: {message}"
+    if not sound:
+        return
+    if parts:
+        yield from body_problems(plan, lambda name: _parts(plan, name, shapes))
+    yield from _folded_problems(plan, shapes)
+    yield from _total_problems(plan)
+    yield from _budget_problems(plan)
+    if plan.fidelity is not None:
+        yield from _placed("fidelity.", _fidelity_problems(plan, plan.fidelity))
+
+
+# ---- sites ----------------------------------------------------------------------------
+
+
+def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
+    """Of one site; its shape is added to ``shapes``."""
+    try:
+        shape = parse_shape(site.operator, site.bias, getattr(torch, site.dtype), META)
+    except ValueError as error:
+        yield "operator", str(error)
+        return
+    shapes[site.name] = shape
+    said = (site.op, site.in_features, site.out_features)
+    if said != (shape.op, shape.in_features, shape.out_features):
+        yield "op", f"op, in_features and out_features are not those of {site.operator}"
+        return
+    if not 0 <= site.energy <= 1:
+        yield "energy", "it is a share"
+    dense = shape.weights + _bias(shape)
+    yield from _size_problems("before", site.before, dense, shape)
+    if site.form is None:
+        yield from _dense_problems(site, shape)
+    elif not site.bundle:
+        yield from _single_problems(site, plan, shape)
+
+
+def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
+    if site.full_rank != shape.full_rank:
+        yield "full_rank", f"{site.full_rank}, and {site.operator} has {shape.full_rank}"
+    if site.after != site.before:
+        yield "after", "it is not as before, and the site stays dense"
+    if site.bundle or site.parts or site.predicted:
+        yield "form", "bundle, parts and predicted are for sites that are rewritten"
+
+
+def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Problem]:
+    form, rank = site.choice
+    found = _known(lambda: find_form(form, site.op, plan.templates))
+    if not isinstance(found, Form) or site.op not in found.operators:
+        yield "form", f"{form} is no form for one {site.op}"
+        return
+    if form not in site.forms:
+        yield "forms", f"they lack the form {form}"
+    if misfit := found.misfit(shape):
+        yield "form", misfit
+        return
+    yield from _rank_problems(site, found.full_rank(shape))
+    if site.full_rank != found.full_rank(shape):
+        return
+    ranks = np.array([rank], dtype=np.int64)
+    weights = int(found.parameters(shape, ranks)[0])
+    stored = int(found.bytes(shape, ranks)[0]) + _bias(shape) * shape.dtype.itemsize
+    yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
+    if isinstance(shape, LinearShape) and site.before.macs >= 0:
+        rows = site.before.macs // shape.weights
+        if rows < MOST_ROWS:
+            counted = LinearShape(
+                shape.in_features, shape.out_features, shape.bias, shape.dtype, META, rows=rows
+            )
+            if site.after.macs != int(found.macs(counted, ranks)[0]):
+                yield "after.macs", f"they are not those of {form} at rank {rank}"
+
+
+def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
+    if site.full_rank != full:
+        yield "full_rank", f"{site.full_rank}, and {site.operator} has {full} as {site.form}"
+
+
+def _size_problems(
+    place: str, size: Size, parameters: int, shape: Shape, stored: int | None = None
+) -> Iterator[Problem]:
+    """Of counts that follow from the shape, and of multiply-accumulates, which are per row."""
+    expected = parameters * shape.dtype.itemsize if stored is None else stored
+    if size.parameters != parameters:
+        yield f"{place}.parameters", f"{size.parameters}, and it has {parameters}"
+    if size.bytes != expected:
+        yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
+    if size.macs < 0:
+        yield f"{place}.macs", f"{size.macs}"
+    if place == "before" and isinstance(shape, LinearShape) and size.macs % shape.weights:
+        yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
+
+
+def _bias(shape: Shape) -> int:
+    return shape.out_features if shape.bias else 0
+
+
+def _known(find: Callable[[], Form | JointForm]) -> Form | JointForm | None:
+    try:
+        return find()
+    except KeyError:
+        return None
+
+
+def _bundle_problems(
+    sites: Sequence[SitePlan], plan: Plan, shapes: dict[str, Shape]
+) -> Iterator[Problem]:
+    first, own = sites[0], [shapes[site.name] for site in sites]
+    if first.form is None:
+        yield "bundle", "a site that stays dense is in none"
+        return
+    form, rank = first.choice
+    found = _known(lambda: find_joint_form(form, plan.templates))
+    if not isinstance(found, JointForm):
+        yield "form", f"{form} is no form for several operators"
+        return
+    linear = [shape for shape in own if isinstance(shape, LinearShape)]
+    if len(linear) < len(own) or not isinstance(rank, int):
+        yield "op", f"{form} is for linear operators, and has one rank"
+        return
+    if form in plan.templates and len(plan.templates[form].roles) != len(sites):
+        yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
+        return
+    if len({(shape.in_features, shape.dtype) for shape in linear}) > 1:
+        yield "in_features", "its sites differ in type or input"
+        return
+    if any(form not in site.forms for site in sites):
+        yield "forms", f"they lack the form {form}"
+    if misfit := found.misfit(linear):
+        yield "form", misfit
+        return
+    full = found.full_rank(linear)
+    yield from _rank_problems(first, full)
+    if [site.member for site in sites] != list(range(len(sites))):
+        yield "member", "its sites are not counted from 0"
+    if any(site.full_rank != full for site in sites) or len({site.rank for site in sites}) > 1:
+        yield "rank", "its sites differ in rank"
+        return
+    ranks = np.array([rank], dtype=np.int64)
+    after = reduce(add, (site.after for site in sites), ZERO)
+    biases = sum(map(_bias, linear))
+    weights = int(found.parameters(linear, ranks)[0]) + biases
+    stored = int(found.bytes(linear, ranks)[0]) + biases * linear[0].dtype.itemsize
+    if (after.parameters, after.bytes) != (weights, stored):
+        yield "after", "they are not what the form has at this rank"
+
+
+def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
+    """Of the bodies of a site or a bundle, without memory."""
+    sites = plan.bundles.get(name) or tuple(site for site in plan.sites if site.name == name)
+    own = [shapes[site.name] for site in sites]
+    form, rank = sites[0].choice
+    if not sites[0].bundle:
+        return [layers(find_form(form, sites[0].op, plan.templates).empty(own[0], rank))]
+    assert isinstance(rank, int)
+    joint = find_joint_form(form, plan.templates)
+    return joint_layers(joint.empty([s for s in own if isinstance(s, LinearShape)], rank))
+
+
+# ---- what is about several sites ------------------------------------------------------
+
+
+def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, pair in enumerate(plan.folded):
+        place = f"folded[{index}]"
+        if {pair.convolution, pair.norm} & seen or pair.convolution == pair.norm:
+            yield place, "one of both is folded already"
+        seen |= {pair.convolution, pair.norm}
+        if not isinstance(shapes.get(pair.convolution), ConvShape):
+            yield f"{place}.convolution", f"{pair.convolution} is no convolution among the sites"
+
+
+def _total_problems(plan: Plan) -> Iterator[Problem]:
+    before = reduce(add, (site.before for site in plan.sites), ZERO)
+    after = reduce(add, (site.after for site in plan.sites), ZERO)
+    for name, size in (("model_before", plan.model_before), ("model_after", plan.model_after)):
+        if min(size.parameters, size.macs, size.bytes) < 0:
+            yield name, "it has a negative count"
+    if plan.model_before.parameters < before.parameters or plan.model_before.bytes < before.bytes:
+        yield "model_before", "it is less than the sites have together"
+    if plan.folded:
+        return  # norms that are gone count, too, and stand nowhere
+    for unit in ("parameters", "bytes"):
+        saved = getattr(before, unit) - getattr(after, unit)
+        expected = getattr(plan.model_before, unit) - saved
+        if getattr(plan.model_after, unit) != expected:
+            yield f"model_after.{unit}", f"{getattr(plan.model_after, unit)}, and it has {expected}"
+
+
+def _budget_problems(plan: Plan) -> Iterator[Problem]:
+    predicted = math.fsum(site.predicted for site in plan.sites)
+    if not _close(plan.budget.predicted, predicted):
+        yield "budget.predicted", f"{plan.budget.predicted}, and the sites have {predicted}"
+    first = Limit(**plan.budget.model_dump(include={*Limit.model_fields} - {"rule"}))
+    for index, limit in enumerate((first, *plan.limits)):
+        place = f"limits[{index - 1}]" if index else "budget"
+        if not 0 < limit.keep <= 1:
+            yield f"{place}.keep", f"{limit.keep} is not within 0..1"
+        if limit.cost > limit.limit and not _close(limit.cost, limit.limit):
+            yield f"{place}.cost", f"{limit.cost} is above the limit {limit.limit}"
+        if limit.of == "matched" and not _close(limit.limit, limit.keep * limit.dense):
+            yield f"{place}.limit", f"{limit.limit}, and it is {limit.keep * limit.dense}"
+        if limit.unit == "latency" or limit.rule:
+            continue
+        for key, size in (("dense", "before"), ("cost", "after")):
+            expected = sum(getattr(getattr(site, size), limit.unit) for site in plan.sites)
+            if not _close(getattr(limit, key), expected):
+                yield f"{place}.{key}", f"{getattr(limit, key)}, and the sites have {expected}"
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=CLOSE, abs_tol=1e-12)
+
+
+def _fidelity_problems(plan: Plan, fidelity: Fidelity) -> Iterator[Problem]:
+    if {one.name: one.sites for one in fidelity.sites} != units(plan) or len(fidelity.sites) != len(
+        units(plan)
+    ):
+        yield "sites", "they are not what is rewritten"

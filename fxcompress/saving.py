@@ -1,0 +1,250 @@
+"""Save: ``model.fxcompress.safetensors`` and ``plan.json``; nothing is pickled.
+
+The weights file has all that makes a save, plan and configs included, so a save counts from the
+one moment on that this file is renamed into its place.  What lies beside it for programs and people
+(``plan.json``, ``config.json``) has the id of the save that it belongs to; where that is not the id
+of the weights, since a process was killed between two renames, readers take the copy in the
+weights file.  So there is the save of before or the new one, at any moment.
+
+The weights do not lie under the name ``model.safetensors`` on purpose: Hugging Face's
+``from_pretrained`` would take that file for the dense model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxcompress.errors import LoadError, SaveError
+from fxcompress.files import one_at_a_time, replace_files, try_directory
+from fxcompress.loading import METHOD, PLAN, WEIGHTS, rebuilt
+from fxcompress.plan import FORMAT, Plan, plan_of, rewritten_structure
+from fxcompress.pretrained import CONFIGS, SAVE_ID
+from fxcompress.structure import changes, structure_of
+from fxcompress.wrappers import unwrapped
+
+FOREIGN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weights that ``from_pretrained`` would take for those of the config that is saved beside them."""
+
+
+def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
+    """Write a compressed model: weights, plan and, for a Hugging Face model, its config.
+
+    A save that is in the directory already stays loadable until the new one is complete.
+
+    Args:
+        model: came from :func:`fxcompress.compile` or :func:`fxcompress.load`; may be wrapped by
+            ``torch.compile`` or for data parallelism.
+        directory: made if it is missing.
+
+    Returns:
+        The directory.
+
+    Raises:
+        RewriteError: the model carries no plan.
+        SaveError: it was changed since, or holds something that cannot be stored, so that it could
+            not be loaded again; or the files cannot be written.
+    """
+    plan = plan_of(model)
+    model = unwrapped(model)
+    tensors = storable(model)
+    require_unchanged(model)
+    path = Path(directory)
+    check_directory(path)
+    configs = _configs(model)
+    own = save_id(plan, tensors, configs)
+    text = plan.model_copy(update={"save_id": own}).model_dump_json(indent=1)
+    configs = {n: _owned(t, own) if n == CONFIGS[0] else t for n, t in configs.items()}
+    kept = {name: configs[name] for name in CONFIGS if name in configs}
+    about = {"format": "pt", "fxcompress": str(FORMAT), SAVE_ID: own, PLAN: text, **kept}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(path):
+            replace_files(
+                path,
+                {
+                    WEIGHTS: lambda new: save_file(tensors, new, metadata=about),
+                    **{name: _text(content) for name, content in configs.items()},
+                    PLAN: _text(text),
+                },
+            )
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"the model cannot be saved to {path}: {error}; what was saved there before is whole"
+        ) from error
+    return path
+
+
+def check_directory(path: Path) -> None:
+    """Find out whether a model can be saved to a directory, and leave no trace.
+
+    Raises:
+        SaveError: it cannot be made or written to, or holds weights of another model.
+    """
+    foreign = [name for name in FOREIGN if (path / name).exists()]
+    if foreign:
+        raise SaveError(
+            f"{path} holds {foreign[0]}, the weights of another model, which from_pretrained would "
+            "load in the place of this one: save to another directory, or remove that file"
+        )
+    try_directory(path)
+
+
+def require_unchanged(model: nn.Module) -> None:
+    """Check that what is saved of a model can be loaded again.
+
+    It can if the model consists of what it did when it was rewritten, since then a freshly built
+    one fits; or, of a Hugging Face model, if its config builds one that fits (so its embeddings may
+    have been resized).
+
+    Raises:
+        SaveError: it was changed, with what was changed.
+    """
+    before, now = rewritten_structure(model), structure_of(model)
+    changed = "" if before is None else changes(before, now)
+    if not changed:
+        return
+    config = getattr(model, "config", None)
+    try:
+        again = structure_of(rebuilt(plan_of(model), config)) if config is not None else None
+    except LoadError:
+        again = None
+    if again is None or changes(again, now):
+        raise SaveError(
+            f"this {type(model).__name__} was changed after it was rewritten, so what is saved "
+            f"could not be loaded: {changed}. Save it without these changes and make them anew "
+            "after loading (merge or unload adapters, unwrap layers), or change the model before "
+            "it is compressed"
+        )
+
+
+def storable(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as plain tensors, tied ones once.
+
+    Raises:
+        SaveError: something in the state is no tensor, or a kind of tensor that a safetensors file
+            cannot hold.
+    """
+    state: Mapping[str, Any] = model.state_dict()
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, value in state.items():
+        if problem := _problem(value):
+            raise SaveError(f"{_owner(model, name)} cannot be saved: {name} {problem}")
+        tensor: Tensor = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue  # a tied weight
+        seen.add(place)
+        own = tensor.cpu().contiguous()
+        # What shares memory with another tensor without being the same is stored by itself.
+        tensors[name] = own.clone() if _partly(own) else own
+    return tensors
+
+
+def _partly(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of a larger piece of memory."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _problem(value: Any) -> str:
+    """Why a value of a state dict cannot be stored; empty if it can."""
+    if not isinstance(value, Tensor):
+        return (
+            f"is a {type(value).__name__}, not a tensor (extra state of get_extra_state, or packed "
+            "weights of a quantized layer): keep it in buffers, or quantize after loading"
+        )
+    if is_traceable_wrapper_subclass(value):
+        return (
+            f"is a {type(value).__name__}, which a file of plain tensors cannot hold: turn it into "
+            "one first (dequantize it, or gather what is sharded)"
+        )
+    if value.is_meta:
+        return (
+            "is on the meta device, without values: load it into memory first (accelerate leaves "
+            "it there if it offloads a layer: load the model without offloading)"
+        )
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        return "is a sparse, nested or quantized tensor: make it a dense one (to_dense, dequantize)"
+    if value.dtype not in _TYPES:
+        return f"has the type {value.dtype}, which safetensors does not store"
+    return ""
+
+
+_TYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "complex64", "bool",
+        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
+        "float8_e4m3fn", "float8_e5m2",
+    )
+)  # fmt: skip
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The module that an entry of the state dict belongs to, in words."""
+    path = name.rpartition(".")[0]
+    while path:
+        try:
+            return f"{path} ({type(model.get_submodule(path)).__name__})"
+        except AttributeError:
+            path = path.rpartition(".")[0]
+    return f"this {type(model).__name__}"
+
+
+def _configs(model: nn.Module) -> dict[str, str]:
+    """What a Hugging Face model's configs write about themselves, by file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config", "generation_config"):
+            config: Any = getattr(model, name, None)
+            if hasattr(config, "save_pretrained"):
+                config.save_pretrained(folder)
+        files = sorted(Path(folder).iterdir())
+        texts = {each.name: each.read_text(encoding="utf-8") for each in files}
+    return {name: _without_quantizer(text) for name, text in texts.items()}
+
+
+def _without_quantizer(text: str) -> str:
+    """A config without what only holds for a directory of ``save_pretrained``."""
+    content = json.loads(text)
+    method = content.get("quantization_config") or {}
+    if isinstance(method, dict) and method.get("quant_method") == METHOD:
+        del content["quantization_config"]
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return text
+
+
+def _owned(config: str, save_id: str) -> str:
+    """A config that says which save it belongs to."""
+    return json.dumps({**json.loads(config), SAVE_ID: save_id}, indent=2, sort_keys=True) + "\n"
+
+
+def save_id(plan: Plan, tensors: Mapping[str, Tensor], configs: Mapping[str, str]) -> str:
+    """The id of a save: equal for equal content only."""
+    digest = hashlib.sha256(json.dumps(dict(configs), sort_keys=True).encode())
+    digest.update(plan.model_dump_json().encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _text(content: str) -> Callable[[Path], int]:
+    return lambda path: path.write_text(content, encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Why a weight stays as it is: each reason is the one that holds, with the size of the weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fxcompress
+from tests.small import rules
+
+N = 16
+
+
+class Model(nn.Module):
+    """A layer to rewrite, and one more part."""
+
+    def __init__(self, part: Any, run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part, self.out = part, nn.Linear(N, 8)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.run(self.part, x))
+
+
+def attention() -> nn.Module:
+    """Its bias for keys keeps it whole."""
+    return nn.MultiheadAttention(N, 2, batch_first=True, add_bias_kv=True)
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(N, N)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+CASES: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], dict[str, tuple[int, str]]]] = {
+    "by a function": (
+        lambda: nn.Linear(N, N),
+        lambda part, x: F.linear(x, part.weight, part.bias),
+        {"part.weight": (N * N, "use nn.Linear there, or give compile() an fx.GraphModule")},
+    ),
+    "slices of one parameter": (
+        lambda: nn.ParameterList([torch.randn(4, N, N)]),
+        lambda part, x: sum(F.linear(x, part[0][i]) for i in range(4)),
+        {"part.0": (4 * N * N, "a part of its weight part.0 is applied by a function call")},
+    ),
+    "computed with": (
+        lambda: nn.Linear(N, N),
+        lambda part, x: F.linear(x, part.weight.softmax(0)),
+        {"part.weight": (N * N, "softmax in the model's forward computes with it")},
+    ),
+    "a table that is only added": (
+        lambda: nn.Embedding(6, N),
+        lambda part, x: x + part.weight,
+        {"part.weight": (6 * N, "add in the model's forward computes with it")},
+    ),
+    "not used": (
+        lambda: nn.Linear(N, N),
+        lambda part, x: x,
+        {"part.weight": (N * N, "the example does not use it; if other inputs do")},
+    ),
+    "inside of an attention": (
+        attention,
+        lambda part, x: part(x[None], x[None], x[None], need_weights=False)[0][0],
+        {
+            "part.out_proj.weight": (N * N, "multi_head_attention_forward in the forward of part"),
+            "part.bias_k": (N, "multi_head_attention_forward in the forward of part"),
+        },
+    ),
+    "inside of a recurrent layer": (
+        lambda: nn.GRU(N, N),
+        lambda part, x: part(x)[0],
+        {"part.weight_ih_l0": (3 * N * N, "gru applies it inside, out of the reach of rules")},
+    ),
+    "made by a hook": (
+        pruned,
+        lambda part, x: part(x),
+        {"part.weight_orig": (N * N, "its weight is made by a hook")},
+    ),
+    "scripted": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(N, N), nn.ReLU())),
+        lambda part, x: part(x),
+        {"part.0.weight": (N * N, "part of a TorchScript program")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reason_holds(name: str) -> None:
+    make, run, wanted = CASES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = Model(make(), run).eval()
+        plan = fxcompress.plan(model, rules(0.7), [torch.randn(6, N) for _ in range(2)])
+    told = {each.weight: each for each in plan.unmatched}
+    for weight, (parameters, reason) in wanted.items():
+        assert reason in told[weight].reason
+        assert told[weight].parameters == parameters
+
+
+def test_of_several_rules_the_one_that_came_furthest_tells() -> None:
+    """A rule about others would have lost it for another reason."""
+    others = {
+        "id": "depthwise",
+        "match": {"node": {"op": "conv1d", "as": "c"}},
+        "where": ["c.groups == c.in_channels"],
+        "rewrite": {"form": "channel"},
+    }
+    first = {
+        "id": "all",
+        "match": {"node": {"op": "conv1d"}},
+        "rewrite": {"form": "channel"},
+    }
+
+    class Own(nn.Conv1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(4, 4, 3), nn.Flatten(), nn.Linear(28, 16), nn.Linear(16, 8)).eval()
+    for more in ([first, others], [others, first]):
+        given = rules(0.7, more=more)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = fxcompress.plan(model, given, [torch.randn(6, 4, 9) for _ in range(2)])
+        (told,) = plan.unmatched
+        assert told.reason == "its class Own has a forward of its own"
