@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from fxcompress.errors import CalibrationError
 
@@ -80,8 +80,9 @@ def same_data(batches: Iterable[Any], work: str) -> Iterator[Iterable[Any]]:
 
 def _watched(batches: Iterable[Any], digest: Any) -> Iterator[Any]:
     for batch in batches:
-        digest.update(b"batch")
-        for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
+        leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        digest.update(str(structure).encode())
+        for leaf in leaves:
             _add(digest, leaf)
         yield batch
 
