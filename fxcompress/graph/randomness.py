@@ -69,7 +69,8 @@ def own_stream() -> Iterator[None]:
 
 
 def _state() -> Any:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = torch.cuda.get_rng_state_all() if started else []
     return torch.get_rng_state(), devices, np.random.get_state(), random.getstate()
 
 
