@@ -25,6 +25,7 @@ from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
 from fxcompress.influence import reach_notes, require_influence, unrecorded
@@ -327,10 +328,10 @@ def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> 
     """
     reason = obstacle(model, recording, (Factorized,))
     # In an fx.GraphModule a rewritten layer has no class of its own.
-    before = tuple(f"{site.name}." for plan in history(model) for site in plan.rewritten)
+    before = {site.name for plan in history(model) for site in plan.rewritten}
 
     def legality(operator: Operator) -> str | None:
-        if operator.path.startswith(before):
+        if not before.isdisjoint(above(operator.path)):
             return "it is part of a layer that was factorized before"
         return reason(operator)
 

@@ -56,7 +56,8 @@ class Division:
     """Goes once through batches, and sets some aside.
 
     Of a known number the seed draws which; of an unknown one the second batch, and one drawn of
-    every further ``1 / share``.  Of a single batch nothing is set aside.
+    every further ``1 / share``.  Never the first, which the graph is recorded on, so of a single
+    batch nothing is set aside.
 
     ``held`` has those that were set aside so far; ``held_places`` and ``places`` say where they
     and the others stood.
@@ -107,8 +108,8 @@ class Division:
         """Where those stand that are set aside, from the first."""
         generator = torch.Generator().manual_seed(self._seed)
         if self._total is not None:
-            order = torch.randperm(self._total, generator=generator).tolist()
-            yield from sorted(order[: self._known(self._total)])
+            order = torch.randperm(max(self._total - 1, 0), generator=generator) + 1
+            yield from sorted(order[: self._known(self._total)].tolist())
         elif self._share:
             yield 1
             size = max(2, round(1 / self._share))

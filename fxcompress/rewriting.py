@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from fxcompress.fidelity import parted
 from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.inputs import Forward
+from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.measure import measure_whole
 from fxcompress.plan import Plan, SitePlan
@@ -178,13 +179,15 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     apply_plan(made, trained, bodies)
     nn.Module.train(made, False)
 
+    joined = planned.bundles
+
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
         for name, body in bodies.single.items():
             site, form = sites[name], find_form(instead[name], sites[name].op, planned.templates)
             weight = form.weight(body, site.shape)
             yield site, site.shape.stored(weight), form.bias(body, site.shape)
         for name, joint in bodies.joint.items():
-            for index, entry in enumerate(planned.bundles[name]):
+            for index, entry in enumerate(joined[name]):
                 site, member = sites[entry.name], joint.member(index)
                 bias = dense_bias_of(member, site.in_features) if site.shape.bias else None
                 weight = dense_weight_of(member, site.in_features)
@@ -215,7 +218,8 @@ def _build(
         show: told of the stage.
         instead: form of each site by itself that is built for training, unchecked.
     """
-    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in planned.bundles}
+    joined = planned.bundles
+    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in joined}
     entries = {entry.name: entry for entry in planned.rewritten}
     alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
     tick = show.stage("rewrite", len(entries))
@@ -337,21 +341,24 @@ def _rerecord(
             f"(unless: [{{name: ...}}])\n{error.__cause__!r}"
         ) from error
     failures = {}
+    within = containing(after.called)
     for entry in planned.rewritten:
-        if not _runs(after, entry.name):
+        if not _runs(after, within, entry.name):
             failures[entry.bundle or entry.name] = _Failure(
                 str(entry.form), "the model runs past it, so the rewritten layer would save nothing"
             )
     return after, failures
 
 
-def _runs(after: Recording, site: str) -> bool:
+def _runs(after: Recording, within: Collection[str], site: str) -> bool:
     """Whether a rewritten operator is called: its facade, or its nodes in an fx graph.
 
     That its parameters are read is not enough: a model that runs past a layer may compute its
     weight.
+
+    Args:
+        after: of the rewritten model.
+        within: the paths that contain one that was called.
+        site: its path.
     """
-    return site in after.called or (
-        f"{site}.body" not in after.called
-        and any(path.startswith(f"{site}.") for path in after.called)
-    )
+    return site in after.called or (f"{site}.body" not in after.called and site in within)

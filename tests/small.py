@@ -29,7 +29,10 @@ def rules(
     more: list[dict[str, Any]] | None = None,
     **rule: Any,
 ) -> LoadedRules:
-    """One rule about linear layers, and whatever is in ``more``; JSON is YAML, too."""
+    """One rule about linear layers, and whatever is in ``more``; JSON is YAML, too.
+
+    Nothing is held back unless ``metric`` says so: what tests compute is of all data, too.
+    """
     first = {
         "id": "linears",
         "match": {"node": {"op": "linear", "as": "fc", "name": name}},
@@ -38,7 +41,7 @@ def rules(
     }
     document = {
         "budget": {"keep": keep, "of": of, "unit": unit},
-        "metric": {"kind": metric} if isinstance(metric, str) else metric,
+        "metric": {"held_back": 0.0} | ({"kind": metric} if isinstance(metric, str) else metric),
         "solver": {"allocation": allocation},
         "rules": [first, *(more or [])],
     }

@@ -71,7 +71,7 @@ def test_parameters_and_macs_at_once(tmp_path: Path) -> None:
     assert plan.budget.cost == total(plan, "parameters")[1]
     assert macs.cost == total(plan, "macs")[1]
     assert plan.budget.bound is not None
-    assert plan.budget.bound <= plan.budget.predicted
+    assert plan.budget.bound <= plan.budget.fitted
     # Each alone exceeds the other's, or both would not be needed here.
     alone = fxcompress.plan(model, rules(tmp_path, "{keep: 0.6}"), batches)
     before, after = total(alone, "macs")

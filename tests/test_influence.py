@@ -95,7 +95,7 @@ def test_metrics_without_gradients_need_none(kind: str) -> None:
 
 def test_a_checkpoint_that_recomputes_is_seen_once() -> None:
     def join(side: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(side, x.requires_grad_(), use_reentrant=True)
+        return checkpoint(side, x.requires_grad_(), use_reentrant=False)
 
     class Inner(Two):
         def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_a_layer_with_few_rows_is_named(kind: str) -> None:
 
 
 def test_layers_outside_of_the_example_are_named() -> None:
-    batches = [tokens(40, 40, 0), tokens(40, 40, 40)]
+    batches = [tokens(40, 40, 0), tokens(40, 40, 40), tokens(40, 40, 40)]
     plan = planned(Experts().eval(), rules(keep=0.9), batches)
     (note,) = plan.warnings
     assert note.startswith("experts.2: ")

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, Weight
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
@@ -32,7 +33,7 @@ def obstacle(
         done: classes of modules that are rewritten operators already.
     """
     modules = dict(model.named_modules())
-    finished = tuple(f"{name}." for name, module in modules.items() if isinstance(module, done))
+    finished = {name for name, module in modules.items() if isinstance(module, done)}
 
     def reason(operator: Operator) -> str | None:
         if operator.weight is None:
@@ -57,7 +58,7 @@ def obstacle(
             return f"its weight is {facts.dtype}, not a floating type"
         if 0 in facts.shape:
             return f"its weight has no entries: its shape is {facts.shape}"
-        if operator.path.startswith(finished):
+        if not finished.isdisjoint(above(operator.path)):
             return "it is part of a layer that was factorized before"
         return _module_obstacle(model.get_submodule(operator.path), recording, operator)
 

@@ -342,4 +342,8 @@ def _tensors(moments: Moments) -> dict[str, Any]:
 
 
 def _shapes(moments: Moments) -> dict[str, Any]:
-    return {key: getattr(value, "shape", None) for key, value in _tensors(moments).items()}
+    # How many rows a root of few rows has depends on the data; its width does not.
+    return {
+        key: isinstance(value, Tensor) and (value.dim(), value.shape[-1])
+        for key, value in _tensors(moments).items()
+    }

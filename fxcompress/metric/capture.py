@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress.errors import CalibrationError
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import (
     LARGEST_OUTPUT,
+    WIDE,
     CountSum,
     GramSum,
     Moments,
+    RowSum,
     ScaledSum,
     Statistic,
     finish_together,
@@ -27,6 +30,7 @@ from fxcompress.metric.moments import (
 )
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
+from fxcompress.metric.pooled import Traces, is_root
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
@@ -80,7 +84,7 @@ def calibrate(
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    sums = _Sums(model, sites, metric.needs, metric.backward)
+    sums = _Sums(model, sites, metric.needs, metric.backward, scaled=not metric.directions)
     passed = run_pass(
         model, sites, batches, sums,
         drawn=drawn, loss=loss, forward=forward,
@@ -124,17 +128,22 @@ class _Sums:
         sites: Sequence[SiteFacts],
         needs: frozenset[Statistic],
         backward: bool,
+        *,
+        scaled: bool = True,
     ) -> None:
         self.sites = sites
         self.needs = needs
         self.backward = backward
         self.keeps_inputs = bool(needs & {"weight", "entries"})
         device = device_of(model)
-        self.inputs: dict[InputKey, list[GramSum] | CountSum] = {}
-        self.outputs: dict[str, list[GramSum]] = {}
+        both = {"input", "output"} <= needs and not self.keeps_inputs
+        self.traces = Traces(device) if both and scaled else None
+        self.inputs: dict[InputKey, list[GramSum | RowSum] | CountSum] = {}
+        self.outputs: dict[str, list[GramSum | RowSum]] = {}
         self.squares: dict[str, ScaledSum] = {}
         self.rows: dict[InputKey, int] = defaultdict(int)
         self.pending: dict[str, tuple[Tensor, int]] = {}
+        self.looked_up: dict[str, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
         self.exponent = 0
         for site in sites:
             shape = site.shape
@@ -144,13 +153,14 @@ class _Sums:
                 self.inputs[input_key(site)] = (
                     CountSum(n, device)
                     if isinstance(shape, EmbeddingShape)
-                    else [GramSum(n, device, dtype) for _ in range(groups)]
+                    else _sums(groups, n, device, dtype, site, "input")
                 )
             if "output" in needs:
-                wide = m >= LARGEST_OUTPUT
-                self.outputs[site.name] = [
-                    GramSum(m, device, dtype, diagonal=wide) for _ in range(groups)
-                ]
+                self.outputs[site.name] = (
+                    [GramSum(m, device, dtype, diagonal=True) for _ in range(groups)]
+                    if m >= LARGEST_OUTPUT
+                    else _sums(groups, m, device, dtype, site, "output gradient")
+                )
             if self.keeps_inputs:
                 size = (groups, m, n) if "entries" in needs else (groups, m)
                 self.squares[site.name] = ScaledSum([size], device)
@@ -173,6 +183,15 @@ class _Sums:
                 self.rows[key] += rows.shape[-2]
         return finite
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        if self.traces is not None:
+            return self.traces.project(site, data)
+        return data if self.keeps_inputs else None
+
+    def predicted(self, count: int) -> None:
+        if self.traces is not None:
+            self.traces.predicted(count, self.sites)
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
@@ -180,6 +199,9 @@ class _Sums:
         sums = self.outputs.get(site.name)
         if sums is not None:
             finite = _add(sums, output_rows(gradient, site.shape, mask), self.exponent)
+        if self.traces is not None:
+            self.traces.gradient(site, data, gradient, mask, self.exponent)
+            return finite
         if data is None:
             return finite
         if not bool(gradient.isfinite().all()):
@@ -188,8 +210,7 @@ class _Sums:
         (data, first), (gradient, second) = normalized(data), normalized(gradient)
         exponent = first + second + self.exponent
         if site.calls > 1:  # the same weight used again: sum before squaring
-            found = torch.cat([*weight_gradients(data, gradient, site.shape)])
-            self.pending[site.name] = _summed(self.pending.get(site.name), (found, exponent))
+            self._wait(site, data, gradient, exponent)
             return finite
         entries = "entries" in self.needs
         squares = squared_gradients(data, gradient, site.shape, entries=entries)
@@ -200,13 +221,51 @@ class _Sums:
         if bool(squares.any()):
             self.squares[name].add([squares], exponent)
 
+    def _wait(self, site: SiteFacts, data: Tensor, gradient: Tensor, exponent: int) -> None:
+        """Add what one of several calls gives, times ``2^exponent``, to every sample's gradient."""
+        shape = site.shape
+        if isinstance(shape, EmbeddingShape):
+            # A table per sample would be far more than the few rows of it that are looked up.
+            waiting = self.looked_up[site.name]
+            waiting.append((data.reshape(len(data), -1), gradient.flatten(1, -2), exponent))
+            same_samples(site, len(waiting[0][0]), len(data))
+            return
+        single = isinstance(shape, ConvShape) and data.dim() < shape.dims + 2
+        count = 1 if single else len(data)
+        found = self.pending.get(site.name)
+        if found is None:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            found = gradient.new_zeros((count, *sizes(shape)), dtype=wide), exponent
+        total, unit = found
+        same_samples(site, len(total), count)
+        if bool(data.any()) and bool(gradient.any()):
+            top = max(unit, exponent) if bool(total.any()) else exponent
+            if unit != top:
+                times_power(total, unit - top, out=total)
+            start, unit = 0, top
+            for part in weight_gradients(data, gradient, shape):
+                total[start : start + len(part)] += times_power(part, exponent - top)
+                start += len(part)
+        self.pending[site.name] = total, unit
+
     def end(self) -> None:
-        for name, pending in self.pending.items():
-            products, exponent = normalized(pending[0])
-            squares = products.square().sum(0, dtype=torch.float64)
-            squares = squares if "entries" in self.needs else squares.mean(2)
-            self._square(name, squares, pending[1] + exponent)
+        if self.traces is not None:
+            self.traces.end()
+        entries = "entries" in self.needs
+        for name, (total, exponent) in self.pending.items():
+            products, more = normalized(total)
+            squares = torch.zeros_like(products[0], dtype=torch.float64)
+            for part in products:  # one sample at a time: their squares take as much memory again
+                squares += part.square()
+            self._square(name, squares if entries else squares.mean(2), exponent + more)
         self.pending.clear()
+        for site in self.sites:
+            if calls := self.looked_up.pop(site.name, None):
+                top = max((power for _, g, power in calls if bool(g.any())), default=0)
+                indices = torch.cat([each for each, _, _ in calls], 1)
+                gradients = torch.cat([times_power(g, power - top) for _, g, power in calls], 1)
+                found = squared_gradients(indices, gradients, site.shape, entries=entries)
+                self._square(site.name, found, top)
 
     def finish(self, predictions: int) -> dict[str, Moments]:
         """The means, by site; the sums are given up."""
@@ -221,6 +280,9 @@ class _Sums:
             outputs, squares = self.outputs.pop(site.name, None), self.squares.pop(site.name, None)
             g, second = (None, 1.0) if outputs is None else _finish(outputs, predictions, site)
             w, third = (None, 1.0) if squares is None else _mean(squares, predictions, site)
+            if self.traces is not None and a is not None and g is not None:
+                scale = self.traces.scale(site, (a, first), (g, second))
+                g *= scale**0.5 if is_root(g) else scale
             found[site.name] = Moments(
                 input=a,
                 output=g,
@@ -231,6 +293,20 @@ class _Sums:
         return found
 
 
+def same_samples(site: SiteFacts, first: int, now: int) -> None:
+    """Require that two calls of one layer are about the same samples.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if first != now:
+        raise CalibrationError(
+            f"{site.name} is called on {first} samples and on {now} in one pass, so that the "
+            "gradient of its weight cannot be told sample by sample: choose metric: {kind: kfac}, "
+            "or exclude the layer (unless: [{name: ...}])"
+        )
+
+
 def sizes(shape: Shape) -> tuple[int, int, int]:
     """Groups, and rows and columns of the matrix of each of them."""
     if isinstance(shape, ConvShape):
@@ -238,31 +314,37 @@ def sizes(shape: Shape) -> tuple[int, int, int]:
     return 1, shape.out_features, shape.in_features
 
 
-def _add(sums: Sequence[GramSum], rows: Tensor, exponent: int = 0) -> bool:
+def _sums(
+    groups: int,
+    features: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    site: SiteFacts,
+    what: str,
+) -> list[GramSum | RowSum]:
+    """One for each group.  Patches are many, and forms ask for their moments as a matrix."""
+    if features >= WIDE and not isinstance(site.shape, ConvShape):
+        return [RowSum(features, device, dtype, f"{what} of {site.name}")]
+    return [GramSum(features, device, dtype) for _ in range(groups)]
+
+
+def _add(sums: Sequence[GramSum | RowSum], rows: Tensor, exponent: int = 0) -> bool:
     """Add rows (positions x n), or (g x positions x n) for groups; False if not finite."""
     parts = rows if rows.dim() > 2 else rows[None]
     finite = [each.add(part, exponent) for each, part in zip(sums, parts, strict=True)]
     return all(finite)
 
 
-def _summed(before: tuple[Tensor, int] | None, after: tuple[Tensor, int]) -> tuple[Tensor, int]:
-    """The sum of two tensors, each times a power of two."""
-    if before is None or not bool(before[0].any()):
-        return after
-    if not bool(after[0].any()):
-        return before
-    top = max(before[1], after[1])
-    first, second = (times_power(x, e - top) if e < top else x for x, e in (before, after))
-    return first + second, top
-
-
 def _finish(
-    sums: Sequence[GramSum] | CountSum, count: int, site: SiteFacts
+    sums: Sequence[GramSum | RowSum] | CountSum, count: int, site: SiteFacts
 ) -> tuple[Tensor, float]:
-    """The mean, and the unit of which it is in squares."""
+    """The mean, and the unit of which it is in squares (of which a root is)."""
     if isinstance(sums, CountSum):
         return sums.finish(count), 1.0
-    means, exponent = finish_together(sums, count)
+    if isinstance(sums[0], RowSum):
+        mean, exponent = sums[0].finish_scaled(count)
+        return mean, 2.0**exponent
+    means, exponent = finish_together([each for each in sums if isinstance(each, GramSum)], count)
     return torch.stack(means) if isinstance(site.shape, ConvShape) else means[0], 2.0**exponent
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
+from fxcompress.metric.capture import same_samples
 from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
@@ -114,7 +115,6 @@ class _Products:
     """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
 
     backward = True
-    keeps_inputs = True
 
     def __init__(self, wanted: Mapping[str, Mapping[str, Components]]) -> None:
         self.wanted = wanted
@@ -128,6 +128,12 @@ class _Products:
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         return not data.is_floating_point() or bool(data.isfinite().all())
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        return data
+
+    def predicted(self, count: int) -> None:
+        pass
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
@@ -137,6 +143,8 @@ class _Products:
             place = (site.name, key)
             # A weight that is used again: sum before squaring.
             waiting = self.pending.get(place)
+            if waiting is not None:
+                same_samples(site, len(waiting), len(found))
             self.pending[place] = found if waiting is None else waiting + found
         return bool(gradient.isfinite().all())
 

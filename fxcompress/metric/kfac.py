@@ -3,7 +3,8 @@
 ``A = E[a aᵀ]``, ``G = E[g gᵀ]`` with g the gradient at the operator's output of the negative
 log-likelihood of labels *sampled from the model*.  The approximation is that inputs and
 output gradients are independent, and different positions uncorrelated ("expand", arXiv
-2311.00636).
+2311.00636); where many positions make one prediction the product is scaled to the true trace
+(:mod:`fxcompress.metric.pooled`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from fxcompress.metric.moments import Moments, Statistic
 Factor = Tensor | None
 """A positive semi-definite matrix (d x d), a diagonal one (d), or None for the identity.
 
+A matrix of low rank may be given by a root (r x d), r < d: it is ``Rᵀ R``.
 Of a convolution, one for each group: (g x d x d) or (g x d).
 """
 

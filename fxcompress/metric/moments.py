@@ -16,10 +16,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxcompress.errors import CalibrationError
+from fxcompress.metric.memory import GIB, free_memory
+
 Statistic = Literal["input", "output", "weight", "entries"]
 
 LARGEST_OUTPUT = 16384
 """From this width on (a vocabulary, say) only the diagonal of G is kept."""
+
+WIDE = 4096
+"""From this width on, moments of few rows are kept as these rows."""
+
+FEW = 4
+"""Few are rows of which there are no more than a width divided by this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +37,8 @@ class Moments:
 
     Attributes:
         input: A = mean over positions of ``a aᵀ`` (n x n), float64; for an embedding its diagonal
-            (V), how often each row is looked up.
+            (V), how often each row is looked up.  Of few rows (:class:`RowSum`) a root R (r x n),
+            ``A = Rᵀ R``; so is G.
         output: G = sum over positions of ``g gᵀ`` per *prediction* (m x m), or its diagonal (m)
             if m >= :data:`LARGEST_OUTPUT`; float64.  With the sum over positions divided by the
             number of predictions, ``A ⊗ G`` is the K-FAC Fisher per prediction, also where
@@ -297,6 +307,89 @@ def finish_together(sums: Sequence[GramSum], count: int) -> tuple[list[Tensor], 
 
 def _diagonal(mean: Tensor) -> Tensor:
     return mean if mean.dim() == 1 else mean.diagonal()
+
+
+class RowSum:
+    """Running sum of ``xᵀ x`` over batches of rows: the rows themselves while they are few.
+
+    A matrix of r rows has rank r: where r is much less than the number of features, the rows take
+    less memory than the product (features x features), and less time to work with.
+
+    Args:
+        features, device, dtype: as of :class:`GramSum`, which takes over when rows are many.
+        what: is summed up, for messages.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        what: str = "",
+    ) -> None:
+        self.features, self.device, self.dtype = features, device, dtype
+        self.what = what
+        self._rows: list[tuple[Tensor, int]] = []
+        self._count = 0
+        self._gram: GramSum | None = None
+
+    def add(self, rows: Tensor, exponent: int = 0) -> bool:
+        """Add rows (positions x features) times ``2^exponent``; False if they are not finite.
+
+        Raises:
+            CalibrationError: they are too many to be kept, and the product takes more memory
+                than there is.
+        """
+        if self._gram is not None:
+            return self._gram.add(rows, exponent)
+        self._count += len(rows)
+        if self._count <= self.features // FEW:
+            self._rows.append((rows.detach().clone(), exponent))
+            return bool(rows.isfinite().all())
+        self._require_memory()
+        self._gram = GramSum(self.features, self.device, self.dtype)
+        for kept, power in self._rows:
+            self._gram.add(kept, power)
+        self._rows.clear()
+        return self._gram.add(rows, exponent)
+
+    def finish(self, count: int) -> Tensor:
+        """The sum divided by ``count`` (features x features), or a root of it (r x features).
+
+        The sum itself is given up.  It has to be in the range of float64.
+        """
+        mean, exponent = self.finish_scaled(count)
+        few = len(mean) < self.features
+        return times_power(mean, exponent if few else 2 * exponent)
+
+    def finish_scaled(self, count: int) -> tuple[Tensor, int]:
+        """The same for rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
+        if self._gram is not None:
+            (mean,), exponent = finish_together([self._gram], count)
+            return mean, exponent
+        peaks = [math.frexp(peak)[1] + power for x, power in self._rows if (peak := largest(x)) > 0]
+        top = max(peaks, default=0)
+        exponent = 0 if 2 * abs(top) <= PLAIN else max(min(top, 1023), -1022)
+        root = torch.zeros(self._count, self.features, dtype=torch.float64, device=self.device)
+        start = 0
+        for x, power in self._rows:
+            root[start : start + len(x)] = times_power(x.to(torch.float64), power - exponent)
+            start += len(x)
+        self._rows.clear()
+        root *= max(count, 1) ** -0.5
+        return root, exponent
+
+    def _require_memory(self) -> None:
+        # The sum and the mean, and later the damped mean and its root.
+        needed, free = 4 * 8 * self.features**2, free_memory(self.device)
+        if needed < GIB or free is None or needed <= free:
+            return
+        raise CalibrationError(
+            f"the second moments of the {self.what}, {self.features:,} wide, take about "
+            f"{needed / GIB:.0f} GiB, and {free / GIB:.1f} GiB are free. Up to "
+            f"{self.features // FEW:,} positions they take little: calibrate on less data, or "
+            "exclude the layer (unless: [{name: ...}]), or choose metric: {kind: diagonal}"
+        )
 
 
 class CountSum:

@@ -70,19 +70,23 @@ class Visitor(Protocol):
 
     Attributes:
         backward: whether gradients are wanted.
-        keeps_inputs: whether inputs are wanted together with gradients; they take memory.
     """
 
     backward: bool
-    keeps_inputs: bool
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         """The input of a call, once for all sites on it; whether it is finite."""
 
+    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
+        """What of the input of a call is wanted together with its gradient; it takes memory."""
+
+    def predicted(self, count: int) -> None:
+        """The batch makes so many predictions; backward passes follow."""
+
     def gradient(
         self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
     ) -> bool:
-        """The gradient of a call's output, with its input if asked for; whether it is finite."""
+        """The gradient of a call's output, with what was kept; whether it is finite."""
 
     def start(self, exponent: int) -> None:
         """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
@@ -195,6 +199,7 @@ def run_pass(
                             fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
                             generator=generator,
                         )  # fmt: skip
+                        visitor.predicted(starts.predictions)
                         for at, start in enumerate(starts.passes):
                             visitor.start(start.exponent)
                             session.descend(start, again=at + 1 < len(starts.passes))
@@ -395,7 +400,8 @@ class _Session:
             # No leaf, so that an in-place activation may follow; a sum is seen by autograd inside
             # of vmap, too.
             out = out + self._zero(out.device)
-            kept = self._plain(site, data) if self.visitor.keeps_inputs else None
+            with outside(data):
+                kept = self.visitor.keep(site, self._plain(site, data))
             inner, ordered = base(out)
             if not inner.requires_grad:
                 raise CalibrationError(

@@ -28,6 +28,7 @@ from fxcompress.forms.target import (
 from fxcompress.metric.elementwise import Elementwise
 from fxcompress.metric.metric import Factor, Metric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.pooled import is_root
 from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
 from fxcompress.metric.split import SplitTruncations
 from fxcompress.metric.tucker import TuckerTruncations
@@ -79,11 +80,17 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
         return Elementwise.of(moments.entries, shape, moments.units[2])
     a, g = metric.factors(moments)
     groups = shape.groups if isinstance(shape, ConvShape) else 0
-    first, second, third = moments.units
-    outputs = whiteners.outputs(g, groups, third if moments.output is None else second)
+    first, second = _units(moments)
+    outputs = whiteners.outputs(g, groups, second)
     pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
     parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
     return Grouped(parts) if groups else parts[0]
+
+
+def _units(moments: Moments) -> tuple[float, float]:
+    """What the roots of the input and of the output factor are in units of."""
+    first, second, third = moments.units
+    return first, third if moments.output is None else second
 
 
 def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor) -> float:
@@ -99,12 +106,16 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
     """
     if metric.factors is None:
         assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape).loss(change)
+        return Elementwise.of(moments.entries, shape, moments.units[2]).loss(change)
+    found = metric.factors(moments)
+    for factor, unit in zip(found, _units(moments), strict=True):
+        if factor is not None:
+            change = change * unit
     grouped = isinstance(shape, ConvShape)
     parts = change.flatten(2) if grouped else change[None]
     factors = [
         [None] * len(parts) if factor is None else [*factor] if grouped else [factor]
-        for factor in metric.factors(moments)
+        for factor in found
     ]
     return 0.5 * sum(
         float((_times(g, part) * _times(a, part.T).T).sum())
@@ -113,10 +124,12 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
 
 
 def _times(factor: Factor, x: Tensor) -> Tensor:
-    """``M x`` for a factor M (d x d), its diagonal (d) or the identity, and x (d x k)."""
+    """``M x`` (d x k) for a factor M (d x d), given as such, by its diagonal or by a root (r x d)."""
     if factor is None:
         return x
     factor = factor.to(x.dtype)
+    if is_root(factor):
+        return factor.T @ (factor @ x)
     return factor[:, None] * x if factor.dim() == 1 else factor @ x
 
 

@@ -154,8 +154,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
 def _moments(inputs: Whitener, order: Tensor, sizes: Sequence[int]) -> Tensor | None:
     """A in the order of a view (c x q x c x q); None for the identity."""
     if inputs.matrix is None:
-        if inputs.scale is None:
+        if inputs.plain:
             return None
+        assert inputs.scale is not None
         whole = torch.diag(inputs.scale.square())
     else:
         whole = inputs.matrix

@@ -31,10 +31,13 @@ class Whitener:
     Attributes:
         lower: L as a triangular matrix (Cholesky), or None.
         root: L as ``V √λ`` with its inverse transpose ``V /√λ``, or None.
-        scale: √ of a diagonal factor (d), or None.  All three None: the identity.
-        matrix: the damped factor itself, if it was one; None for a diagonal one or the identity.
+        scale: √ of a diagonal factor (d), or None.
+        few: a factor with r eigenvalues of its own and one that all others share: orthonormal
+            columns V (d x r), and of all eigenvalues λ (r) and λ_0 the roots, so that
+            ``L = V (√λ - √λ_0) Vᵀ + √λ_0 I``; or None.  All four None: the identity.
+        matrix: the damped factor itself, if it was one; None for one of another kind.
         unit: what L is a multiple of, a power of two: products have it as a factor, ``lower``,
-            ``root``, ``scale`` and ``matrix`` (its square) do not.
+            ``root``, ``scale``, ``few`` and ``matrix`` (its square) do not.
         null: the factor is zero; products are those of the identity, and every singular
             value in these coordinates counts as zero.
     """
@@ -42,6 +45,7 @@ class Whitener:
     lower: Tensor | None = None
     root: tuple[Tensor, Tensor] | None = None
     scale: Tensor | None = None
+    few: tuple[Tensor, Tensor, float] | None = None
     matrix: Tensor | None = None
     null: bool = False
     unit: float = 1.0
@@ -49,7 +53,8 @@ class Whitener:
     @property
     def plain(self) -> bool:
         """Whether it is the identity."""
-        return self.lower is None and self.root is None and self.scale is None
+        kinds = (self.lower, self.root, self.scale, self.few)
+        return all(kind is None for kind in kinds)
 
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
@@ -58,6 +63,8 @@ class Whitener:
             return _transposed_product(self.lower, x)
         if self.root is not None:
             return self.root[0].T.to(x.dtype) @ x
+        if self.few is not None:
+            return self._powers(x, 1)
         return x if self.scale is None else self.scale[:, None].to(x.dtype) * x
 
     def out_of(self, x: Tensor) -> Tensor:
@@ -69,6 +76,8 @@ class Whitener:
             return solved
         if self.root is not None:
             return self.root[1].to(x.dtype) @ x
+        if self.few is not None:
+            return self._powers(x, -1)
         return x if self.scale is None else x / self.scale[:, None].to(x.dtype)
 
     def solve(self, x: Tensor) -> Tensor:
@@ -80,7 +89,16 @@ class Whitener:
         if self.root is not None:
             inverse = self.root[1].to(x.dtype)
             return inverse @ (inverse.T @ x)
+        if self.few is not None:
+            return self._powers(x, -2)
         return x if self.scale is None else x / self.scale.square()[:, None].to(x.dtype)
+
+    def _powers(self, x: Tensor, power: int) -> Tensor:
+        """A power of the symmetric root, times x."""
+        assert self.few is not None
+        vectors, roots, other = self.few
+        v, own = vectors.to(x.dtype), (roots**power - other**power).to(x.dtype)
+        return v @ (own[:, None] * (v.T @ x)) + other**power * x
 
 
 PANEL = 192
@@ -132,10 +150,11 @@ class BlockWhitener:
 
 
 def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whitener:
-    """The whitener of a factor (d x d, d, or None), damped relative to its mean eigenvalue.
+    """The whitener of a factor, damped relative to its mean eigenvalue.
 
     Args:
-        factor: in units of ``unit²``; None for the identity.
+        factor: (d x d), its diagonal (d), or a root of it (r x d) with r < d, in units of
+            ``unit²`` (the root of ``unit``); None for the identity.
         damping: added to its eigenvalues, as a fraction of their mean.
         unit: a power of two.
 
@@ -145,6 +164,8 @@ def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whiten
     if factor is None:
         return Whitener()
     factor = factor.to(torch.float64)
+    if factor.dim() == 2 and len(factor) < factor.shape[1]:
+        return _whitener_of_few(factor, damping, unit)
     diagonal = factor if factor.dim() == 1 else factor.diagonal()
     if not bool(factor.isfinite().all()):
         raise ValueError("a metric factor is not finite")
@@ -167,3 +188,22 @@ def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whiten
     floored = (vectors * values) @ vectors.T
     roots = (vectors * values.sqrt(), vectors * values.rsqrt())
     return Whitener(root=roots, matrix=floored, unit=unit)
+
+
+def _whitener_of_few(rows: Tensor, damping: float, unit: float) -> Whitener:
+    """The whitener of ``Rᵀ R`` for few rows R (r x d); nothing of size (d x d) is formed.
+
+    It is that of :func:`whitener` for the product: with ``Rᵀ = Q T`` (Q orthonormal) the damped
+    factor is ``Q T Tᵀ Qᵀ + δ I``, whose eigenvectors are Q times those of ``T Tᵀ``, and all that is
+    orthogonal to Q.
+    """
+    if not bool(rows.isfinite().all()):
+        raise ValueError("a metric factor is not finite")
+    mean = float(rows.square().sum()) / rows.shape[1]
+    if mean == 0:
+        return Whitener(null=True)
+    basis, triangle = torch.linalg.qr(rows.T)
+    values, vectors = torch.linalg.eigh(triangle @ triangle.T)
+    damped = (values + damping * mean).clamp_min(FLOOR * mean)
+    other = max(damping, FLOOR) * mean
+    return Whitener(few=(basis @ vectors, damped.sqrt(), other**0.5), unit=unit)

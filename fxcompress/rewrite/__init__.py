@@ -6,7 +6,7 @@ from fxcompress.rewrite.batch_norm import find_batch_norms, fold_batch_norms
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember
 from fxcompress.rewrite.skeleton import own_parameters, prepared, skeleton
-from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
+from fxcompress.rewrite.substitute import Provenance
 from fxcompress.rewrite.verify import verify
 
 __all__ = [
@@ -23,7 +23,5 @@ __all__ = [
     "own_parameters",
     "prepared",
     "skeleton",
-    "substitute",
-    "substitute_joint",
     "verify",
 ]

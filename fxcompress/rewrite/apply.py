@@ -21,7 +21,12 @@ from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
-from fxcompress.rewrite.substitute import Provenance, substitute, substitute_joint
+from fxcompress.rewrite.substitute import (
+    Provenance,
+    substitute,
+    substitute_joint,
+    substituting,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +84,15 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
     expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
         lift(model, only=names)
-    for site in plan.rewritten:
-        if not site.bundle:
-            form = find_form(site.choice[0], site.op, plan.templates)
-            substitute(model, bodies.single[site.name], form, _origin(site))
-    for name, sites in plan.bundles.items():
-        joint = find_joint_form(sites[0].choice[0], plan.templates)
-        substitute_joint(model, bodies.joint[name], joint, [_origin(site) for site in sites])
+    with substituting(model) as places:
+        for site in plan.rewritten:
+            if not site.bundle:
+                form = find_form(site.choice[0], site.op, plan.templates)
+                substitute(model, bodies.single[site.name], form, _origin(site), places)
+        for name, sites in plan.bundles.items():
+            joint = find_joint_form(sites[0].choice[0], plan.templates)
+            origins = [_origin(site) for site in sites]
+            substitute_joint(model, bodies.joint[name], joint, origins, places)
     disable_fast_paths(model, names)
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress.rewrite.replace import replace_module
+from fxcompress.graph.paths import containing
+from fxcompress.rewrite.replace import Places
 
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
@@ -141,17 +142,18 @@ def expand_attention(model: nn.Module, above: Sequence[str] | None = None) -> No
         above: expand only attentions that contain one of these module paths.
     """
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    wanted = None if above is None else containing(above)
+    places = Places(model)
     for name, module in list(model.named_modules()):
-        wanted = above is None or any(site.startswith(f"{name}.") for site in above)
         if (
             name
-            and wanted
+            and (wanted is None or name in wanted)
             and type(module) is nn.MultiheadAttention
             and module.bias_k is None
             and not module.add_zero_attn
             and all(holders[id(parameter)] == 1 for parameter in module.parameters())
         ):
-            replace_module(model, module, ProjectedAttention.of(module))
+            places.replace(module, ProjectedAttention.of(module))
 
 
 def _like(value: Tensor, source: Tensor) -> nn.Parameter:

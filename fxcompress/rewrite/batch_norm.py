@@ -15,6 +15,7 @@ normalizes by the batch, so a rule has to ask for it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -42,11 +43,12 @@ def find_batch_norms(
         The pairs, and for every other weight the reason why there is none.
     """
     operators = {operator.name: operator for operator in recording.operators}
+    calls = Counter(operator.path for operator in recording.operators)
     found, reasons = [], {}
     for operator in recording.operators:
         if operator.weight not in weights:
             continue
-        reason = _obstacle(model, recording, operator, operators)
+        reason = _obstacle(model, recording, operator, operators, calls)
         if reason is None:
             found.append(Folded(convolution=operator.path, norm=operators[operator.users[0]].path))
         else:
@@ -59,6 +61,7 @@ def _obstacle(
     recording: Recording,
     convolution: Operator,
     operators: Mapping[str, Operator],
+    calls: Mapping[str, int],
 ) -> str | None:
     if not convolution.op.startswith("conv"):
         return f"it is a {convolution.op}, not a convolution"
@@ -73,8 +76,7 @@ def _obstacle(
         return "the batch norm that follows has no running statistics"
     if norms[0].weight is not None and len(recording.weights[norms[0].weight].aliases) > 1:
         return "the batch norm that follows shares its parameters"
-    calls = [operator for operator in operators.values() if operator.path == norms[0].path]
-    if len(calls) > 1 or len(recording.weights[str(convolution.weight)].calls) > 1:
+    if calls[norms[0].path] > 1 or len(recording.weights[str(convolution.weight)].calls) > 1:
         return "one of both is called several times"
     return None
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fxcompress.graph.paths import containing
+
 
 def disable_fast_paths(model: nn.Module, above: Sequence[str] | None = None) -> None:
     """Switch the fused path off in encoder layers and encoders; changes ``model``.
@@ -22,9 +24,9 @@ def disable_fast_paths(model: nn.Module, above: Sequence[str] | None = None) -> 
         model: anything.
         above: only where they contain one of these module paths.
     """
+    wanted = None if above is None else containing(above)
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if above is not None and not any(site.startswith(prefix) for site in above):
+        if wanted is not None and name not in wanted:
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

@@ -16,6 +16,7 @@ the plan rewrites.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -40,12 +41,16 @@ def lift(model: fx.GraphModule, only: Collection[str] | None = None) -> None:
         only: lift only the calls whose module gets one of these paths.
     """
     calls = []
+    reads = Counter(node.target for node in model.graph.nodes if node.op == "get_attr")
+    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    once = {name for name in parameters if reads[name] == 1}
     for node in model.graph.nodes:
         if node.op != "call_function" or node.target not in _LINEAR:
             continue
         _, weight, bias = linear_arguments(node.args, node.kwargs)
-        if _own_parameter(model, weight) and (bias is None or _own_parameter(model, bias)):
-            path = _path(model, weight.target, bias and bias.target)
+        if _is_read(weight, once) and (bias is None or _is_read(bias, once)):
+            path = _path(model, called, weight.target, bias and bias.target)
             if only is None or path in only:
                 calls.append((path, node))
     for path, node in calls:
@@ -68,22 +73,18 @@ def lift(model: fx.GraphModule, only: Collection[str] | None = None) -> None:
         model.recompile()
 
 
-def _own_parameter(model: fx.GraphModule, node: Any) -> bool:
-    """A ``get_attr`` of a parameter that only one node reads."""
-    if not (isinstance(node, fx.Node) and node.op == "get_attr" and len(node.users) == 1):
-        return False
-    reads = [n for n in model.graph.nodes if n.op == "get_attr" and n.target == node.target]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return len(reads) == 1 and node.target in parameters
+def _is_read(node: Any, once: Collection[str]) -> bool:
+    """A ``get_attr`` that only one node reads, of a parameter that has no other."""
+    attribute = isinstance(node, fx.Node) and node.op == "get_attr"
+    return attribute and len(node.users) == 1 and node.target in once
 
 
-def _path(model: fx.GraphModule, weight: str, bias: str | None) -> str:
+def _path(model: fx.GraphModule, called: Collection[Any], weight: str, bias: str | None) -> str:
     """Where the module for a call goes, whether or not other calls are lifted before it."""
     owner, _, name = weight.rpartition(".")
     if owner and name == "weight" and bias in (None, f"{owner}.bias"):
         held = {key for key, _ in model.get_submodule(owner).state_dict().items()}
-        called = any(n.op == "call_module" and n.target == owner for n in model.graph.nodes)
-        if not called and held == {"weight"} | ({"bias"} if bias else set()):
+        if owner not in called and held == {"weight"} | ({"bias"} if bias else set()):
             return owner
     path = f"{weight}_linear".replace(".", "_")
     while hasattr(model, path):

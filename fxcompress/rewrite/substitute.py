@@ -6,7 +6,8 @@ graph*; in any other module the leaf is replaced by a facade that runs the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from fxcompress.forms import Form, JointBody, JointForm, Rank
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
-from fxcompress.rewrite.replace import replace_module
+from fxcompress.rewrite.replace import Places
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,41 @@ class Provenance:
     rank: Rank
 
 
-def substitute(model: nn.Module, body: fx.GraphModule, form: Form, origin: Provenance) -> None:
+@dataclass(frozen=True, eq=False)
+class Substituted:
+    """What is known of a model while some of its operators are replaced.
+
+    Attributes:
+        modules: where they hang.
+        calls: in an fx graph, the nodes that call a module, by its path.
+        order: the places of these nodes in the graph.
+    """
+
+    modules: Places
+    calls: Mapping[str, Sequence[fx.Node]]
+    order: Mapping[fx.Node, int]
+
+
+@contextmanager
+def substituting(model: nn.Module) -> Iterator[Substituted]:
+    """Around all substitutions in a model: it is gone through once, and compiled once."""
+    calls: dict[str, list[fx.Node]] = {}
+    order: dict[fx.Node, int] = {}
+    if isinstance(model, fx.GraphModule):
+        for position, node in enumerate(model.graph.nodes):
+            if node.op == "call_module":
+                calls.setdefault(str(node.target), []).append(node)
+                order[node] = position
+    yield Substituted(Places(model), calls, order)
+    if calls:
+        assert isinstance(model, fx.GraphModule)
+        model.graph.lint()
+        model.recompile()
+
+
+def substitute(
+    model: nn.Module, body: fx.GraphModule, form: Form, origin: Provenance, places: Substituted
+) -> None:
     """Replace the operator at ``origin.site`` by ``body``; changes ``model``.
 
     Nodes of an fx graph keep the metadata of the node they replace (the last one also its
@@ -38,22 +73,24 @@ def substitute(model: nn.Module, body: fx.GraphModule, form: Form, origin: Prove
     """
     original = model.get_submodule(origin.site)
     _take_over(body, [original])
-    calls = _calls(model, origin.site)
+    calls = places.calls.get(origin.site)
     if not calls:
-        replace_module(model, original, Factorized(original, body, form, origin.rank))
+        places.modules.replace(original, Factorized(original, body, form, origin.rank))
         return
     assert isinstance(model, fx.GraphModule)
-    replace_module(model, original, body)
+    places.modules.replace(original, body)
     for node in calls:
         with model.graph.inserting_before(node):
             (value,) = _copy(model.graph, body, [_value(node)], origin.site, _meta(node, origin))
         _replace(model.graph, node, value, origin)
-    model.graph.lint()
-    model.recompile()
 
 
 def substitute_joint(
-    model: nn.Module, body: JointBody, form: JointForm, origins: Sequence[Provenance]
+    model: nn.Module,
+    body: JointBody,
+    form: JointForm,
+    origins: Sequence[Provenance],
+    places: Substituted,
 ) -> None:
     """Replace operators on one input by a body with a shared part; changes ``model``.
 
@@ -63,12 +100,12 @@ def substitute_joint(
     _take_over(body.shared, originals)
     for original, head in zip(originals, body.heads, strict=True):
         _take_over(head, [original])
-    calls = [_calls(model, origin.site) for origin in origins]
+    calls = [places.calls.get(origin.site, ()) for origin in origins]
     if not all(calls):
         joint = Shared(body.shared, len(origins))
         for index, (original, head) in enumerate(zip(originals, body.heads, strict=True)):
             facade = JointMember(original, head, form, origins[0].rank, joint, index)
-            replace_module(model, original, facade)
+            places.modules.replace(original, facade)
         return
     assert isinstance(model, fx.GraphModule)
     for original, head in zip(originals, body.heads, strict=True):
@@ -76,11 +113,10 @@ def substitute_joint(
         place.body = head
         if head is body.heads[0]:
             place.shared = body.shared
-        replace_module(model, original, place)
-    order = {node: position for position, node in enumerate(model.graph.nodes)}
+        places.modules.replace(original, place)
     owner = origins[0]
     for together in zip(*calls, strict=True):  # the first calls, the second calls, ...
-        first = min(together, key=order.__getitem__)
+        first = min(together, key=places.order.__getitem__)
         x = _value(first)
         with model.graph.inserting_before(first):
             meta = _meta(first, owner)
@@ -91,8 +127,6 @@ def substitute_joint(
                 inputs = [x, *shared]
                 (value,) = _copy(model.graph, head, inputs, f"{origin.site}.body", meta)
             _replace(model.graph, node, value, origin)
-    model.graph.lint()
-    model.recompile()
 
 
 def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
@@ -107,12 +141,6 @@ def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
         kind = "bias" if path.rpartition(".")[2] == "bias" else "weight"
         parameter.requires_grad_(kind in learning)
     body.train(originals[0].training)
-
-
-def _calls(model: nn.Module, site: str) -> list[fx.Node]:
-    if not isinstance(model, fx.GraphModule):
-        return []
-    return [n for n in model.graph.nodes if n.op == "call_module" and n.target == site]
 
 
 def _value(node: fx.Node) -> fx.Node:

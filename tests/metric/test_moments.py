@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxcompress
 from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
 from fxcompress.metric import METRICS, Draws, calibrate
+from fxcompress.metric.capture import _Sums
+from fxcompress.metric.memory import free_memory
 from fxcompress.metric.metric import Metric
-from fxcompress.metric.moments import GramSum, finish_together
+from fxcompress.metric.moments import GramSum, RowSum, finish_together
+from fxcompress.metric.passes import run_pass
 from fxcompress.metric.starts import backward_starts
 from fxcompress.modules import shape_of
+from fxcompress.rules import parse_rules
 
 ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
 
@@ -409,3 +415,156 @@ def test_gradients_of_any_exponent_add_up() -> None:
     torch.testing.assert_close(
         torch.ldexp(mean, torch.tensor(2 * (exponent + 600))), (x.T @ x).double()
     )
+
+
+class Looped(nn.Module):
+    """One layer, or one table, that is used over and over."""
+
+    def __init__(self, kind: str, loops: int) -> None:
+        super().__init__()
+        self.loops = loops
+        self.core: nn.Module = {
+            "linear": lambda: nn.Linear(4, 4),
+            "conv": lambda: nn.Conv1d(4, 4, 3, padding=1),
+            "table": lambda: nn.Embedding(6, 4),
+        }[kind]()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Tensor = torch.zeros(1)
+        for loop in range(self.loops):
+            if isinstance(self.core, nn.Embedding):
+                value = value + (loop + 1) * self.core((x + loop) % 6)
+            elif isinstance(self.core, nn.Conv1d):
+                x = value = torch.tanh(self.core(x.transpose(1, 2)).transpose(1, 2))
+            else:
+                x = value = torch.tanh(self.core(x))
+        out: Tensor = self.head(value.mean(1))
+        return out
+
+
+def looped_data(kind: str) -> Tensor:
+    if kind == "table":
+        return torch.randint(0, 6, (5, 2), generator=torch.Generator().manual_seed(0))
+    return torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "table"])
+@pytest.mark.parametrize("metric", ["diagonal", "elementwise"])
+def test_gradients_of_all_calls_are_summed_before_squaring(kind: str, metric: str) -> None:
+    torch.manual_seed(0)
+    model, data = Looped(kind, 3).double(), looped_data(kind)
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return F.cross_entropy(output, torch.arange(5) % 3, reduction="none")
+
+    found = calibrate(
+        model, [target(model, "core", calls=3)], [data], METRICS[metric], loss=loss
+    ).moments["core"]
+    weight = model.core.weight
+    assert isinstance(weight, Tensor)
+    expected = torch.zeros_like(weight)
+    for one in loss(model(data), data):
+        (gradient,) = torch.autograd.grad(one, weight, retain_graph=True)
+        expected += gradient.square() / 5
+    if kind == "table":
+        expected = expected.T  # (features x entries of the table)
+    own = found.entries if metric == "elementwise" else found.weight
+    assert own is not None
+    wanted = expected.flatten(1) if metric == "elementwise" else expected.flatten(1).mean(1)
+    torch.testing.assert_close(own.reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_memory_does_not_grow_with_the_calls_of_a_layer(kind: str) -> None:
+    """What waits for the end of a backward pass is one gradient per sample."""
+    kept = []
+    for loops in (2, 9):
+        model, data = Looped(kind, loops).double(), looped_data(kind)
+        sums = _Sums(
+            model, [target(model, "core", calls=loops)], frozenset({"weight"}), backward=True
+        )
+        end = sums.end
+
+        def count(sums: _Sums = sums, end: Any = end) -> None:
+            assert not sums.looked_up
+            kept.append(sum(each.numel() for each in sums.pending.values()))
+            end()
+            assert not sums.pending
+
+        sums.end = count  # type: ignore[method-assign]
+        run_pass(model, sums.sites, [data], sums)
+    weight = model.core.weight
+    assert isinstance(weight, Tensor)
+    assert kept == [5 * weight.numel()] * 2
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "ekfac"])
+def test_calls_on_other_numbers_of_samples_are_an_error(metric: str) -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.tanh(self.core(x)) + self.core(x.mean(0, keepdim=True)))
+            return out
+
+    rules = parse_rules(
+        f"budget: {{keep: 0.5, of: matched}}\nmetric: {{kind: {metric}}}\n"
+        "rules: [{id: r, match: {node: {op: linear, name: core}}, rewrite: {form: low_rank}}]",
+        "r.yaml",
+    )
+    with pytest.raises(CalibrationError, match="core is called on 1 samples and on 5"):
+        fxcompress.compile(Uneven(), rules, [torch.randn(5, 4)], progress=False)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 10, 11, 30])
+def test_few_rows_are_kept_as_they_are(positions: int) -> None:
+    features, x = 40, torch.randn(positions, 40, dtype=torch.float64)
+    total = RowSum(features, torch.device("cpu"), torch.float64)
+    given = x.clone()
+    for part in given.split(7):
+        assert total.add(part)
+        part.zero_()  # as an activation that works in place does
+    found = total.finish(30)
+    few = positions <= features // 4
+    assert found.shape == ((positions if few else features), features)
+    torch.testing.assert_close(found.T @ found if few else found, x.T @ x / 30)
+
+
+@pytest.mark.parametrize("positions", [3, 30])
+def test_few_rows_that_are_not_finite_are_noticed(positions: int) -> None:
+    x = torch.randn(positions, 40)
+    x[1, 3] = torch.nan
+    assert not RowSum(40, torch.device("cpu")).add(x)
+
+
+def test_moments_that_take_too_much_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.metric.moments.free_memory", lambda device: 3 << 30)
+    monkeypatch.setattr("fxcompress.metric.moments.FEW", 10**6)
+    model = nn.Sequential(nn.Linear(20_000, 2), nn.Tanh(), nn.Linear(2, 2))
+    with pytest.raises(CalibrationError, match=r"input of 0, 20,000 wide, take about 12 GiB"):
+        calibrate(model, [target(model, "0")], [torch.randn(2, 20_000)], METRICS["kfac"])
+
+
+def test_what_is_free_is_known_on_linux() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert (free is not None and free > 1 << 20) or not Path("/proc/meminfo").exists()
+    assert free_memory(torch.device("meta")) is None
+
+
+def test_a_layer_of_many_inputs_and_few_rows_takes_little_memory() -> None:
+    """The second moments of 60,000 inputs would take 27 GiB."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60_000, 8), nn.Tanh(), nn.Linear(8, 3))
+    rules = parse_rules(
+        "budget: {keep: 0.6, of: matched}\nrules: [{id: r, match: {node: {op: linear, name: '0'}},"
+        " rewrite: {form: low_rank}}]",
+        "r.yaml",
+    )
+    data = torch.randn(4, 60_000)
+    small = fxcompress.compile(model, rules, [data], progress=False)
+    assert fxcompress.plan_of(small).sites[0].rank == 4
+    # Four samples have four directions: nothing that they show is lost, but for the damping.
+    assert float((small(data) - model(data)).norm()) < 0.05 * float(model(data).norm())

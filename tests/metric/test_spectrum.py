@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fxcompress.forms import Spectrum
 from fxcompress.metric import METRICS, Moments, calibrate, decompose
-from fxcompress.metric.whiten import whitener
+from fxcompress.metric.spectrum import decompose_whitened
+from fxcompress.metric.whiten import Whitener, whitener
 from tests.metric.test_moments import target
 
 DAMPING = (1e-3, 1e-1)
@@ -219,3 +220,29 @@ def test_products_of_a_whitener_are_those_of_its_root(size: int, kind: str) -> N
     for product in (found.into, found.out_of, found.solve):
         assert product(x.float()).dtype == torch.float32
         torch.testing.assert_close(product(x.float()).double(), product(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-2])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_root_of_few_rows_is_as_good_as_the_factor(damping: float, rank: int) -> None:
+    """Five rows of 12 features, of rank 5 or 1, against the dense factor; no (d x d) is formed."""
+    torch.manual_seed(0)
+    rows = torch.randn(5, rank, dtype=torch.float64) @ torch.randn(rank, 12, dtype=torch.float64)
+    few, dense = whitener(rows, damping), whitener(rows.T @ rows, damping)
+    assert few.few is not None
+    assert not few.plain
+    x, eye = torch.randn(12, 3, dtype=torch.float64), torch.eye(12, dtype=torch.float64)
+    root = few.into(eye)
+    scale = float(rows.square().sum())
+    assert dense.matrix is not None
+    torch.testing.assert_close(root.T @ root, dense.matrix, rtol=0, atol=1e-13 * scale)
+    torch.testing.assert_close(few.into(few.out_of(x)), x, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(root.T @ (root @ few.solve(x)), x, rtol=0, atol=1e-4)
+    w = torch.randn(7, 12, dtype=torch.float64)
+    found, wanted = (decompose_whitened(w, each, Whitener()) for each in (few, dense))
+    # Where directions are not damped at all their eigenvalues are rounding, in the dense one too.
+    torch.testing.assert_close(found.sigma, wanted.sigma, rtol=1e-6, atol=1e-4 * scale**0.5)
+    torch.testing.assert_close(found.left @ found.right, w, rtol=1e-5, atol=1e-5)
+    assert whitener(torch.zeros(2, 12), damping).null
+    with pytest.raises(ValueError, match="not finite"):
+        whitener(torch.full((2, 12), torch.inf), damping)

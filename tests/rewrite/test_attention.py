@@ -39,6 +39,14 @@ def padding() -> Tensor:
     return mask
 
 
+def blocked_per_head() -> Tensor:
+    """Seeded, and no query without a key: that one would be NaN in both."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(BATCH * HEADS, LENGTH, KEYS, generator=generator) > 0.7
+    mask[..., 0] = False
+    return mask
+
+
 def blocked() -> Tensor:
     mask = torch.zeros(LENGTH, KEYS, dtype=torch.bool)
     mask[:, 4] = True
@@ -54,7 +62,7 @@ MASKS: dict[str, dict[str, Tensor]] = {
     "float mask": {"attn_mask": torch.randn(LENGTH, KEYS, dtype=torch.float64)},
     "both, bool": {"key_padding_mask": padding(), "attn_mask": blocked()},
     "both, float": {"key_padding_mask": padding() * -5.0, "attn_mask": blocked() * -3.0},
-    "a mask per head": {"attn_mask": torch.rand(BATCH * HEADS, LENGTH, KEYS) > 0.7},
+    "a mask per head": {"attn_mask": blocked_per_head()},
 }
 
 
