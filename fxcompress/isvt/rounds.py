@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Estimate, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, calibrated_on, described, limited, survey
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
@@ -36,6 +36,7 @@ from fxcompress.metric import Loss
 from fxcompress.modules import canonical_weight
 from fxcompress.plan import Plan
 from fxcompress.planning import price
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
 from fxcompress.rewriting import rewrite
@@ -118,7 +119,8 @@ def _begin(
         )
     private = own_parameters(skeleton(model), model)
     found, every, _ = survey(private, loaded, calibration, examples, forward, show)
-    batches = [*every]
+    with same_data(every, described(found)) as every:
+        batches = [*every]
     show.stage("prepare", None)
     dense = prepared(model)
     fold_batch_norms(dense, found.folded)

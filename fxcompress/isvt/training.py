@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Estimate, Survey, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, Survey, calibrated_on, described, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.schedule import Schedule, share
@@ -40,6 +40,7 @@ from fxcompress.isvt.threshold import (
 from fxcompress.metric import Loss, Moments
 from fxcompress.plan import attach_plan
 from fxcompress.planning import price
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress, stages
 from fxcompress.rewriting import rewrite
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
@@ -302,7 +303,8 @@ class ISVT(Generic[M]):
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
         loaded = self._survey.rules
         batches, total = limited(batches, loaded.rules.metric.batches, total)
-        found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
+        with same_data(batches, described(self._survey)) as batches:
+            found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
         self._calibration = replace(found, moments={})
         self._set_metric(found.moments)
         self._starts = {}  # of other coordinates
