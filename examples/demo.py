@@ -9,7 +9,6 @@ Calibrated on one book, measured on another.
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import statistics
 import time
@@ -21,6 +20,7 @@ from smollm2 import CALIBRATION, HELD_OUT, LENGTH, Reference, batches, load_mode
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress.latency import machine
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ KL to the dense model       {dense.kl:12.4f} {compressed.kl:12.4f}   nats per to
 top-1 agreement             {dense.agreement:12.1%} {compressed.agreement:12.1%}
 parameters, whole model     {plan.model_before.parameters:12,} {plan.model_after.parameters:12,}
 MACs of the recorded batch  {plan.model_before.macs:12.3e} {plan.model_after.macs:12.3e}
-forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast, on {processor()}
+forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast, on {machine(torch.device("cpu"))}
 
 KL on {held_back.batches} calibration batches held back  {held_back.measured:.4f}, \
 predicted {predicted:.4f} (ratio {held_back.measured / max(predicted, 1e-12):.2f})
@@ -97,17 +97,6 @@ compressed {generated[1]!r}
     print(f"{time.perf_counter() - start:.0f} s in all, peak memory {peak:.1f} GiB")
     if not same:
         raise SystemExit(1)
-
-
-def processor() -> str:
-    """What speed was measured on: the processor and the threads."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 @torch.no_grad()
