@@ -69,6 +69,7 @@ def main() -> None:
         )
 
     speed = speed_up(model, small, held_out[:2])
+    here = machine(torch.device("cpu"))
     predicted, held_back = plan.budget.predicted, plan.held_back
     assert held_back is not None
     print(f"""
@@ -82,7 +83,7 @@ KL to the dense model       {dense.kl:12.4f} {compressed.kl:12.4f}   nats per to
 top-1 agreement             {dense.agreement:12.1%} {compressed.agreement:12.1%}
 parameters, whole model     {plan.model_before.parameters:12,} {plan.model_after.parameters:12,}
 MACs of the recorded batch  {plan.model_before.macs:12.3e} {plan.model_after.macs:12.3e}
-forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast, on {machine(torch.device("cpu"))}
+forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast ({here})
 
 KL on {held_back.batches} calibration batches held back  {held_back.measured:.4f}, \
 predicted {predicted:.4f} (ratio {held_back.measured / max(predicted, 1e-12):.2f})

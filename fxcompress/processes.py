@@ -78,6 +78,14 @@ def same_data(batches: Iterable[Any], work: str) -> Iterator[Iterable[Any]]:
             )
 
 
+def digest_of(batches: Iterable[Any]) -> str:
+    """Of all values in batches; equal for equal data."""
+    digest = hashlib.sha256()
+    for _ in _watched(batches, digest):
+        pass
+    return digest.hexdigest()
+
+
 def _watched(batches: Iterable[Any], digest: Any) -> Iterator[Any]:
     for batch in batches:
         leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
