@@ -117,7 +117,7 @@ def main() -> None:
         best, found = (metric.loss(run().double() - weight.double()) for run in (runs[0], runs[2]))
         some = Warm(metric.inputs, metric.outputs, {}, basis).truncations(weight, "matrix")
         assert isinstance(some, Partial)
-        missed = some.found.bound(rank) / float(some.sigma[rank - 1])
+        missed = float(some.found.bounds(rank + 1)[rank] / some.sigma[rank - 1])
         cells = [f"{1e3 * each:.0f}" for each in times]
         lines.append(
             f"| {count} x {name} | {m} x {n} | {rank} | {' | '.join(cells)} | "

@@ -20,6 +20,7 @@ from smollm2 import CALIBRATION, HELD_OUT, LENGTH, Reference, batches, load_mode
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress.latency import machine
 
 
 def main() -> None:
@@ -68,7 +69,9 @@ def main() -> None:
         )
 
     speed = speed_up(model, small, held_out[:2])
-    predicted = plan.budget.predicted
+    here = machine(torch.device("cpu"))
+    predicted, held_back = plan.budget.predicted, plan.held_back
+    assert held_back is not None
     print(f"""
 SmolLM2-135M, {plan.rules}, keep {options.keep:g} of the matched parameters
 calibrated on {options.calibrate} x {LENGTH} tokens of {CALIBRATION.stem}, \
@@ -80,10 +83,10 @@ KL to the dense model       {dense.kl:12.4f} {compressed.kl:12.4f}   nats per to
 top-1 agreement             {dense.agreement:12.1%} {compressed.agreement:12.1%}
 parameters, whole model     {plan.model_before.parameters:12,} {plan.model_after.parameters:12,}
 MACs of the recorded batch  {plan.model_before.macs:12.3e} {plan.model_after.macs:12.3e}
-forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast, on this machine
+forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast ({here})
 
-KL predicted by the metric  {predicted:.4f}, measured {compressed.kl:.4f} \
-(ratio {compressed.kl / max(predicted, 1e-12):.2f})
+KL on {held_back.batches} calibration batches held back  {held_back.measured:.4f}, \
+predicted {predicted:.4f} (ratio {held_back.measured / max(predicted, 1e-12):.2f})
 
 dense      {generated[0]!r}
 compressed {generated[1]!r}

@@ -27,12 +27,13 @@ from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping
+from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
 from fxcompress.influence import reach_notes, require_influence, unrecorded
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.output import Family, declared_by
 from fxcompress.plan import Folded, Size, history
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
@@ -121,9 +122,11 @@ def analyse(
     metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
     if loss is not None and not metric.backward:
         surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
-    division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
-    used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
-    estimated = estimate(surveyed, used, division, loss, forward, show)
+    batches, total = limited(batches, spec.batches, total)
+    with same_data(batches, described(surveyed)) as batches:
+        division = Division(batches, total, spec.held_back, spec.seed)
+        used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
+        estimated = estimate(surveyed, used, division, loss, forward, show)
 
     moments = dict(estimated.calibration.moments)
     # So that each is freed once it is used.
@@ -174,9 +177,9 @@ def estimate(
             drawn=draws(found.rules), loss=loss, forward=forward,
             everywhere=False, places=division.held_places, tick=tick,
         )  # fmt: skip
-        moments = {
-            name: each for name, each in judged.moments.items() if name not in judged.unmeasured
-        }
+        moments = narrowed(
+            {name: each for name, each in judged.moments.items() if name not in judged.unmeasured}
+        )
         show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
     damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
@@ -216,6 +219,12 @@ def calibrated_on(
     notes = reach_notes(found.sites, calibration)
     found.notes.extend(note for note in notes if note not in found.notes)
     return calibration
+
+
+def described(found: Survey) -> str:
+    """Rules and parameters of a model in words, to know it again in another process."""
+    shapes = [f"{name} {tuple(p.shape)}" for name, p in found.model.named_parameters()]
+    return "\n".join([found.rules.rules.model_dump_json(), *shapes])
 
 
 def limited(

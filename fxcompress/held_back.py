@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class HeldBack:
 
     Attributes:
         batches: that the metric was not estimated on.
-        moments: of them, by name of the sites that they reach; none for a metric without data.
+        moments: of them, in float32, by name of the sites that they reach; none for a metric
+            without data.
         loss: the user's, as of ``compile``.
     """
 
@@ -115,6 +116,27 @@ class Division:
             size = max(2, round(1 / self._share))
             for start in itertools.count(size, size):
                 yield start + int(torch.randint(size, (), generator=generator))
+
+
+def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Moments in float32: they are kept until the plan is made, and nothing is inverted in them."""
+    known: dict[int, Tensor] = {}  # sites on one input share a tensor
+
+    def narrow(one: Tensor | None) -> Tensor | None:
+        if one is None:
+            return None
+        return known.setdefault(id(one), one.to(torch.float32))
+
+    return {
+        name: replace(
+            each,
+            input=narrow(each.input),
+            output=narrow(each.output),
+            weight=narrow(each.weight),
+            entries=narrow(each.entries),
+        )
+        for name, each in moments.items()
+    }
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:

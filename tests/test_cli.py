@@ -120,7 +120,8 @@ TEXT = ("--model", "llama", "--data", "text.txt", "--length", "20")
 def test_compile_and_what_it_writes(run: _Run, tmp_path: Path, arguments: Any) -> None:
     out, err = run("compile", "rules.yaml", *arguments, "--out", tmp_path / "o")
     assert "saved to" in out
-    assert [line.split()[0] for line in err.splitlines() if "sequences" not in line][-1] == "verify"
+    shown = [line.split()[0] for line in err.splitlines() if "sequences" not in line]
+    assert [name for name in shown if name != "warning:"][-1] == "measure"
     written = {path.name for path in (tmp_path / "o").iterdir()}
     files = {"model.fxcompress.safetensors", "plan.json", "diff.txt", "diff.html"}
     assert files <= written
@@ -154,14 +155,17 @@ def test_plan(run: _Run) -> None:
     assert plan.budget.keep == 0.7
     assert plan.budget.cost <= 0.7 * plan.budget.dense
     out, err = run("plan", "decoder", *TEXT, "--sequences", "4", "--json")
-    assert json.loads(out)["calibration"]["predictions"] == 4 * 20
+    calibration = json.loads(out)["calibration"]
+    assert (calibration["batches"], calibration["held back"]) == (1, 1)
+    assert calibration["predictions"] == 2 * 20
     assert err == ""
 
 
 def test_a_short_text_is_told(run: _Run) -> None:
     out, err = run("plan", "rules.yaml", *TEXT, "--json")
     assert "text.txt gives 10 sequences, not 64" in err
-    assert json.loads(out)["calibration"]["batches"] == 5
+    calibration = json.loads(out)["calibration"]
+    assert calibration["batches"] + calibration["held back"] == 5
 
 
 def test_explain(run: _Run) -> None:

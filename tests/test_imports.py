@@ -20,7 +20,7 @@ ROOT = Path(fxcompress.__file__).parent
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "structure", "wrappers"},
-    {"graph", "budget", "forms", "files"},
+    {"graph", "budget", "forms", "files", "processes"},
     {"rules", "metric", "plan", "modules"},
     {"report", "rewrite", "sites", "parts", "latency"},
     {"decomposition", "fidelity", "influence", "held_back"},

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fxcompress.graph.randomness import draws
+
 _DISABLED = torch._C._disabled_torch_dispatch_impl
 
 
@@ -21,6 +23,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         total: operations so far; two for a multiply-accumulate.
+        drew: whether one of them drew random numbers.
     """
 
     supports_higher_order_operators = True
@@ -28,6 +31,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+        self.drew = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,6 +46,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._can_decompose():
             with self:
                 return func.decompose(*args, **kwargs)
+        self.drew = self.drew or draws(func)
         out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxcompress.graph.eager import eager
+from fxcompress.graph.randomness import own_stream
 
 Forward = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` returns the model's output on a batch of the user's own kind."""
@@ -20,10 +21,10 @@ def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
 
     A tensor is one positional argument, a tuple or list several, a mapping (a Hugging Face
     ``BatchEncoding`` too) keyword arguments.  With ``forward`` the user decides.  Whatever is
-    compiled runs as it was written.
+    compiled runs as it was written, and the user's random generators stay where they are.
     """
     batch = to_device(batch, device_of(model))
-    with eager():
+    with eager(), own_stream():
         if forward is not None:
             return forward(model, batch)
         if isinstance(batch, Mapping):

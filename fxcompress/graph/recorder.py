@@ -39,6 +39,7 @@ from fxcompress.graph.names import function_name, function_operator
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
 from fxcompress.graph.physical import physical
+from fxcompress.graph.randomness import Watched, expect_draws
 from fxcompress.graph.union import union
 from fxcompress.graph.values import is_tensor, shape_of, tensors_in
 from fxcompress.graph.versions import Version, Versions, counter
@@ -103,6 +104,7 @@ class Recording:
             items of a convolution (items x channels x extents).
         called: paths of all modules that were called in any of the passes.
         inside: path of a module that became one operator -> the operators that it is made of.
+        drew: whether the (first) pass drew random numbers.
     """
 
     graph: fx.Graph
@@ -112,6 +114,7 @@ class Recording:
     samples: Mapping[str, Tensor]
     called: frozenset[str]
     inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    drew: bool = False
 
 
 SAMPLE_ROWS = 32
@@ -137,7 +140,9 @@ def record(
     """
     if not examples:
         raise RecordError("recording needs at least one example batch, and got none")
+    expect_draws(False)
     runs = [_record_one(model, example, forward) for example in examples]
+    expect_draws(any(run.drew for run in runs))
     first = runs[0]
     if len(runs) == 1:
         return first
@@ -181,9 +186,10 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     recorder = _Recorder(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
+    flops, random = FlopCounter(), Watched()
     try:
         example = to_device(example, device_of(model))  # before, so that no node comes of it
-        with FlopCounter() as flops:
+        with flops:
             recorder.run(lambda: run_model(model, example, forward))
     except RecordError:
         raise
@@ -195,9 +201,10 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
             "forward=lambda model, batch: model(...)"
         ) from error
     finally:
+        drew = random.finish(flops.drew)
         for module in training:
             module.training = True
-    return recorder.finish(flops.total // 2)
+    return replace(recorder.finish(flops.total // 2), drew=drew)
 
 
 class _Recorder(TorchFunctionMode):

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxcompress.held_back import default_damping
 from fxcompress.isvt.correction import correctable, cross_moments, fitted
 from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
 from fxcompress.isvt.features import Features
@@ -52,7 +51,7 @@ def corrected(
     held = {id(batch) for batch in task.judging}  # or it would be judged by what it was fitted to
     batches = [batch for batch in task.metric_batches if id(batch) not in held] or task.judging
     tick = show.stage("correct", len(batches))
-    damping, _ = default_damping((task.rules.rules.metric.damping.input, None))
+    damping, _ = task.damping
     ranks, model, before = cut.ranks(), task.found.model, state.objective
     assert before is not None
     sites = correctable(task.found.sites, ranks, state.metrics)

@@ -153,7 +153,8 @@ def fitting(objective: Objective, model: nn.Module, batch: Any, memory: float) -
         memory: in bytes, for what is kept between forward and backward.
 
     Returns:
-        At least 1; None if the batch cannot be cut.
+        At least 1; None if the batch cannot be cut: tensors of unequal length, a model that
+        takes batches of one size only, or one in which samples depend on one another.
     """
     count = samples(batch)
     if count is None or count <= 1:
@@ -167,7 +168,30 @@ def fitting(objective: Objective, model: nn.Module, batch: Any, memory: float) -
             kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        value, _ = objective.sum(model, next(pieces(batch, 1)))
-        del value
-    return max(1, int(memory // max(sum(kept.values()), 1)))
+    piece = next(pieces(batch, 1))
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            value, _ = objective.sum(model, piece)
+            del value
+    except Exception:
+        return None  # it insists on its batch size
+    size = max(1, int(memory // max(sum(kept.values()), 1)))
+    return size if size >= count or _alone(objective, model, batch, piece) else None
+
+
+@torch.no_grad()
+def _alone(objective: Objective, model: nn.Module, batch: Any, piece: Any) -> bool:
+    """Whether the first sample of a batch fares alone as among the others."""
+    among, alone = (
+        tree_flatten(dict(out) if isinstance(out, Mapping) else out)[0]
+        for out in (run_model(model, each, objective.forward) for each in (batch, piece))
+    )
+    pairs = [
+        (one[: len(other)].double(), other.double())
+        for one, other in zip(among, alone, strict=False)
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.is_floating_point()
+        and one.dim() and one.shape[1:] == other.shape[1:]
+    ]  # fmt: skip
+    return all(
+        float((one - other).norm()) <= 1e-3 * float(one.norm()) + 1e-12 for one, other in pairs
+    )

@@ -16,7 +16,7 @@ All of it happens on a copy of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
@@ -24,18 +24,29 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Estimate, calibrated_on, limited, survey
+from fxcompress.analysis import (
+    Estimate,
+    Survey,
+    calibrated_on,
+    described,
+    estimate,
+    limited,
+    survey,
+)
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.graph.inputs import Forward
+from fxcompress.held_back import Division
 from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
 from fxcompress.isvt.objective import Objective, fitting, references
 from fxcompress.isvt.saved import fingerprint, read, write
 from fxcompress.isvt.task import State, Task, softened
 from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
-from fxcompress.metric import Loss
+from fxcompress.measure import measure_whole
+from fxcompress.metric import METRICS, Loss
 from fxcompress.modules import canonical_weight
 from fxcompress.plan import Plan
 from fxcompress.planning import price
+from fxcompress.processes import same_data
 from fxcompress.report.progress import Progress
 from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
 from fxcompress.rewriting import rewrite
@@ -77,15 +88,18 @@ def iterate(
 ) -> tuple[M, Plan]:
     """Compress in rounds; arguments and errors as of ``compile``."""
     task, state = _begin(model, loaded, calibration, examples, loss, forward, show)
-    mark = "" if checkpoint is None else fingerprint(task.found)
+    mark = {}
+    if checkpoint is not None:
+        mark = fingerprint(task.found, [*task.training, *task.judging], loss, forward)
     learn = {name: p.requires_grad for name, p in task.private.named_parameters()}
     task.private.requires_grad_(False)
     if checkpoint is not None and (saved := read(checkpoint, mark)) is not None:
         standing, weights = saved
         state = replace(state, **vars(standing))
-        with torch.no_grad():
-            for name, value in weights.items():
-                task.found.model.get_parameter(name).copy_(value)
+        if state.estimated:
+            _put(task, state.estimated)
+            state = _estimated(task, show, state)
+        _put(task, weights)
     for number in range(state.round + 1, loaded.rules.solver.rounds + 1):
         state = replace(_round(task, state, number, show), round=number)
         if checkpoint is not None:
@@ -118,7 +132,14 @@ def _begin(
         )
     private = own_parameters(skeleton(model), model)
     found, every, _ = survey(private, loaded, calibration, examples, forward, show)
-    batches = [*every]
+    with same_data(every, described(found)) as every:
+        batches = [*every]
+    division = Division(batches, len(batches), spec.held_back, spec.seed)
+    training = [*division]
+    judging = division.held[:MOST_HELD_BACK]
+    if not judging:
+        held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
+        judging, training = batches[-held:], batches[:-held] or batches
     show.stage("prepare", None)
     dense = prepared(model)
     fold_batch_norms(dense, found.folded)
@@ -128,14 +149,19 @@ def _begin(
     objective = Objective(
         None if task else dense, loss if task else None, found.rules.rules.metric.output, forward
     )
-    held = min(max(1, len(batches) // HELD_BACK), MOST_HELD_BACK)
-    judging, training = batches[-held:], batches[:-held] or batches
+    usable = training if division.held else batches
+    measured = [*limited(usable, spec.batches, None)[0]]
+    estimated = estimate(found, measured, division, loss, forward, show)
+    seen = {id(batch) for batch in (*measured, *division.held)} if METRICS[spec.kind].needs else {}
+    _require_usable(
+        found, objective, [(at, b) for at, b in enumerate(batches) if id(b) not in seen]
+    )
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(spec.seed))
     whole = Task(
         private,
         found,
         dense,
-        [*limited(batches, spec.batches, None)[0]],
+        measured,
         price(found, show),
         objective,
         [training[at] for at in order.tolist()],
@@ -144,25 +170,49 @@ def _begin(
         None,
         loss,
         forward,
+        estimated.damping,
+        bool(division.held),
+        division.places if division.held else None,
     )
     if task and not math.isfinite(whole.judge(dense)):
         raise CalibrationError("the objective of the dense model is not finite on these batches")
-    state = _estimated(whole, show)
+    calibrated = estimated.calibration
+    metrics = metrics_of(found, calibrated.moments, estimated.damping)
+    state = State(metrics=metrics, calibration=replace(calibrated, moments={}))
     learned = training_objective(whole, state)  # what features keep counts, too
     size = fitting(learned, found.model, judging[0], solver.memory * 2**30)
     return replace(whole, size=size), state
 
 
-def _estimated(task: Task, show: Progress, state: State | None = None) -> State:
-    """A state with the metric at the weights as they are now."""
+def _require_usable(
+    found: Survey, objective: Objective, batches: Iterable[tuple[int, Any]]
+) -> None:
+    """Run the model on batches that the metric does not look at, so that errors name them now."""
+    for place, batch in batches:
+        try:
+            objective.sum(found.model, batch)
+        except Exception as error:
+            raise CalibrationError(
+                f"the model rejected calibration batch {place}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _put(task: Task, values: Mapping[str, Tensor]) -> None:
+    """Set parameters by name."""
+    with torch.no_grad():
+        for name, value in values.items():
+            task.found.model.get_parameter(name).copy_(value)
+
+
+def _estimated(task: Task, show: Progress, state: State) -> State:
+    """The state with the metric at the weights as they are now."""
     batches = task.metric_batches
-    calibrated = calibrated_on(task.found, batches, len(batches), task.loss, task.forward, show)
+    calibrated = calibrated_on(
+        task.found, batches, len(batches), task.loss, task.forward, show, task.places
+    )
     show.stage("whiten", None)
-    metrics = metrics_of(task.found, calibrated.moments)
-    calibrated = replace(calibrated, moments={})
-    if state is None:
-        return State(metrics=metrics, calibration=calibrated)
-    return replace(state, metrics=metrics, calibration=calibrated)
+    metrics = metrics_of(task.found, calibrated.moments, task.damping)
+    return replace(state, metrics=metrics, calibration=replace(calibrated, moments={}))
 
 
 def _round(task: Task, state: State, number: int, show: Progress) -> State:
@@ -197,7 +247,8 @@ def _thresholded(
         before - state.objective, cut.predicted - state.predicted
     ):
         task.reset(old)
-        state = _estimated(task, show, state)
+        here = {name: value.clone() for name, value in _weights(task).items()}
+        state = replace(_estimated(task, show, state), estimated=here)
         cut, before = _judged(task, state, number, whole, show)
     taken = [one - other for one, other in zip(whole, task.values(), strict=True)]
     state = replace(state, removed=taken, predicted=cut.predicted, objective=before, scale=1.0)
@@ -247,15 +298,41 @@ def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -
     analysis = replace(cut.analysis, estimate=Estimate(state.calibration))
     if not inplace:
         rewritten, planned = rewrite(task.private, analysis, task.forward, show)
-        return rewritten, _described(task, state, planned)
+        return rewritten, _measured(task, rewritten, _described(task, state, planned), show)
     rewritten, planned = rewrite(model, analysis, task.forward, show, inplace=True)
     shared = {id(parameter) for parameter in task.private.parameters()}
     own = dict(prepared(model).named_parameters())
     with torch.no_grad():
         for site in task.found.sites:  # those that stay dense learned, too
             if site.weight in own and id(task.weight(site)) in shared:
+                _keep(task.dense, own[site.weight])
                 own[site.weight].copy_(task.weight(site))
-    return rewritten, _described(task, state, planned)
+    return rewritten, _measured(task, rewritten, _described(task, state, planned), show)
+
+
+def _keep(dense: nn.Module, parameter: nn.Parameter) -> None:
+    """Let the dense model have a copy of a parameter that it shares with one to be changed."""
+    copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    for module in dense.modules():
+        for name, own in module._parameters.items():
+            if own is parameter:
+                module._parameters[name] = copied
+
+
+def _measured(task: Task, rewritten: nn.Module, planned: Plan, show: Progress) -> Plan:
+    """The plan with the model measured on the batches that the metric has never seen.
+
+    Steps were accepted by what they do to these batches, so it is a slightly kind measure.
+    """
+    if not task.held_back:
+        return planned
+    tick = show.stage("measure", 2 * len(task.judging))
+    compressed = nn.Module.train(skeleton(rewritten), False)
+    found = measure_whole(
+        task.dense, compressed, task.judging,
+        kind=task.objective.output, loss=task.loss, forward=task.forward, tick=tick,
+    )  # fmt: skip
+    return planned.model_copy(update={"held_back": found, "damping": task.damping})
 
 
 def _described(task: Task, state: State, planned: Plan) -> Plan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor
 from fxcompress.analysis import Survey
 from fxcompress.errors import TrainingError
 from fxcompress.plan import Round
+from fxcompress.processes import digest_of
 
-FORMAT = 1
+FORMAT = 2
 FILE = "rounds.pt"
 
 
@@ -34,6 +35,8 @@ class Standing:
         removed: what thresholdings took from each weight, as stored, in the order of the sites.
         predicted: what that costs by the metric.
         records: of all attempts.
+        estimated: weights and biases of the sites that the metric was last estimated at, by
+            parameter name; none for those of the dense model.
     """
 
     round: int = 0
@@ -43,22 +46,51 @@ class Standing:
     removed: Sequence[Tensor] = ()
     predicted: float = 0.0
     records: tuple[Round, ...] = ()
+    estimated: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 FIELDS = fields(Standing)
 
 
-def fingerprint(survey: Survey) -> str:
-    """Of the rules and of the dense model: a run goes on with these only."""
-    digest = hashlib.sha256(survey.rules.rules.model_dump_json().encode())
-    for name, parameter in survey.model.named_parameters():
-        total = float(parameter.detach().double().sum())
-        digest.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
-    return digest.hexdigest()
+def fingerprint(
+    survey: Survey, batches: Sequence[Any], loss: Callable[..., Any] | None,
+    forward: Callable[..., Any] | None,
+) -> dict[str, str]:  # fmt: skip
+    """What a run goes on with, or not at all: a digest of everything that it depends on.
+
+    Of a function it is the name and the code; what it reads elsewhere is not seen.
+    """
+    tensors = [survey.model.state_dict()]
+    return {
+        "rules": hashlib.sha256(survey.rules.rules.model_dump_json().encode()).hexdigest(),
+        "model": digest_of(tensors),
+        "calibration data": digest_of(batches),
+        "loss": _code(loss),
+        "forward": _code(forward),
+    }
+
+
+def _code(function: Any) -> str:
+    if function is None:
+        return ""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    code = getattr(function, "__code__", None)
+    return f"{name} {'' if code is None else hashlib.sha256(_bytes(code)).hexdigest()}"
+
+
+def _bytes(code: Any) -> bytes:
+    """The instructions, names and constants of a function, and of those inside of it."""
+    constants = [
+        _bytes(each) if hasattr(each, "co_code") else repr(each).encode() for each in code.co_consts
+    ]
+    return b"|".join([code.co_code, repr(code.co_names).encode(), *constants])
 
 
 def write(
-    directory: str | PathLike[str], mark: str, standing: Standing, weights: Mapping[str, Tensor]
+    directory: str | PathLike[str],
+    mark: Mapping[str, str],
+    standing: Standing,
+    weights: Mapping[str, Tensor],
 ) -> None:
     """Write to a directory; what was there stays whole until this is, whoever else writes there.
 
@@ -70,13 +102,14 @@ def write(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {field.name: getattr(standing, field.name) for field in FIELDS}
+    content: dict[str, Any] = {each.name: getattr(standing, each.name) for each in FIELDS}
     content |= {
         "records": [record.model_dump() for record in standing.records],
         "removed": [*standing.removed],
+        "estimated": dict(standing.estimated),
         "weights": dict(weights),
         "format": FORMAT,
-        "fingerprint": mark,
+        "fingerprint": dict(mark),
     }
     # A name of its own: other processes (ranks, jobs) may write to this directory meanwhile.
     new = folder / f"{FILE}.{uuid.uuid4().hex}.new"
@@ -91,7 +124,9 @@ def write(
         raise
 
 
-def read(directory: str | PathLike[str], mark: str) -> tuple[Standing, dict[str, Tensor]] | None:
+def read(
+    directory: str | PathLike[str], mark: Mapping[str, str]
+) -> tuple[Standing, dict[str, Tensor]] | None:
     """What was written, the weights beside; None if nothing was.
 
     Raises:
@@ -104,10 +139,15 @@ def read(directory: str | PathLike[str], mark: str) -> tuple[Standing, dict[str,
         content = torch.load(file, weights_only=True)
     except Exception as error:
         raise TrainingError(f"{file} cannot be read ({error}): delete it to start over") from error
-    if content.pop("format", None) != FORMAT or content.pop("fingerprint", None) != mark:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise TrainingError(
-            f"{file} is of another run: its rules or its model differ. Delete it to start over, "
-            "or give another checkpoint directory"
+            f"{file} was written by another version of fxcompress: delete it to start over"
+        )
+    other = content.pop("fingerprint")
+    if differing := [name for name, digest in mark.items() if other.get(name) != digest]:
+        raise TrainingError(
+            f"{file} is of another run: its {', '.join(differing)} differ. Delete it to start "
+            "over, or give another checkpoint directory"
         )
     weights = content.pop("weights")
     content["records"] = tuple(Round(**record) for record in content["records"])

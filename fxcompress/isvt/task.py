@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress.analysis import Survey
 from fxcompress.graph.inputs import Forward
+from fxcompress.held_back import DAMPING
 from fxcompress.isvt.objective import Objective
 from fxcompress.isvt.saved import Standing
 from fxcompress.isvt.schedule import share
@@ -44,6 +45,9 @@ class Task:
         references: what the dense model says of them, if that is small enough to keep.
         size: samples that fit into the memory at once.
         loss, forward: as of ``compile``.
+        damping: of the metric.
+        held_back: whether the metric has never seen the judging batches.
+        places: what errors call the metric's batches.
     """
 
     private: Any
@@ -58,6 +62,9 @@ class Task:
     size: int | None
     loss: Loss | None
     forward: Forward | None
+    damping: tuple[float, float] = DAMPING
+    held_back: bool = False
+    places: Sequence[int] | None = None
 
     @property
     def rules(self) -> LoadedRules:

@@ -9,7 +9,9 @@ meets the budget, for the forms and costs of the rules: the stages decompose and
 
 Weights that moved little are decomposed from where they were (:mod:`fxcompress.isvt.subspace`).
 The ranks are then those of the full decomposition if no component that was not looked at could
-be worth its cost; a site for which that is not certain is decomposed in full.
+be worth its cost, and the weights lose no more than those of the full decomposition but for
+:data:`TOLERANCE` if the components were settled; a site for which either is not certain is
+decomposed in full.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +35,6 @@ from fxcompress.decomposition import (
 )
 from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
-from fxcompress.held_back import default_damping
 from fxcompress.isvt.subspace import Leading
 from fxcompress.isvt.warm import Partial, Warm, start
 from fxcompress.metric import METRICS, Calibration
@@ -55,6 +57,9 @@ ITERATIONS = (1, 3)
 SLACK = 1e-6
 """Of λ: it lies between the values of two components, and is known to rounding only."""
 
+TOLERANCE = 0.01
+"""What all weights together may lose beyond the least at their ranks, relative to that."""
+
 
 def require_lasting_metric(loaded: LoadedRules) -> None:
     """Refuse a metric that would have to be measured anew whenever weights change.
@@ -70,19 +75,20 @@ def require_lasting_metric(loaded: LoadedRules) -> None:
         )
 
 
-def metrics_of(survey: Survey, moments: Mapping[str, Moments]) -> dict[str, Quadratic]:
+def metrics_of(
+    survey: Survey, moments: Mapping[str, Moments], damping: tuple[float, float]
+) -> dict[str, Quadratic]:
     """The metric at every site, to be used again and again.
 
     Args:
         survey: has the sites and says which metric.
         moments: by site name.
+        damping: of the input and of the output factor.
 
     Raises:
         ValueError: a moment is not finite.
     """
-    spec = survey.rules.rules.metric
-    damping = default_damping((spec.damping.input, spec.damping.output))
-    metric_of = metric_from(dict(moments), METRICS[spec.kind], damping)
+    metric_of = metric_from(dict(moments), METRICS[survey.rules.rules.metric.kind], damping)
     found = {}
     for site in survey.sites:
         own = metric_of(site)
@@ -266,13 +272,17 @@ def _spectrum(decomposed: Decomposed) -> Spectrum | None:
 def _uncertain(
     analysis: Analysis, solution: Solution, pricings: Mapping[Unit, Pricing]
 ) -> set[str]:
-    """Sites and bundles where a component that was not found might be worth its cost."""
+    """Sites and bundles that may be worth another rank, or lose too much more than they have to.
+
+    With λ given, the choice at every part is then the best one but for what it loses in excess;
+    so no choices within the budget lose less than these by more than the duality gap and that.
+    """
     pricing, multiplier = next(iter(pricings.values())), solution.limits[0].multiplier
     parts: list[tuple[Site | SiteBundle, Decomposed]] = [
         *((site, analysis.decomposed.sites[site.name]) for site in analysis.sites),
         *((bundle, analysis.decomposed.bundles[bundle.name]) for bundle in analysis.bundles),
     ]
-    out = set()
+    out, excess = set(), {}
     for part, decomposed in parts:
         spectrum = _spectrum(decomposed)
         if not isinstance(spectrum, Partial):
@@ -280,39 +290,54 @@ def _uncertain(
         ranks = {form: part.ranks(form) for form in part.forms}
         price = pricing.single if isinstance(part, Site) else pricing.joint
         costs = {form: price(part, form, ranks[form]) for form in part.forms}  # type: ignore[arg-type]
-        if multiplier is None or not _certain(
-            decomposed.losses, spectrum.found, ranks, costs, multiplier
-        ):
+        found = (
+            None
+            if multiplier is None
+            else _excess(decomposed.losses, spectrum.found, ranks, costs, multiplier)
+        )
+        if found is None:
             out.add(part.name)
+        else:
+            excess[part.name] = found
+    allowed = TOLERANCE * solution.allocation.loss
+    for name in sorted(excess, key=excess.__getitem__):
+        allowed -= excess[name]
+        if allowed < 0:
+            out.add(name)
     return out
 
 
-def _certain(
+def _excess(
     losses: Mapping[str, Losses],
     own: Leading,
     ranks: Mapping[str, Ranks],
     costs: Mapping[str, Costs],
     multiplier: float,
-) -> bool:
-    """Whether in every form the best of the ranks that were found is the best of all.
+) -> float | None:
+    """What the best of the ranks that were found may lose beyond the least, in any form.
 
-    With ``σ_i² <= bound_i²`` (Weyl), going on from rank k to r gains ``½ Σ_{k<i<=r} bound_i²`` at
-    most, and costs ``λ (cost(r) - cost(k))``.
+    None if in some form another rank may be better: with ``σ_i² <= bound_i²`` (Weyl), going on
+    from rank k to r gains ``½ Σ_{k<i<=r} bound_i²`` at most, and costs ``λ (cost(r) - cost(k))``.
+    What rounding alone could make of that is not worth another decomposition, and is counted.
     """
+    out = 0.0
     for form, permitted in ranks.items():
         if not len(permitted):
             continue
         value = losses[form] + multiplier * costs[form]
         best = int(np.argmin(value))
-        bounds = np.full(int(permitted[-1]), own.residual**2)
-        known = own.sigma[: len(bounds)].square().cpu().numpy()
-        bounds[: len(known)] += known
-        gained = 0.5 * np.concatenate([[0.0], np.cumsum(bounds)])
-        gain = gained[permitted[best + 1 :]] - gained[permitted[best]]
         rise = multiplier * (costs[form][best + 1 :] - costs[form][best])
-        if not (gain <= rise * (1 + SLACK)).all():
-            return False
-    return True
+
+        def gain(rounded: bool, permitted: Ranks = permitted, best: int = best) -> Losses:
+            bounds = own.bounds(int(permitted[-1]), rounded=rounded).square().cpu().numpy()
+            gained = 0.5 * np.concatenate([[0.0], np.cumsum(bounds)])
+            return cast("Losses", gained[permitted[best + 1 :]] - gained[permitted[best]])
+
+        if not (gain(rounded=False) <= rise * (1 + SLACK)).all():
+            return None
+        doubt = float((gain(rounded=True) - rise).max(initial=0.0))
+        out = max(out, own.excess(int(permitted[best])) + doubt)
+    return out
 
 
 def _starts(

@@ -26,9 +26,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Estimate, Survey, calibrated_on, limited, survey
+from fxcompress.analysis import Estimate, Survey, estimate, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
+from fxcompress.held_back import Division
 from fxcompress.isvt.schedule import Schedule, share
 from fxcompress.isvt.threshold import (
     Metrics,
@@ -47,7 +48,7 @@ from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
-FORMAT = 1
+FORMAT = 2
 """Version of a state; others are refused."""
 
 LAST = ", taken away by the last thresholding"
@@ -223,6 +224,7 @@ class ISVT(Generic[M]):
         return {
             "format": FORMAT,
             "count": self._count,
+            "damping": list(self._damping),
             "moments": {
                 name: {key: value for key, value in _tensors(each).items() if value is not None}
                 for name, each in self._moments.items()
@@ -250,6 +252,8 @@ class ISVT(Generic[M]):
                 "that it has moments of are not those that the rules match here"
             )
         self._count = int(state["count"])
+        inputs, outputs = state["damping"]
+        self._damping = (float(inputs), float(outputs))
         self._set_metric(moments)
         self._starts = dict(state["starts"])
         self.history = [Record(**each) for each in state["history"]]
@@ -300,16 +304,17 @@ class ISVT(Generic[M]):
         return threshold(self._survey, self._metrics, loaded, self._pricings, starts)
 
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
-        loaded = self._survey.rules
-        batches, total = limited(batches, loaded.rules.metric.batches, total)
-        found = calibrated_on(self._survey, batches, total, self._loss, self._forward, show)
-        self._calibration = replace(found, moments={})
-        self._set_metric(found.moments)
+        spec = self._survey.rules.rules.metric
+        division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
+        found = estimate(self._survey, division, division, self._loss, self._forward, show)
+        self._calibration = replace(found.calibration, moments={})
+        self._damping = found.damping
+        self._set_metric(found.calibration.moments)
         self._starts = {}  # of other coordinates
 
     def _set_metric(self, moments: Mapping[str, Moments]) -> None:
         self._moments: Mapping[str, Moments] = moments
-        self._metrics: Metrics = metrics_of(self._survey, moments)
+        self._metrics: Metrics = metrics_of(self._survey, moments, self._damping)
 
     def _sync_buffers(self) -> None:
         """Running statistics of batch norms are the model's own, not shared like parameters."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -108,6 +109,10 @@ def parse_cost(text: str, scope: Mapping[str, Collection[str]]) -> Expression:
     return _parse(text, scope, frozenset({RANK}))
 
 
+_QUIET = threading.Lock()
+"""Filters of warnings are the whole process's: two threads that change them restore a wrong one."""
+
+
 def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[str]) -> Expression:
     if len(text) > _MOST_CHARACTERS:
         raise ExpressionError(
@@ -121,7 +126,7 @@ def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[s
     if not body:
         raise ExpressionError("bad-expression", "an empty expression", length=len(text))
     try:
-        with warnings.catch_warnings():
+        with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "1or 2" and "\d" are only deprecated in Python
             tree = ast.parse(body, mode="eval").body
     except SyntaxError as error:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxcompress.fidelity import assess, units
-from fxcompress.plan import BudgetOutcome, NodeSummary, Part, Plan, SitePlan, Size, Unmatched
+from fxcompress.plan import (
+    BudgetOutcome,
+    HeldBack,
+    NodeSummary,
+    Part,
+    Plan,
+    SitePlan,
+    Size,
+    Unmatched,
+)
 
 
 def site(
@@ -115,6 +124,7 @@ def plan(
             dense=dense,
             multiplier=None if uniform else 3.25e-9,
             predicted=predicted,
+            fitted=predicted,
             bound=None if uniform else predicted * 0.999,
         ),
         sites=tuple(sites),
@@ -210,7 +220,10 @@ def measured(made: Plan) -> Plan:
     sums = 512 * np.outer(spread, means)
     whole = 1.1 * sums.sum(1)
     fidelity = assess(made, sums, whole, predictions, "categorical")
-    return made.model_copy(update={"fidelity": fidelity})
+    held_back = HeldBack(
+        batches=3, predictions=1536, output="categorical", measured=0.1729, error=0.0036
+    )
+    return made.model_copy(update={"fidelity": fidelity, "held_back": held_back})
 
 
 def _spectrum(step: int) -> tuple[float, ...]:

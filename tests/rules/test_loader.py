@@ -46,7 +46,7 @@ def test_values() -> None:
     rules = parse_rules(TEXT, "r").rules
     mlp, convs = rules.rules
     assert (rules.budget.keep, rules.budget.of, rules.budget.unit) == (0.8, "matched", "parameters")
-    assert rules.metric.damping.output == 0.1
+    assert (rules.metric.damping.input, rules.metric.damping.output) == (1e-3, None)
     assert mlp.match.node is not None
     assert mlp.match.node.name == ("*.mlp.*",)
     assert convs.match.node is not None
