@@ -42,11 +42,11 @@ class _Shadow:
     lost: str = ""
 
 
-class Following(TorchDispatchMode):
+class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, knows which entries of which tensors belong to padding."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shadows: dict[int, _Shadow] = {}
         self._sweep = 1024
 
@@ -103,7 +103,8 @@ class Following(TorchDispatchMode):
             self._sweep = 2 * len(self._shadows) + 1024
         size = tensor.element_size()
         entries = torch.zeros(storage.nbytes() // size, dtype=dtype, device=tensor.device)
-        shadow = _Shadow(StorageWeakRef(storage), entries, size, soft)
+        alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        shadow = _Shadow(alive, entries, size, soft)
         self._shadows[storage._cdata] = shadow
         return shadow
 
@@ -331,12 +332,13 @@ def _indexed(call: _Call) -> Found:
     data, places = call.given["self"], list(call.given["indices"])
     marks = call.read(data)
     if marks is not None:
-        return torch.ops.aten.index(marks, places)
+        found: Tensor | None = torch.ops.aten.index(marks, places)
+        return found
     # A table that is looked up: the rows are those of the look-ups.
     used = [at for at, each in enumerate(places) if each is not None]
     if any(places[at].dtype in (torch.bool, torch.uint8) for at in used):
         return None
-    found: Tensor | None = None
+    found = None
     for at in used:
         each = call.read(places[at])
         if each is not None:
@@ -359,9 +361,8 @@ def _looked_up(call: _Call) -> Found:
         table, places, dim = call.given["weight"], call.given["indices"], 0
     marks = call.read(table)
     if marks is not None:
-        if call.name == "embedding":
-            return torch.ops.aten.embedding(marks, places)
-        return torch.ops.aten.index_select(marks, dim, places)
+        rows = places.reshape(-1)
+        return marks.index_select(dim, rows).reshape(call.results[0].shape)
     found = call.read(places)
     if found is None:
         return None

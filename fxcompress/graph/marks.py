@@ -60,7 +60,8 @@ def together(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape == b.shape and torch.equal(a, b):
         return a
-    a, b = torch.broadcast_tensors(a, b)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    a, b = a.expand(shape), b.expand(shape)
     disagree = ((a == PAD) & (b > PAD)) | ((a > PAD) & (b == PAD))
     if not bool(disagree.any()):
         return either(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,6 +105,10 @@ def statistics(model: nn.Module, where: list[Target], batches: list[Batch], **wo
     return numbers
 
 
+def _told(key: tuple[str, str], text: str) -> str:
+    return f"{key}: {text}"
+
+
 def require_equal(
     model: nn.Module, batch: Batch, but: tuple[str, ...] = (), rtol: float = 1e-8, **words: Any
 ) -> None:
@@ -119,7 +124,7 @@ def require_equal(
             single[key].double(),
             rtol=rtol,
             atol=1e-3 * rtol,
-            msg=lambda m: f"{key}: {m}",
+            msg=partial(_told, key),
         )
 
 
@@ -207,7 +212,7 @@ def test_what_stands_at_padding_does_not_count(layout: str) -> None:
         model.embed.weight[1] = float("nan")
     found = statistics(model, sites(model, ("embed",)), [batch])
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(found[key], value, msg=partial(_told, key))
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -357,7 +362,7 @@ def test_a_decoder_fed_by_labels() -> None:
         for each, row in zip(one_by_one(batch), labels, strict=True)
     ]
     for key, value in statistics(model, where, single).items():
-        torch.testing.assert_close(whole[key], value, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(whole[key], value, msg=partial(_told, key))
 
 
 # ---- other ways to say it -------------------------------------------------------------
@@ -394,7 +399,7 @@ def test_masks_of_torch(batch_first: bool) -> None:
     single = statistics(model, where, batches([slice(i, i + 1) for i in range(3)], real=True))
     for key, value in whole.items():
         if key[1] in ("input", "output", "rows"):
-            torch.testing.assert_close(single[key], value, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(single[key], value, msg=partial(_told, key))
 
 
 def test_a_batch_within_a_batch() -> None:
@@ -458,7 +463,7 @@ def test_a_mask_of_nothing_is_refused() -> None:
     batch = padded()
     batch["input_ids"] = batch["input_ids"][:, :-1]
     model = Tagger("samples first")
-    with pytest.raises(CalibrationError, match="attention_mask of shape .* no tensor beside it"):
+    with pytest.raises(CalibrationError, match=r"attention_mask of shape .* no tensor beside it"):
         calibrate(model, sites(model), [batch], METRICS["activation"])
 
 
