@@ -355,7 +355,8 @@ def _indexed(call: _Call) -> Found:
 
 @_rule("index_select embedding")
 def _looked_up(call: _Call) -> Found:
-    table, places = call.given.get("self"), call.given.get("index")
+    table: Any = call.given.get("self")
+    places: Any = call.given.get("index")
     dim = call.given.get("dim", 0)
     if table is None:
         table, places, dim = call.given["weight"], call.given["indices"], 0

@@ -60,7 +60,7 @@ def together(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape == b.shape and torch.equal(a, b):
         return a
-    shape = torch.broadcast_shapes(a.shape, b.shape)
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
     a, b = a.expand(shape), b.expand(shape)
     disagree = ((a == PAD) & (b > PAD)) | ((a > PAD) & (b == PAD))
     if not bool(disagree.any()):
