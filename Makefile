@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # make slow   the tests on real models and large instances
 
-.PHONY: demo test slow lint figures fashion minilm wheel clean
+.PHONY: demo test slow narrow-vectors lint figures fashion minilm wheel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,14 @@ test: $(VENV)/dev lint
 # Real models and large instances; CI runs them after `make test`.
 slow: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python -m pytest -m slow
+
+# Rounding differs between processors: the tests of certificates and decompositions once more,
+# as on one without AVX-512.
+narrow-vectors: $(VENV)/dev
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(BIN)/python -m pytest -m "not slow" tests/isvt/test_subspace.py \
+		tests/isvt/test_threshold.py tests/metric/test_spectrum.py tests/metric/test_elementwise.py \
+		tests/budget
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

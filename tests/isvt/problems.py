@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.analysis import Survey, draws, survey
-from fxcompress.held_back import DAMPING
+from fxcompress.held_back import default_damping
 from fxcompress.isvt.threshold import Thresholded, metrics_of, threshold
 from fxcompress.metric import METRICS, calibrate
 from fxcompress.planning import price
@@ -62,7 +62,9 @@ class Problem:
             moments = calibrate(
                 found.model, found.sites, every, metric, drawn=draws(loaded)
             ).moments
-            return cls(model, found, metrics_of(found, moments, DAMPING), price(found, show))
+            given = found.rules.rules.metric.damping
+            damping = default_damping((given.input, given.output))
+            return cls(model, found, metrics_of(found, moments, damping), price(found, show))
 
     def threshold(self, starts: Mapping[str, Tensor] | None = None) -> Thresholded:
         return threshold(self.found, self.metrics, self.found.rules, self.pricings, starts or {})

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress import CalibrationError, RuleError, TrainingError
+from fxcompress.held_back import Division
 from fxcompress.isvt import attempts
 from fxcompress.isvt import rounds as module
 from fxcompress.isvt.correction import correctable, cross_moments, fitted
@@ -125,7 +126,11 @@ def test_the_objective_that_is_recorded_is_the_one_that_is_measured() -> None:
     model = network()
     small, plan = compiled(model, rules(0.35, rounds=1, steps=10, learning_rate=3e-3))
     once, _ = compiled(model, rules(0.35))
-    held = torch.cat(DATA[-2:])
+    division = Division(DATA, len(DATA), 0.125, seed=0)
+    list(division)
+    held = torch.cat(division.held)
+    assert plan.held_back is not None
+    assert plan.held_back.measured == pytest.approx(plan.rounds[-1].after, rel=1e-3)
     with torch.no_grad():
         for other, recorded in ((once, plan.rounds[0].before), (small, plan.rounds[-1].after)):
             total, count = divergence(model(held), other(held))
@@ -282,7 +287,7 @@ def test_one_batch_and_more_steps_than_batches() -> None:
     small = fxcompress.compile(model, rules(0.4, rounds=2, steps=9), iter(DATA[:1]))
     assert fxcompress.plan_of(small).rounds
     few = fxcompress.compile(model, rules(0.4, rounds=2, steps=9), (x for x in DATA[:3]))
-    assert fxcompress.plan_of(few).calibration["batches"] == 3
+    assert fxcompress.plan_of(few).calibration["batches"] == 2  # one is held back
 
 
 def test_the_metric_may_take_fewer_batches_than_the_training() -> None:
@@ -296,7 +301,7 @@ def test_the_metric_may_take_fewer_batches_than_the_training() -> None:
     _, one_shot = compiled(
         network(), replace(rules(0.4), rules=rules(0.4).rules.model_copy(update={"metric": fewer}))
     )
-    assert one_shot.calibration["batches"] == 2
+    assert (one_shot.calibration["batches"], one_shot.calibration["held back"]) == (1, 1)
 
 
 def test_pieces_have_the_gradient_of_the_whole() -> None:

@@ -88,7 +88,7 @@ def test_a_bare_loop(schedule: Any, how: dict[str, Any]) -> None:
     small = isvt.finalize()
     plan = fxcompress.plan_of(small)
     assert plan.budget.cost <= plan.budget.limit
-    assert plan.calibration["batches"] == len(DATA)
+    assert plan.calibration["batches"] == len(DATA) - 1  # damping is chosen on the other one
     assert "predicted loss" in str(plan)  # no KL: the weights were trained since
     assert "by the last thresholding" in str(plan)
     torch.testing.assert_close(small(X), model(X), rtol=1e-3, atol=1e-3)  # thresholded, both
