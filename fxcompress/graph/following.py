@@ -42,11 +42,11 @@ class _Shadow:
     lost: str = ""
 
 
-class Following(TorchDispatchMode):
+class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, knows which entries of which tensors belong to padding."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shadows: dict[int, _Shadow] = {}
         self._sweep = 1024
 
@@ -131,9 +131,7 @@ class Following(TorchDispatchMode):
 
     # ---- one operator ------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         shadows = [shadow for each in given if (shadow := self._shadow(each)) is not None]
@@ -200,7 +198,9 @@ class _Call:
     def full(self, value: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Marks of a tensor, zeros if it is neutral."""
         found = self.read(value)
-        return torch.zeros(value.shape, dtype=dtype, device=value.device) if found is None else found
+        return (
+            torch.zeros(value.shape, dtype=dtype, device=value.device) if found is None else found
+        )
 
     def follow(self) -> list[Tensor | None]:
         """The marks of every result.
@@ -257,9 +257,10 @@ def _entrywise(call: _Call) -> Found:
 
 
 @_rule(
-    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin native_layer_norm "
-    "native_group_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "batch_norm cudnn_batch_norm rms_norm _fused_rms_norm layer_norm triu tril log_softmax softmax "
+    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin "
+    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training batch_norm cudnn_batch_norm rms_norm "
+    "_fused_rms_norm layer_norm triu tril log_softmax softmax "
     "fake_quantize_per_tensor_affine hardtanh gelu relu renorm"
 )  # fmt: skip
 def _kept(call: _Call) -> Found:
@@ -288,8 +289,8 @@ def _neutral(call: _Call) -> Found:
 )
 def _moved(call: _Call) -> Found:
     """Run on the marks themselves."""
-    first = next((m for v in tree_leaves((call.args, call.kwargs)) if (m := call.read(v)) is not None),
-                 None)  # fmt: skip
+    read = (call.read(value) for value in tree_leaves((call.args, call.kwargs)))
+    first = next((marks for marks in read if marks is not None), None)
     if first is None:
         return None
 
@@ -317,7 +318,8 @@ def _indexed(call: _Call) -> Found:
     data, places = call.given["self"], list(call.given["indices"])
     marks = call.read(data)
     if marks is not None:
-        return torch.ops.aten.index(marks, places)
+        picked: Tensor = torch.ops.aten.index(marks, places)
+        return picked
     # A table that is looked up: the rows are those of the look-ups.
     used = [at for at, each in enumerate(places) if each is not None]
     if any(places[at].dtype in (torch.bool, torch.uint8) for at in used):
@@ -346,8 +348,8 @@ def _looked_up(call: _Call) -> Found:
     marks = call.read(table)
     if marks is not None:
         if call.name == "embedding":
-            return torch.ops.aten.embedding(marks, places)
-        return torch.ops.aten.index_select(marks, dim, places)
+            return marks[places]
+        return marks.index_select(dim, places)
     found = call.read(places)
     if found is None:
         return None
@@ -396,12 +398,12 @@ def _written(call: _Call) -> Found:
         source = torch.zeros(sizes, dtype=dtype, device=full.device) if source is None else source
         source = source.to(dtype).expand(sizes)
         if not call.given.get("accumulate", False):
-            return full.index_put_(tuple(many), source) if None not in many else (
-                torch.ops.aten.index_put_(full, list(many), source)
-            )
+            torch.ops.aten.index_put_(full, list(many), source)
+            return full
         if any(each is not None and each.dtype == torch.bool for each in many):
             before = torch.ops.aten.index(full, list(many))
-            return torch.ops.aten.index_put_(full, list(many), torch.maximum(before, source))
+            torch.ops.aten.index_put_(full, list(many), torch.maximum(before, source))
+            return full
         places = torch.arange(full.numel(), device=full.device).view(full.shape)
         flat = torch.ops.aten.index(places, list(many)).reshape(-1)
         return full.view(-1).scatter_reduce_(0, flat, source.reshape(-1), "amax").view(full.shape)
@@ -423,8 +425,10 @@ def _written(call: _Call) -> Found:
     return full.scatter_(dim, places, source)
 
 
-@_rule("sum mean amax amin any all max min argmax argmin var std var_mean std_mean logsumexp prod "
-       "norm linalg_vector_norm median nanmedian mode count_nonzero nansum kthvalue aminmax")  # fmt: skip
+@_rule(
+    "sum mean amax amin any all max min argmax argmin var std var_mean std_mean logsumexp prod "
+    "norm linalg_vector_norm median nanmedian mode count_nonzero nansum kthvalue aminmax"
+)
 def _reduced(call: _Call) -> Found:
     data = call.given.get("self", call.args[0])
     marks = call.read(data)
@@ -434,8 +438,7 @@ def _reduced(call: _Call) -> Found:
         return None
     dims = call.given.get("dim")
     if dims is None or dims == []:
-        found = marks.amax() if marks.numel() else None
-        return found
+        return marks.amax() if marks.numel() else None
     return marks.amax(dims, keepdim=bool(call.given.get("keepdim", False)))
 
 
@@ -461,7 +464,10 @@ def _halved(call: _Call) -> Found:
     return None if marks is None else together(*marks.chunk(2, call.given.get("dim", -1)))
 
 
-@_rule("mm bmm matmul dot mv linear addmm baddbmm addmv _grouped_mm mkldnn_linear _mkldnn_linear_pointwise")  # fmt: skip
+@_rule(
+    "mm bmm matmul dot mv linear addmm baddbmm addmv _grouped_mm mkldnn_linear "
+    "_mkldnn_linear_pointwise"
+)
 def _multiplied(call: _Call) -> Found:
     tensors = [value for value in call.args if isinstance(value, Tensor)]
     shape = call.results[0].shape
@@ -588,4 +594,3 @@ def _compared(call: _Call) -> Found:
 
 RULES: Mapping[str, Rule] = _RULES
 """What is done at operators of ATen, by name; those that are tagged pointwise need none."""
-

@@ -60,7 +60,7 @@ def together(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape == b.shape and torch.equal(a, b):
         return a
-    a, b = torch.broadcast_tensors(a, b)
+    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
     disagree = ((a == PAD) & (b > PAD)) | ((a > PAD) & (b == PAD))
     if not bool(disagree.any()):
         return either(a, b)

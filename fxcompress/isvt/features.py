@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fxcompress.forms.target import Quadratic
 from fxcompress.graph.marks import PAD
 from fxcompress.graph.padding import NONE, Padding
-from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.passes import output_marks
+from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
 from fxcompress.sites import Site
@@ -87,8 +87,7 @@ class Features:
             return keep
 
         handles = [
-            model.get_submodule(site.name).register_forward_hook(hook(site))
-            for site in self.sites
+            model.get_submodule(site.name).register_forward_hook(hook(site)) for site in self.sites
         ]
         try:
             yield seen

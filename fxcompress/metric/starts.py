@@ -225,9 +225,7 @@ def _exact(head: Head, mask: Padding, generator: torch.Generator) -> list[Start]
     return starts
 
 
-def _empirical(
-    head: Head, batch: Any, mask: Padding, outputs: int
-) -> tuple[Tensor, Tensor | None]:
+def _empirical(head: Head, batch: Any, mask: Padding, outputs: int) -> tuple[Tensor, Tensor | None]:
     """Gradients of rows for the labels of the data, and which rows have one."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or outputs > 1:
