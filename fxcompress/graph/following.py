@@ -103,7 +103,7 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sweep = 2 * len(self._shadows) + 1024
         size = tensor.element_size()
         entries = torch.zeros(storage.nbytes() // size, dtype=dtype, device=tensor.device)
-        shadow = _Shadow(StorageWeakRef(storage), entries, size, soft)
+        shadow = _Shadow(_reference(storage), entries, size, soft)
         self._shadows[storage._cdata] = shadow
         return shadow
 
@@ -161,6 +161,10 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for each, marks in zip(results, found, strict=True):
                     self.mark(each, marks, soft=soft)
         return out
+
+
+def _reference(storage: Any) -> Any:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
 def _viewed(shadow: _Shadow, tensor: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ def _entrywise(call: _Call) -> Found:
     "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit "
     "_native_batch_norm_legit_no_training batch_norm cudnn_batch_norm rms_norm "
     "_fused_rms_norm layer_norm triu tril log_softmax softmax "
-    "fake_quantize_per_tensor_affine hardtanh gelu relu renorm"
+    "fake_quantize_per_tensor_affine hardtanh gelu relu renorm zeros_like empty_like"
 )  # fmt: skip
 def _kept(call: _Call) -> Found:
     """Whatever is mixed, an entry stays at its place."""
@@ -273,7 +277,7 @@ def _kept(call: _Call) -> Found:
 
 @_rule("fill zero nonzero bincount histc _unique2 unique_dim unique_consecutive searchsorted "
        "_local_scalar_dense item equal")  # fmt: skip
-@_rule("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
+@_rule("ones_like full_like rand_like randn_like randint_like new_zeros "
        "new_ones new_empty new_full new_empty_strided empty_strided bernoulli")  # fmt: skip
 def _neutral(call: _Call) -> Found:
     """Numbers of entries, places, constants: no values of tokens."""
@@ -341,7 +345,8 @@ def _indexed(call: _Call) -> Found:
 
 @_rule("index_select embedding")
 def _looked_up(call: _Call) -> Found:
-    table, places = call.given.get("self"), call.given.get("index")
+    table: Any = call.given.get("self")
+    places: Any = call.given.get("index")
     dim = call.given.get("dim", 0)
     if table is None:
         table, places, dim = call.given["weight"], call.given["indices"], 0

@@ -86,7 +86,15 @@ class _Followed(Padding):
         if dims:
             # A row is padding if there is padding in it, and nothing real.
             marks = marks.flatten(-dims).amax(-1)
-        return marks if bool((marks == PAD).any()) else None
+        if bool((marks == PAD).any()):
+            return marks
+        if bool((marks == 0).any()) and bool((marks > PAD).any()):
+            raise CalibrationError(
+                f"which rows of {where} are padding cannot be told: some come from no position of "
+                "the batch (zeros that real rows were written to?); pass batches without padding "
+                "(one sequence each, or sequences of one length) and a mask of ones"
+            )
+        return None
 
     def clean(self, data: Tensor) -> Tensor:
         if not data.is_floating_point():

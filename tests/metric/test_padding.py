@@ -109,7 +109,23 @@ def test_layouts(layout: str, side: str) -> None:
     model = Tokens(layout).double().eval()
     model.e.weight.data[0] = 50.0  # what stands at padding is large
     names = ["a", "b", "head"]
-    require_equal(*both(model, names, padded(side)), names)
+    found, expected = both(model, names, padded(side))
+    if layout == "turned":  # by itself, nothing tells positions from samples
+        model.layout = "plain"
+        _, expected = both(model, names, padded(side))
+    require_equal(found, expected, names)
+
+
+def test_rows_of_nothing_among_real_ones_are_refused() -> None:
+    class Filled(Tokens):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+            x, real = self.e(input_ids), attention_mask.bool()
+            out = torch.zeros(x.shape, dtype=x.dtype)
+            out[real] = self.between(x[real])
+            return self.head(out)
+
+    with pytest.raises(CalibrationError, match="no position of the batch"):
+        both(Filled("plain").double(), ["head"], padded())
 
 
 @pytest.mark.parametrize("kind", ["activation", "kfac", "diagonal"])
