@@ -30,10 +30,10 @@ class Tokens(nn.Module):
         self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
         self.conv = nn.Conv1d(4, 4, 3, padding=1)
 
-    def between(self, x: Tensor) -> Tensor:
+    def between(self, x: Tensor) -> Any:
         return x + self.b(self.a(x).tanh())
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
         x = self.e(input_ids)
         real = attention_mask.bool()
         if self.layout == "flattened":
@@ -118,7 +118,7 @@ def test_layouts(layout: str, side: str) -> None:
 
 def test_rows_of_nothing_among_real_ones_are_refused() -> None:
     class Filled(Tokens):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
             x, real = self.e(input_ids), attention_mask.bool()
             out = torch.zeros(x.shape, dtype=x.dtype)
             out[real] = self.between(x[real])
@@ -145,7 +145,7 @@ def test_nan_at_padding_is_not_looked_at(kind: str) -> None:
 
 def test_positions_that_are_mixed_are_refused() -> None:
     class Shifted(Tokens):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
             x = self.e(input_ids)
             return self.head(self.between(x + x.roll(1, 1)))
 
@@ -161,7 +161,7 @@ def test_a_mask_that_belongs_to_nothing_is_refused() -> None:
         calibrate(model, [target(model, "a")], [batch], METRICS["activation"])
 
 
-def tiny(name: str) -> nn.Module:
+def tiny(name: str) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = {
@@ -199,4 +199,5 @@ def test_models(name: str, side: str, sites: list[str]) -> None:
             given["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return model(**given)
 
-    require_equal(*both(model, sites, padded(side), forward=forward), sites)
+    found, expected = both(model, sites, padded(side), forward=forward)
+    require_equal(found, expected, sites)
