@@ -274,7 +274,8 @@ def _entrywise(call: _Call) -> Found:
 @_rule(
     "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin triu tril "
     "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit "
-    "_native_batch_norm_legit_no_training cudnn_batch_norm _fused_rms_norm renorm"
+    "_native_batch_norm_legit_no_training cudnn_batch_norm _fused_rms_norm renorm "
+    "zeros_like empty_like"
 )  # fmt: skip
 def _kept(call: _Call) -> Found:
     """Whatever is mixed, an entry stays at its place."""
@@ -286,7 +287,7 @@ def _kept(call: _Call) -> Found:
 
 @_rule("fill zero nonzero bincount histc _unique2 unique_dim unique_consecutive searchsorted "
        "_local_scalar_dense item equal")  # fmt: skip
-@_rule("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
+@_rule("ones_like full_like rand_like randn_like randint_like new_zeros "
        "new_ones new_empty new_full new_empty_strided empty_strided bernoulli")  # fmt: skip
 def _neutral(call: _Call) -> Found:
     """Numbers of entries, places, constants: no values of tokens."""
