@@ -12,7 +12,7 @@ from typing import Any
 
 from fxcompress.plan import Fidelity, Plan, SitePlan
 from fxcompress.report.descent import rounds_lines
-from fxcompress.report.fold import Group, Row, child_name, fold_blocks, fold_paths
+from fxcompress.report.fold import Group, Row, child_name, fold_blocks
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
 from fxcompress.report.summary import (
     budget_lines,
@@ -27,6 +27,7 @@ from fxcompress.report.summary import (
     totals_lines,
 )
 from fxcompress.report.unchanged import Unchanged, site_text, unchanged
+from fxcompress.rules.folding import fold
 
 LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"
@@ -73,7 +74,7 @@ class Diff:
             sections.append(
                 [
                     "split into projections:",
-                    *(f"  {pattern}" for pattern in fold_paths(plan.expanded)),
+                    *(f"  {pattern}" for pattern in fold(plan.expanded)),
                 ]
             )
         if self.unchanged:

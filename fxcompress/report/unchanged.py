@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxcompress.plan import Plan, SitePlan
-from fxcompress.report.fold import Literals, fold_paths, split_indices
+from fxcompress.rules.folding import Literals, fold, split_indices
 
 # A number that stands alone: not part of a path, a name or a version.
 _NUMBER = re.compile(r"(?<![\w.])[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?![\w]|\.\w)")
@@ -63,7 +63,7 @@ def unchanged(plan: Plan) -> tuple[Unchanged, ...]:
         alike.setdefault(key, []).append(item)
     return tuple(
         Unchanged(
-            patterns=fold_paths(item.name for item in those),
+            patterns=fold(item.name for item in those),
             names=tuple(item.name for item in those),
             what=those[0].what,
             parameters=sum(item.parameters for item in those),

@@ -2,36 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-_Slot = frozenset[str]
+# A padded number ("01") is a name, not an index: folding must be reversible.
+_INDEX = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])")
+
+Literals = tuple[str, ...]
+Indices = tuple[int, ...]
+Box = tuple[frozenset[int], ...]
 
 
 def fold_paths(paths: Iterable[str]) -> tuple[tuple[str, int], ...]:
-    """Fold paths that differ in a number, then in a word, of one place; with their counts.
+    """Fold paths to as few patterns as their index sets need, with their counts.
 
-    >>> fold_paths(["h.0.fc", "h.1.fc", "h.2.fc", "h.3.fc", "lm_head"])
-    (('h.{0..3}.fc', 4), ('lm_head', 1))
+    Patterns of the same index sets that differ in one word are one.  They come in order of
+    appearance; a path that is given twice counts twice.
+
+    >>> fold_paths(["h.0.q", "h.0.k", "h.1.q", "h.1.k", "h.3.q", "h.3.k", "head"])
+    (('h.{0..1,3}.{q,k}', 6), ('head', 1))
+    >>> fold_paths(["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"])
+    (('layers.0.blocks.{0..1}', 2), ('layers.1.blocks.0', 1))
     """
-    order: dict[str, int] = {}
-    by_length: dict[int, dict[tuple[_Slot, ...], int]] = {}
-    for path in paths:
-        parts = path.split(".")
-        for part in parts:
-            order.setdefault(part, len(order))
-        groups = by_length.setdefault(len(parts), {})
-        key = tuple(frozenset((part,)) for part in parts)
-        groups[key] = groups.get(key, 0) + 1
-    folded: list[tuple[str, int]] = []
-    for length, groups in by_length.items():
-        for numbers in (True, False):
-            for place in range(length):
-                groups = _merge(groups, place, numbers=numbers)
-        folded += [
-            (".".join(_slot(slot, order) for slot in key), count) for key, count in groups.items()
-        ]
-    return tuple(folded)
+    found: dict[tuple[Literals, int], set[Indices]] = {}
+    for path, times in Counter(paths).items():
+        literals, indices = split_indices(path)
+        found.setdefault((literals, times), set()).add(indices)
+    groups: dict[tuple[tuple[str, ...], ...], int] = {}
+    for (literals, times), points in found.items():
+        for box in _boxes(points):
+            key = tuple((part,) for part in _parts(_pattern(literals, box)))
+            size = times * math.prod(map(len, box))
+            groups[key] = groups.get(key, 0) + size
+    for place in range(max(map(len, groups), default=0)):
+        groups = _merge(groups, place)
+    return tuple((".".join(map(_word, key)), count) for key, count in groups.items())
+
+
+def fold(paths: Iterable[str]) -> tuple[str, ...]:
+    """The patterns of :func:`fold_paths` alone."""
+    return tuple(pattern for pattern, _ in fold_paths(paths))
+
+
+def split_indices(path: str) -> tuple[Literals, Indices]:
+    """Take the indices out of a path.
+
+    >>> split_indices("layers.1.blocks.12.mlp")
+    (('layers.', '.blocks.', '.mlp'), (1, 12))
+    """
+    literals = tuple(_INDEX.split(path))
+    return literals, tuple(int(match.group()) for match in _INDEX.finditer(path))
+
+
+def index_set(indices: Iterable[int]) -> str:
+    """Write a set of indices with its runs shortened.
+
+    >>> index_set([0, 1, 2, 3, 5, 7, 8]), index_set([4])
+    ('{0..3,5,7..8}', '4')
+    """
+    ordered = sorted(set(indices))
+    runs: list[tuple[int, int]] = []
+    for index in ordered:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    text = ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+    return text if len(ordered) == 1 else f"{{{text}}}"
 
 
 _NUMBER = re.compile(r"(?<![\w-])\d+(?![\w-])")
@@ -49,56 +88,66 @@ def fold_numbers(texts: Sequence[str]) -> str:
     'h.{0..2}.q reads h.{0..2}.x of 2'
     """
     columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
-    slots = iter([_slot(frozenset(column), {}) for column in columns])
+    slots = iter([index_set(map(int, column)) for column in columns])
     return _NUMBER.sub(lambda found: next(slots), texts[0])
 
 
+def _parts(pattern: str) -> list[str]:
+    """What stands between dots, those of ranges left alone."""
+    return re.split(r"(?<!\.)\.(?!\.)", pattern)
+
+
 def _merge(
-    groups: dict[tuple[_Slot, ...], int], place: int, *, numbers: bool
-) -> dict[tuple[_Slot, ...], int]:
-    """Join the groups that are alike but for one place."""
-    buckets: dict[tuple[object, ...], list[tuple[_Slot, ...]]] = {}
-    for key in groups:
-        is_number = all(part.isdigit() for part in key[place])
-        # A group that is not to be folded here gets a bucket of its own.
-        rest = (key[:place], key[place + 1 :]) if is_number == numbers else (key,)
-        buckets.setdefault(rest, []).append(key)
-    merged: dict[tuple[_Slot, ...], int] = {}
-    for keys in buckets.values():
-        union = frozenset().union(*(key[place] for key in keys))
-        first = keys[0]
-        # A path given twice counts in one place only, which a product cannot say.
-        uneven = len({groups[key] / _size(key) for key in keys}) > 1
-        if len(keys) == 1 or uneven:
-            merged |= {key: groups[key] for key in keys}
-        else:
-            merged[(*first[:place], union, *first[place + 1 :])] = sum(groups[k] for k in keys)
-    return merged
+    groups: dict[tuple[tuple[str, ...], ...], int], place: int
+) -> dict[tuple[tuple[str, ...], ...], int]:
+    """Join the patterns that are alike but for the word at one place."""
+    merged: dict[tuple[object, ...], tuple[list[str], tuple[tuple[str, ...], ...], int]] = {}
+    for key, count in groups.items():
+        words = key[place] if place < len(key) else ()
+        plain = words and not any(_INDEX.search(word) for word in words)
+        each = count // max(1, len(words))
+        # A pattern that is not to be joined here stays by itself.
+        alike = (key[:place], key[place + 1 :], each) if plain else (key,)
+        before, first, total = merged.get(alike, ([], key, 0))
+        merged[alike] = [*before, *words], first, total + count
+    return {
+        (*first[:place], tuple(words), *first[place + 1 :]) if place < len(first) else first: total
+        for words, first, total in merged.values()
+    }
 
 
-def _size(key: Sequence[_Slot]) -> int:
-    size = 1
-    for slot in key:
-        size *= len(slot)
-    return size
+def _word(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else "{" + ",".join(words) + "}"
 
 
-def _slot(slot: _Slot, order: dict[str, int]) -> str:
-    if len(slot) == 1:
-        return next(iter(slot))
-    if all(part.isdigit() for part in slot):
-        return "{" + _ranges(sorted(int(part) for part in slot)) + "}"
-    return "{" + ",".join(sorted(slot, key=lambda part: order[part])) + "}"
+def _boxes(points: set[Indices]) -> list[Box]:
+    """Cover a set of index tuples exactly with products of index sets.
+
+    A grid needs one; of the two directions to slice the others in, the better is taken.
+    """
+    forward = _slices(points)
+    mirrored = _slices({point[::-1] for point in points})
+    backward = [box[::-1] for box in mirrored]
+    best = forward if len(forward) <= len(backward) else backward
+    return sorted(best, key=lambda box: [min(indices) for indices in box])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0..3,7``: runs of three and more become ranges."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(
-        f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
+def _slices(points: set[Indices]) -> list[Box]:
+    if points == {()}:
+        return [()]
+    rests: dict[int, set[Indices]] = {}
+    for first, *rest in points:
+        rests.setdefault(first, set()).add(tuple(rest))
+    firsts: dict[frozenset[Indices], list[int]] = {}
+    for first, those in rests.items():
+        firsts.setdefault(frozenset(those), []).append(first)
+    return [
+        (frozenset(heads), *box) for those, heads in firsts.items() for box in _slices(set(those))
+    ]
+
+
+def _pattern(literals: Literals, box: Box) -> str:
+    middle = (
+        index_set(indices) + literal for indices, literal in zip(box, literals[1:], strict=True)
     )
+    return literals[0] + "".join(middle)

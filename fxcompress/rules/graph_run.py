@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fxcompress.errors import RuleError
 from fxcompress.rules.candidates import Candidate, CandidateCheck
 from fxcompress.rules.dataflow import Dataflow
-from fxcompress.rules.folding import fold_paths
+from fxcompress.rules.folding import fold
 from fxcompress.rules.loader import LoadedRules
 from fxcompress.rules.places import Places, Start, places_of
 from fxcompress.rules.result import STEPS, Bundle, Funnel, Instance, Losses, Lost, Match
@@ -242,7 +242,7 @@ class GraphRun(Run):
                 paths.setdefault(found.offer.left_out, []).extend(members)
         joint = " and ".join(self.terms.joint)
         for reason, members in paths.items():
-            folded = ", ".join(path for path, _ in fold_paths(members))
+            folded = ", ".join(fold(members))
             yield (
                 f"{self._location} warning[joint-left-out]: rule '{self.rule.id}': {joint} left "
                 f"out for {folded}: {reason}"

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxcompress.report.fold import fold_blocks, fold_paths, index_set, split_indices
+from fxcompress.report.fold import fold_blocks
+from fxcompress.rules.folding import fold, index_set, split_indices
 from tests.report.plans import llama, site
 
 
@@ -52,14 +53,14 @@ def test_index_set(indices: list[int], text: str) -> None:
     ],
 )
 def test_fold_paths(paths: list[str], patterns: tuple[str, ...]) -> None:
-    assert fold_paths(paths) == patterns
+    assert fold(paths) == patterns
 
 
 @given(st.sets(st.tuples(*[st.integers(0, 4)] * 3), min_size=1))
 def test_folding_is_exact(points: set[tuple[int, ...]]) -> None:
     """Expanding the patterns gives every path once, and no other."""
     paths = {f"a.{i}.b{j}.c.{k}" for i, j, k in points}
-    expanded = [path for pattern in fold_paths(sorted(paths)) for path in _expand(pattern)]
+    expanded = [path for pattern in fold(sorted(paths)) for path in _expand(pattern)]
     assert sorted(expanded) == sorted(paths)
 
 

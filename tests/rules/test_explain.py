@@ -80,11 +80,14 @@ def test_unknown_rule() -> None:
 def test_folding() -> None:
     paths = [f"h.{i}.{n}" for i in (0, 1, 2, 3, 7, 9, 10) for n in ("q", "k")]
     assert fold_paths([*paths, "lm_head", "a.b"]) == (
-        ("h.{0..3,7,9,10}.{q,k}", 14),
+        ("h.{0..3,7,9..10}.{q,k}", 14),
         ("lm_head", 1),
         ("a.b", 1),
     )
-    assert fold_paths(["h.0.q", "h.1.q", "h.1.k"]) == (("h.{0,1}.q", 2), ("h.1.k", 1))
+    assert fold_paths(["h.0.q", "h.1.q", "h.1.k"]) == (("h.{0..1}.q", 2), ("h.1.k", 1))
+    # "fc1" has an index as "h.1" has; a number with a zero before it is a name.
+    assert fold_paths(["h.0.fc1", "h.0.fc2"]) == (("h.0.fc{1..2}", 2),)
+    assert fold_paths(["h.01.fc", "h.02.fc", "h.01.fc"]) == (("h.01.fc", 2), ("h.02.fc", 1))
     assert fold_paths([]) == ()
 
 
@@ -96,7 +99,7 @@ def test_folding_loses_and_invents_nothing(parts: list[tuple[int, str]]) -> None
     for folded, count in fold_paths(paths):
         numbered = folded
         for low in range(5):
-            for high in range(low + 2, 5):
+            for high in range(low + 1, 5):
                 whole = ",".join(map(str, range(low, high + 1)))
                 numbered = numbered.replace(f"{low}..{high}", whole)
         found = list(expand(numbered))
@@ -154,5 +157,5 @@ def test_reasons_that_differ_in_a_number_are_one() -> None:
 
 
 def test_numbers_fold() -> None:
-    assert fold_numbers(["a.0 of 8", "a.1 of 8", "a.3 of 8"]) == "a.{0,1,3} of 8"
+    assert fold_numbers(["a.0 of 8", "a.1 of 8", "a.3 of 8"]) == "a.{0..1,3} of 8"
     assert fold_numbers(["conv2d 1"]) == "conv2d 1"
