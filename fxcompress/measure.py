@@ -31,11 +31,10 @@ from fxcompress.fidelity import assess, mean_with_error, units
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
-    output_mask,
-    padding_mask,
     run_model,
     to_device,
 )
+from fxcompress.graph.padding import follow_padding, settle
 from fxcompress.metric.output import (
     SEVERAL,
     Family,
@@ -173,9 +172,9 @@ def measure_whole(
 def _loss_on(
     model: nn.Module, loss: Loss, batch: Any, forward: Forward | None
 ) -> tuple[float, int]:
-    result = run_model(model, batch, forward)
-    moved = to_device(batch, device_of(model))
-    total, count = loss_sum(loss, result, moved, output_mask(batch))
+    with follow_padding(model, batch) as (batch, mask):
+        result = run_model(model, batch, forward)
+        total, count = loss_sum(loss, result, to_device(batch, device_of(model)), mask)
     return float(total), count
 
 
@@ -269,14 +268,15 @@ def _measure_batch(
         except CalibrationError as error:
             raise CalibrationError(f"on batch {index}, the {what}: {error}") from error
 
-    mask = padding_mask(batch)
-    reference = run(dense, "dense model")
+    with follow_padding(dense, batch) as (batch, mask):
+        reference = run(dense, "dense model")
+    settle(mask, reference)
     singly = []
     for name, exchange in exchanges.items():
         with _exchanged(dense, exchange):
             singly.append(lost(dense, f"model with only {name} rewritten")[0])
     whole, predictions = lost(compressed, "compressed model")
-    found = heads(reference, kind)
+    found = heads(reference, kind, mask)
     families = ", ".join(dict.fromkeys(head.family for head in found))
     name = described(found, kind) if kind == "auto" else families
     return _Batch(singly, whole, predictions, name)

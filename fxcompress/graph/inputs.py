@@ -51,25 +51,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) and leaf.device != device else leaf
 
     return tree_map(move, batch)
-
-
-def padding_mask(batch: Any) -> Tensor | None:
-    """The (batch, positions) mask of real tokens, if the batch carries one for all positions.
-
-    Not for encoders with a decoder: which of both a layer belongs to does not show.
-    """
-    return None if _decodes(batch) else _mask(batch, "attention_mask")
-
-
-def output_mask(batch: Any) -> Tensor | None:
-    """The mask of the positions that outputs belong to: the decoder's, if there is one."""
-    return _mask(batch, "decoder_attention_mask" if _decodes(batch) else "attention_mask")
-
-
-def _decodes(batch: Any) -> bool:
-    return isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
-
-
-def _mask(batch: Any, key: str) -> Tensor | None:
-    mask = batch.get(key) if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -412,6 +412,8 @@ class _Recorder(TorchFunctionMode):
         rows = data.reshape(-1) if op == "embedding" else data.reshape(-1, data.shape[-1])
         self.rows[key] += len(rows)
         if data.is_floating_point() or op == "embedding":
+            if data.is_floating_point():
+                rows = rows[rows.isfinite().all(-1)]  # padding may hold anything
             step = max(1, len(rows) // SAMPLE_ROWS)
             self.samples[key].append(rows[::step][:SAMPLE_ROWS].clone())
 

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import LinearShape
-from fxcompress.graph.inputs import Forward, padding_mask, run_model
+from fxcompress.graph.inputs import Forward, run_model
+from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric.moments import normalized, times_power
-from fxcompress.metric.passes import InputKey, input_key
+from fxcompress.metric.passes import InputKey, input_key, input_mask
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import input_rows
 from fxcompress.metric.whiten import Whitener, whitener
@@ -104,28 +105,23 @@ def cross_moments(
     count: dict[InputKey, int] = {}
     powers: dict[InputKey, int] = {}  # of two, out of inputs whose squares would overflow
     for batch in batches:
-        mask = padding_mask(batch)
         pairs = []
         for each in (dense, model):
-            with _inputs(each, sites) as seen:
-                run_model(each, batch, forward)
+            with follow_padding(each, batch) as (copy, mask), _inputs(each, sites, mask) as seen:
+                run_model(each, copy, forward)
             pairs.append(seen)
         for site in {input_key(site): site for site in sites}.values():
             key = input_key(site)
-            for x, y in zip(pairs[0][key], pairs[1][key], strict=True):
-                rows = zip(
-                    input_rows(x, site.shape, mask), input_rows(y, site.shape, mask), strict=True
-                )
-                for before, after in rows:
-                    if key not in powers and bool(before.any()):
-                        powers[key] = normalized(before)[1]
-                    shift = -powers.get(key, 0)
-                    before, after = times_power(before, shift), times_power(after, shift)
-                    n = before.shape[-1]
-                    zeros = torch.zeros(n, n, dtype=torch.float64, device=x.device)
-                    crossed[key] = crossed.get(key, zeros) + (before.T @ after)
-                    second[key] = second.get(key, zeros) + (after.T @ after)
-                    count[key] = count.get(key, 0) + len(after)
+            for before, after in zip(pairs[0][key], pairs[1][key], strict=True):
+                if key not in powers and bool(before.any()):
+                    powers[key] = normalized(before)[1]
+                shift = -powers.get(key, 0)
+                before, after = times_power(before, shift), times_power(after, shift)
+                n = before.shape[-1]
+                zeros = torch.zeros(n, n, dtype=torch.float64, device=before.device)
+                crossed[key] = crossed.get(key, zeros) + (before.T @ after)
+                second[key] = second.get(key, zeros) + (after.T @ after)
+                count[key] = count.get(key, 0) + len(after)
         tick()
     means = {key: value / count[key] for key, value in second.items()}
     return Crossed(
@@ -175,21 +171,25 @@ def fitted(
 
 
 @contextmanager
-def _inputs(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[InputKey, list[Tensor]]]:
-    """What the first site of each source is called with, call by call."""
+def _inputs(
+    model: nn.Module, sites: Sequence[Site], mask: Padding = NONE
+) -> Iterator[dict[InputKey, list[Tensor]]]:
+    """Rows that the first site of each source is called with, call by call, without padding."""
     seen: dict[InputKey, list[Tensor]] = {}
     handles = []
 
-    def hook(key: InputKey) -> Any:
+    def hook(key: InputKey, site: Site) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
-            seen.setdefault(key, []).append(value)
+            with mask.paused():
+                real = input_mask(mask, site, value, value)
+                seen.setdefault(key, []).extend(input_rows(value, site.shape, real))
 
         return keep
 
     for key, site in {input_key(site): site for site in reversed(sites)}.items():
         module = model.get_submodule(site.name)
-        handles.append(module.register_forward_pre_hook(hook(key), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(hook(key, site), with_kwargs=True))
     try:
         yield seen
     finally:

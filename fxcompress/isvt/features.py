@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms.target import Quadratic
+from fxcompress.graph.marks import PAD
+from fxcompress.graph.padding import NONE, Padding
+from fxcompress.metric.passes import output_marks
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
 from fxcompress.sites import Site
 
-Outputs = dict[str, list[Tensor]]
-"""What every layer returned, call by call."""
+Outputs = dict[str, list[tuple[Tensor, Tensor | None]]]
+"""What every layer returned, call by call, and which of its rows count (None for all)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +68,26 @@ class Features:
         return cls(weight, [site for site in sites if site.name in roots], roots)
 
     @contextmanager
-    def outputs(self, model: nn.Module) -> Iterator[Outputs]:
-        """What the layers of a model return while it runs."""
+    def outputs(self, model: nn.Module, mask: Padding = NONE) -> Iterator[Outputs]:
+        """What the layers of a model return while it runs.
+
+        Args:
+            model: the one to watch.
+            mask: what is padding while it runs.
+        """
         seen: Outputs = {}
 
-        def hook(name: str) -> Any:
+        def hook(site: Site) -> Any:
             def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-                seen.setdefault(name, []).append(output)
+                with mask.paused():
+                    marks = output_marks(mask, site, output)
+                real = None if marks is None else marks != PAD
+                seen.setdefault(site.name, []).append((output, real))
 
             return keep
 
         handles = [
-            model.get_submodule(site.name).register_forward_hook(hook(site.name))
-            for site in self.sites
+            model.get_submodule(site.name).register_forward_hook(hook(site)) for site in self.sites
         ]
         try:
             yield seen
@@ -85,20 +95,22 @@ class Features:
             for handle in handles:
                 handle.remove()
 
-    def distance(self, wanted: Outputs, own: Outputs, mask: Tensor | None) -> Tensor:
+    def distance(self, wanted: Outputs, own: Outputs) -> Tensor:
         """``weight · mean_l ½ E[(y' - y)ᵀ G (y' - y)]``, in nats per prediction.
 
         Args:
             wanted: of the dense model.
-            own: of the compressed one; layers that it runs past are left out.
-            mask: of the samples' positions that count.
+            own: of the compressed one; layers that it runs past are left out, and padding.
         """
         parts = []
         for site in self.sites:
             calls = [*zip(wanted.get(site.name, []), own.get(site.name, []), strict=False)]
             if not calls:
                 continue
-            rows = [output_rows(after - before, site.shape, mask) for before, after in calls]
+            rows = [
+                output_rows(after, site.shape, real) - output_rows(before, site.shape, real)
+                for (before, _), (after, real) in calls
+            ]
             change = torch.cat([each.flatten(0, -2) for each in rows]).float()
             parts.append(self.roots[site.name].into(change.T).square().sum() / len(change))
         return 0.5 * self.weight * torch.stack(parts).mean() if parts else torch.zeros(())

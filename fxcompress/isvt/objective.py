@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
-    output_mask,
-    padding_mask,
     run_model,
     to_device,
 )
+from fxcompress.graph.padding import NONE, Padding, follow_padding, settle
 from fxcompress.isvt.features import Features, Outputs
 from fxcompress.metric.output import Loss, NotFinite, OutputKind, divergence_sum, loss_sum
 
@@ -55,29 +54,33 @@ class Objective:
             CalibrationError: the loss fails or is not one value per prediction, or outputs are not
                 finite.
         """
-        mask, features = output_mask(batch), self.features
-        with self._watched(model) as own:
-            result = run_model(model, batch, self.forward)
-        if self.loss is None:
-            with self._watched(self.dense) as wanted:
-                if reference is None or features is not None:
-                    reference = self.reference(batch)
-            total, count = divergence_sum(reference, result, self.output, mask)
-            if features is not None:
-                distance = features.distance(wanted, own, padding_mask(batch))
-                total = total + count * distance.to(total.device)
-            return total, count
-        return loss_sum(self.loss, result, to_device(batch, device_of(model)), mask)
+        features = self.features
+        with follow_padding(model, batch) as (batch, mask):
+            with self._watched(model, mask) as own:
+                result = run_model(model, batch, self.forward)
+            if self.loss is not None:
+                return loss_sum(self.loss, result, to_device(batch, device_of(model)), mask)
+        settle(mask, result)
+        with self._watched(self.dense) as wanted:
+            if reference is None or features is not None:
+                reference = self.reference(batch)
+        total, count = divergence_sum(reference, result, self.output, mask)
+        if features is not None:
+            distance = features.distance(wanted, own)
+            total = total + count * distance.to(total.device)
+        return total, count
 
     @torch.no_grad()
     def reference(self, batch: Any) -> Any:
         """What the dense model says of a batch; None if it is not asked."""
         return None if self.dense is None else run_model(self.dense, batch, self.forward)
 
-    def _watched(self, model: nn.Module | None) -> AbstractContextManager[Outputs]:
+    def _watched(
+        self, model: nn.Module | None, mask: Padding = NONE
+    ) -> AbstractContextManager[Outputs]:
         if self.features is None or model is None:
             return nullcontext({})
-        return self.features.outputs(model)
+        return self.features.outputs(model, mask)
 
     @torch.no_grad()
     def mean(

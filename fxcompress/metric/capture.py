@@ -200,7 +200,7 @@ class _Sums:
         if sums is not None:
             finite = _add(sums, output_rows(gradient, site.shape, mask), self.exponent)
         if self.traces is not None:
-            self.traces.gradient(site, data, gradient, mask, self.exponent)
+            self.traces.gradient(site, data, gradient, self.exponent)
             return finite
         if data is None:
             return finite

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.padding import NONE, Padding
 
 Family = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -85,22 +86,22 @@ class Head:
             return rows[:, 0].to(self.tensor.dtype)
         return rows.movedim(-1, self.classes).to(self.tensor.dtype)
 
-    def real(self, mask: Tensor | None) -> Tensor | None:
-        """Which rows count (...): those that a mask (batch, positions) fits; None for all."""
-        rows = self.rows(self.tensor)
-        if mask is None or rows.dim() < 3 or rows.shape[:2] != mask.shape:
-            return None
-        mask = mask.to(rows.device)
-        return mask.reshape(*mask.shape, *(1,) * (rows.dim() - 3)).expand(rows.shape[:-1])
+    def real(self, mask: Padding) -> Tensor | None:
+        """Which rows count (...): those that are not padding; None for all.
 
-    def predictions(self, mask: Tensor | None) -> int:
+        Raises:
+            CalibrationError: which of them are padding could not be followed.
+        """
+        return mask.real(self.rows(self.tensor), f"the model's output {self.name}".rstrip())
+
+    def predictions(self, mask: Padding) -> int:
         """How many rows count."""
         real = self.real(mask)
         rows = self.rows(self.tensor)
         return rows[..., 0].numel() if real is None else int(real.sum())
 
 
-def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
+def heads(output: Any, kind: OutputKind = "auto", mask: Padding = NONE) -> list[Head]:
     """The tensors that carry a model's predictions.
 
     ``auto`` takes all of them, as said above; a plain tensor, or the first tensor of a tuple, for
@@ -112,17 +113,23 @@ def heads(output: Any, kind: OutputKind = "auto") -> list[Head]:
         CalibrationError: no floating-point tensor is to be found, or not the one that was
             declared; values that are not finite; or what the family makes no sense of.
     """
+    found = _heads(output, kind, mask)
+    for head in found:
+        _require_sense(head, head.real(mask))
+    return found
+
+
+def _heads(output: Any, kind: OutputKind, mask: Padding) -> list[Head]:
+    """As :func:`heads`; their values are not judged."""
     if isinstance(kind, Mapping):
         found = _declared(output, kind)
     else:
-        found = _seen(output) if kind == "auto" else _main(output, kind)
+        found = _seen(output, mask) if kind == "auto" else _main(output, kind)
     if not found:
         raise CalibrationError(
             f"no predictions found in the model's output of type {type(output).__name__}; "
             "pass loss=lambda output, batch: ... (one negative log-likelihood per prediction)"
         )
-    for head in found:
-        _require_sense(head)
     return found
 
 
@@ -142,7 +149,7 @@ def _main(output: Any, family: Family) -> list[Head]:
     return [Head(name, tensors[name], family) for name in [*named, *floating][:1]]
 
 
-def _seen(output: Any) -> list[Head]:
+def _seen(output: Any, mask: Padding) -> list[Head]:
     """Every output that ``auto`` counts, and what it takes it for."""
     if isinstance(output, Tensor):
         return [Head("", output, "categorical")] if output.is_floating_point() else []
@@ -162,7 +169,9 @@ def _seen(output: Any) -> list[Head]:
     for name, value in tensors.items():
         head = Head(name, value, "categorical" if name in logits else "gaussian")
         if len(tensors) > 1 and head.family == "gaussian":
-            head = replace(head, scale=_root_mean_square(value))
+            real = head.real(mask)
+            rows = head.rows(value)
+            head = replace(head, scale=_root_mean_square(rows if real is None else rows[real]))
         elif len(tensors) > 1 and (value.dim() == 1 or value.shape[head.classes] == 1):
             head = replace(head, family="bernoulli")
         found.append(head)
@@ -246,10 +255,16 @@ def _fields(output: Any) -> dict[str, Any]:
     return dict(vars(output)) if hasattr(output, "__dict__") else {}
 
 
-def _require_sense(head: Head) -> None:
-    """Outputs that the family makes no sense of would pass for layers without influence."""
+def _require_sense(head: Head, real: Tensor | None) -> None:
+    """Outputs that the family makes no sense of would pass for layers without influence.
+
+    Args:
+        head: the output.
+        real: which of its rows are looked at; None for all.
+    """
     tensor, where = head.tensor, f" {head.name}" if head.name else ""
-    if not bool(tensor.isfinite().all()):
+    seen = tensor if real is None else head.rows(tensor)[real]
+    if not bool(seen.isfinite().all()):
         raise NotFinite(f"the model's output{where} has NaN or infinite values")
     if tensor.dim() == 0:
         raise CalibrationError(
@@ -289,27 +304,29 @@ def per_prediction(loss: Loss, output: Any, batch: Any) -> Tensor:
     return value
 
 
-def loss_sum(loss: Loss, output: Any, batch: Any, mask: Tensor | None) -> tuple[Tensor, int]:
+def loss_sum(loss: Loss, output: Any, batch: Any, mask: Padding) -> tuple[Tensor, int]:
     """Sum of a user's loss over the predictions of a batch, and how many they are.
 
     Args:
         loss: the user's.
         output: what the model returned.
         batch: that it was given, on the model's device.
-        mask: (batch, positions) real positions; the others make no prediction.
+        mask: what is padding in the output, still followed; it makes no prediction.
 
     Raises:
         CalibrationError: as :func:`per_prediction`.
     """
     value = per_prediction(loss, output, batch)
-    if mask is None or value.shape[:2] != mask.shape:
-        return value.sum(), value.numel()
-    real = mask.to(value.device)
-    return value[real].sum(), value[real].numel()
+    real = mask.real(value, VALUES, dims=0)
+    counted = value if real is None else value[real]
+    return counted.sum(), counted.numel()
+
+
+VALUES = "the values of loss(output, batch)"
 
 
 def divergence(
-    dense: Any, other: Any, kind: OutputKind = "auto", mask: Tensor | None = None
+    dense: Any, other: Any, kind: OutputKind = "auto", mask: Padding = NONE
 ) -> tuple[float, int]:
     """KL divergence from a model's predictions to another's.
 
@@ -317,7 +334,7 @@ def divergence(
         dense: what the dense model returned.
         other: what the other model returned on the same batch.
         kind: the families of the outputs.
-        mask: (batch, positions) real positions; the others make no prediction.
+        mask: what is padding in the outputs of one of them; it makes no prediction.
 
     Returns:
         The sum over predictions, in nats, and how many there are.
@@ -333,7 +350,7 @@ def divergence_sum(
     dense: Any,
     other: Any,
     kind: OutputKind = "auto",
-    mask: Tensor | None = None,
+    mask: Padding = NONE,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int]:
     """As :func:`divergence`, a tensor that can be differentiated with respect to ``other``.
@@ -343,18 +360,24 @@ def divergence_sum(
         dtype: to compute in.
     """
     totals, predictions = [], 0
-    for p, q in zip(heads(dense, kind), heads(other, kind), strict=True):
+    for p, q in zip(_heads(dense, kind, mask), _heads(other, kind, mask), strict=True):
         if p.tensor.shape != q.tensor.shape:
             raise CalibrationError(
                 f"the outputs have shapes {tuple(p.tensor.shape)} and {tuple(q.tensor.shape)}"
             )
-        one, two = (head.rows(head.tensor).to(dtype) for head in (p, q))
+        real = p.real(mask)
+        real = q.real(mask) if real is None else real
+        for head in (p, q):
+            _require_sense(head, real)
+        one, two = (head.rows(head.tensor) for head in (p, q))
+        if real is not None:  # before anything is computed: zero times NaN is NaN
+            one, two = one[real], two[real]
+        one, two = one.to(dtype), two.to(dtype)
         if p.scale is not None:
             one, two = one / p.scale, two / p.scale
         each = _row_divergence(p.family, one, two)
-        real = p.real(mask)
-        totals.append((each if real is None else each[real]).sum())
-        predictions = max(predictions, p.predictions(mask))
+        totals.append(each.sum())
+        predictions = max(predictions, each.numel())
     return torch.stack(totals).sum(), predictions
 
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import ConvShape, Shape
+from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
-    output_mask,
-    padding_mask,
     run_model,
     to_device,
 )
+from fxcompress.graph.marks import PAD
+from fxcompress.graph.padding import NONE, Padding, follow_padding, settle
 from fxcompress.graph.physical import (
     base,
     folded,
@@ -40,7 +40,6 @@ from fxcompress.graph.physical import (
     physical,
 )
 from fxcompress.metric.output import Loss, OutputKind
-from fxcompress.metric.rows import rows_of
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 
 
@@ -67,6 +66,10 @@ def input_key(site: SiteFacts) -> InputKey:
 
 class Visitor(Protocol):
     """What is done with the values of a pass.
+
+    A mask says which rows count: positions of a value (its shape without features; of a
+    convolution, items x extents of its output; of an embedding, of its look-ups).  What it leaves
+    out is never NaN in inputs, and zero in gradients.
 
     Attributes:
         backward: whether gradients are wanted.
@@ -188,22 +191,23 @@ def run_pass(
     with session.attached():
         for batch in batches:
             place = count if places is None else places[count]
-            session.begin(place, padding_mask(batch))
-            with torch.set_grad_enabled(visitor.backward):
-                result = _forward(model, batch, forward, place)
-                session.require_shared()
-                if visitor.backward:
-                    with _named(place):
+            with torch.set_grad_enabled(visitor.backward), _named(place):
+                with follow_padding(model, batch) as (batch, padding):
+                    session.begin(place, padding)
+                    result = _forward(model, batch, forward, place)
+                    session.require_shared()
+                    if visitor.backward:
                         starts = backward_starts(
                             result, to_device(batch, device_of(model)), kind=drawn.output,
-                            fisher=drawn.fisher, loss=loss, mask=output_mask(batch),
-                            generator=generator,
+                            fisher=drawn.fisher, loss=loss, mask=padding, generator=generator,
                         )  # fmt: skip
-                        visitor.predicted(starts.predictions)
-                        for at, start in enumerate(starts.passes):
-                            visitor.start(start.exponent)
-                            session.descend(start, again=at + 1 < len(starts.passes))
-                            visitor.end()
+                settle(padding)
+                if visitor.backward:
+                    visitor.predicted(starts.predictions)
+                    for at, start in enumerate(starts.passes):
+                        visitor.start(start.exponent)
+                        session.descend(start, again=at + 1 < len(starts.passes))
+                        visitor.end()
                     predictions += starts.predictions
                     kind = starts.kind
             count += 1
@@ -284,9 +288,16 @@ def _extents(site: SiteFacts) -> int | None:
 
 @dataclass
 class _Call:
-    """One call of a site: its rows, and whether a gradient came back to them."""
+    """One call of a site.
+
+    Attributes:
+        rows: that count.
+        swapped: whether its values are (positions, samples, features).
+        answered: whether a gradient came back.
+    """
 
     rows: int
+    swapped: bool = False
     answered: bool = False
 
 
@@ -322,7 +333,7 @@ class _Session:
     sites: Sequence[SiteFacts]
     visitor: Visitor
     watched: Sequence[str] = ()
-    mask: Tensor | None = None
+    padding: Padding = NONE
     batch: int = 0
     backward: bool = False
 
@@ -360,8 +371,8 @@ class _Session:
         _backward(start, [*self.zeros.values()], again)
         self.backward = False
 
-    def begin(self, batch: int, mask: Tensor | None) -> None:
-        self.batch, self.mask = batch, None if mask is None else mask.to(device_of(self.model))
+    def begin(self, batch: int, padding: Padding) -> None:
+        self.batch, self.padding = batch, padding
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
@@ -386,9 +397,12 @@ class _Session:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
             data: Tensor = args[0] if args else next(iter(kwargs.values()))
             # A checkpoint runs its part again during the backward pass: the same rows.
-            if torch._C._current_graph_task_id() == -1:
-                self._see_input(site, data)
-                self.rows[site.name] += self._rows_of(site, out, data)
+            again = torch._C._current_graph_task_id() != -1
+            with self.padding.paused():
+                rows = self._rows_of(site, out, data)
+                if not again:
+                    self._see_input(site, data, out)
+                    self.rows[site.name] += rows
             if not (self.visitor.backward and torch.is_grad_enabled()):
                 return None
             if is_differentiated(out):
@@ -400,8 +414,11 @@ class _Session:
             # No leaf, so that an in-place activation may follow; a sum is seen by autograd inside
             # of vmap, too.
             out = out + self._zero(out.device)
-            with outside(data):
-                kept = self.visitor.keep(site, self._plain(site, data))
+            with outside(data), self.padding.paused():
+                marks = output_marks(self.padding, site, out)
+                swapped = _samples_second(marks, out)
+                plain = self.padding.clean(self._plain(site, data))
+                kept = self.visitor.keep(site, plain.transpose(0, 1) if swapped else plain)
             inner, ordered = base(out)
             if not inner.requires_grad:
                 raise CalibrationError(
@@ -409,8 +426,8 @@ class _Session:
                     "another higher-order operator); leave it out of the rules "
                     "(unless: [{name: ...}]), or choose metric: {kind: activation}"
                 )
-            call = _Call(self._rows_of(site, out, data))
-            see = partial(self._see_gradient, site, call, kept, self.mask, ordered)
+            mask = None if marks is None else marks != PAD
+            see = partial(self._see_gradient, site, _Call(rows, swapped), kept, mask, ordered)
             inner.register_hook(see)  # type: ignore[no-untyped-call]
             return out
 
@@ -421,8 +438,8 @@ class _Session:
         return physical(data, _extents(site)).detach()
 
     def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
-        plain = physical(out, _extents(site)).detach()
-        return rows_of(plain, self._plain(site, data), site.shape, self.mask)
+        real = input_mask(self.padding, site, data, out)
+        return out.numel() // site.shape.out_features if real is None else int(real.sum())
 
     def _zero(self, device: torch.device) -> Tensor:
         """What makes the values of a device depend on something that has a gradient."""
@@ -430,7 +447,7 @@ class _Session:
             self.zeros[device] = torch.zeros((), device=device, requires_grad=True)
         return self.zeros[device]
 
-    def _see_input(self, site: SiteFacts, data: Tensor) -> None:
+    def _see_input(self, site: SiteFacts, data: Tensor, out: Tensor) -> None:
         version = -1 if data.is_inference() else data._version
         call, self.calls[site.name] = self.calls[site.name], self.calls[site.name] + 1
         seen = self.seen[input_key(site)]
@@ -440,7 +457,8 @@ class _Session:
             raise CalibrationError(_not_shared(site.name, self.batch))
         seen.append((weakref.ref(data), version))
         with outside(data):
-            finite = self.visitor.input(site, self._plain(site, data), self.mask)
+            plain = self.padding.clean(self._plain(site, data))
+            finite = self.visitor.input(site, plain, input_mask(self.padding, site, data, out))
         self._require_finite(finite, site, "input")
 
     def _see_run(self, name: str, *_: Any) -> None:
@@ -461,6 +479,12 @@ class _Session:
             call.answered = True
             self.answered[site.name] += call.rows
         gradient = folded(ordered(gradient.detach()), _extents(site))
+        if mask is not None:
+            conv = isinstance(site.shape, ConvShape)
+            rows = mask.unsqueeze(-site.shape.dims - 1 if conv else -1)  # type: ignore[union-attr]
+            gradient = gradient.masked_fill(~rows, 0)
+        if call.swapped:
+            gradient, mask = gradient.transpose(0, 1), None if mask is None else mask.T
         finite = self.visitor.gradient(site, data, gradient, mask)
         self._require_finite(finite, site, "output gradient")
 
@@ -471,3 +495,59 @@ class _Session:
                 f"{self.batch}; check the batch and the model's weights (a float16 model can "
                 "overflow: try model.float())"
             )
+
+
+def input_mask(padding: Padding, site: SiteFacts, data: Tensor, out: Tensor) -> Tensor | None:
+    """Which rows of a site's input count: of a convolution, those whose outputs do.
+
+    Args:
+        padding: of the pass.
+        site: that was called.
+        data: its input.
+        out: what it returned.
+
+    Raises:
+        CalibrationError: which rows are padding could not be followed.
+    """
+    if isinstance(site.shape, ConvShape):
+        marks = output_marks(padding, site, out)
+        return None if marks is None else marks != PAD
+    dims = 0 if isinstance(site.shape, EmbeddingShape) else 1
+    return padding.real(physical(data), f"the input of {site.name}", dims)
+
+
+def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | None:
+    """Marks of a site's output rows (...); of a convolution (items x extents).
+
+    Args:
+        padding: of the pass.
+        site: that was called.
+        out: what it returned.
+
+    Raises:
+        CalibrationError: as :func:`input_mask`.
+    """
+    rows = physical(out, _extents(site))
+    if isinstance(site.shape, ConvShape):
+        rows = rows.movedim(-site.shape.dims - 1, -1)
+    return padding.row_marks(rows, f"the output of {site.name}")
+
+
+def _samples_second(marks: Tensor | None, out: Tensor) -> bool:
+    """Whether the rows of a sample are a column: (positions, batch, features).
+
+    >>> _samples_second(torch.tensor([[2, 3], [2, 1], [2, 1]]), torch.zeros(3, 2, 8))
+    True
+    """
+    if marks is None or marks.dim() != 2 or out.dim() != 3:
+        return False
+    numbers = marks.int()
+    real = numbers > PAD
+    highest = torch.where(real, numbers, 0)
+    lowest = torch.where(real, numbers, int(numbers.max()) + 1)
+
+    def alike(dim: int) -> bool:
+        top = highest.amax(dim)
+        return bool(((top == lowest.amin(dim)) | (top == 0)).all())
+
+    return not alike(1) and alike(0)

@@ -90,21 +90,18 @@ class Traces:
         site: SiteFacts,
         projected: Tensor | None,
         gradient: Tensor,
-        mask: Tensor | None,
         exponent: int,
     ) -> None:
         """The gradient of a call's output, with what was kept of its input.
 
         Gradients in units of a power of two (``2^exponent``) are of predictions that are sure
-        beyond what float32 can tell; nothing is scaled by them.
+        beyond what float32 can tell; nothing is scaled by them.  They are zero at padding.
         """
         if exponent:
             self.apart.add(site.name)
         if projected is None or site.name in self.apart:
             return
         own = self._products(gradient, "output") * projected
-        if mask is not None and gradient.dim() == 3 and gradient.shape[:2] == mask.shape:
-            own = own * mask[..., None]
         sums = own.sum(1)
         waiting = self._pending.get(site.name)
         if waiting is not None and waiting.shape != sums.shape:

@@ -105,48 +105,60 @@ def _spread(data: Tensor, shape: ConvShape) -> tuple[Tensor, tuple[int, ...]]:
 def input_rows(data: Tensor, shape: Shape, mask: Tensor | None) -> Iterator[Tensor]:
     """Rows that an operator is given, without padding.
 
+    Args:
+        data: its input.
+        shape: of the operator.
+        mask: which rows count: (...) of data (..., n); of an embedding, of its look-ups; of a
+            convolution, the positions of its output (items x extents).  None for all.
+
     Yields:
         (positions x n), or look-ups (positions), or for a convolution (g x positions x n/g·k).
     """
     if isinstance(shape, ConvShape):
-        for _, taps, _ in conv_rows(data, None, shape):
-            yield taps.transpose(0, 1).flatten(1, 2)
+        for taps, real in _conv_patches(data, shape, mask):
+            rows = taps.transpose(0, 1).flatten(1, 2)
+            yield rows if real is None else rows[:, real]
     elif isinstance(shape, EmbeddingShape):
-        yield data[mask] if mask is not None and data.shape == mask.shape else data.reshape(-1)
+        yield data.reshape(-1) if mask is None else data[mask]
     else:
         yield _real(data, mask)
 
 
 def output_rows(gradient: Tensor, shape: Shape, mask: Tensor | None) -> Tensor:
-    """Rows that an operator is told: (positions x m), for a convolution (g x positions x m/g)."""
+    """Rows that an operator is told: (positions x m), for a convolution (g x positions x m/g).
+
+    Args:
+        gradient: of its output.
+        shape: of the operator.
+        mask: which rows count: (...) of (..., m); of a convolution (items x extents).
+    """
     if not isinstance(shape, ConvShape):
         return _real(gradient, mask)
     items = gradient.unsqueeze(0) if gradient.dim() < shape.dims + 2 else gradient
     rows = items.reshape(len(items), shape.groups, shape.group_out, -1)
-    return rows.permute(1, 0, 3, 2).flatten(1, 2)
+    rows = rows.permute(1, 0, 3, 2).flatten(1, 2)
+    return rows if mask is None else rows[:, mask.reshape(-1)]
 
 
 def _real(data: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and data.dim() == 3 and data.shape[:2] == mask.shape:
-        return data[mask]
-    return data.reshape(-1, data.shape[-1])
+    return data.reshape(-1, data.shape[-1]) if mask is None else data[mask]
 
 
-def rows_of(out: Tensor, data: Tensor, shape: Shape, mask: Tensor | None) -> int:
-    """How many rows an operator was applied to, without padding.
-
-    Args:
-        out: what it returned.
-        data: what it was given.
-        shape: of the operator.
-        mask: as of :func:`input_rows`.
-    """
-    of = out if isinstance(shape, EmbeddingShape) else data
-    masked = mask is not None and of.dim() == 3 and of.shape[:2] == mask.shape
-    if masked and not isinstance(shape, ConvShape):
-        assert mask is not None
-        return int(mask.sum())
-    return out.numel() // shape.out_features
+def _conv_patches(
+    data: Tensor, shape: ConvShape, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Patches (s x g x l x n/g·k) block by block, and which of them (s·l) count."""
+    if mask is None:
+        for _, taps, _ in conv_rows(data, None, shape):
+            yield taps, None
+        return
+    # One channel a group that says whether a position counts goes along as its gradient.
+    items = mask if mask.dim() > shape.dims else mask.unsqueeze(0)
+    beside = items[:, None].expand(len(items), shape.groups, *items.shape[1:])
+    beside = beside if data.dim() >= shape.dims + 2 else beside[0]
+    for _, taps, real in conv_rows(data, beside, shape):
+        assert real is not None
+        yield taps, real[:, 0, :, 0].reshape(-1)
 
 
 def weight_gradients(data: Tensor, gradient: Tensor, shape: Shape) -> Iterator[Tensor]:

@@ -20,15 +20,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.padding import Padding
 from fxcompress.metric.moments import largest, times_power
-from fxcompress.metric.output import Head, Loss, OutputKind, described, heads, per_prediction
+from fxcompress.metric.output import (
+    VALUES,
+    Head,
+    Loss,
+    OutputKind,
+    described,
+    heads,
+    per_prediction,
+)
 
 FisherKind = Literal["sampled", "exact", "empirical"]
 
@@ -99,7 +108,7 @@ def backward_starts(
     kind: OutputKind,
     fisher: FisherKind,
     loss: Loss | None,
-    mask: Tensor | None,
+    mask: Padding,
     generator: torch.Generator,
 ) -> Starts:
     """The backward passes whose squared gradients add up to the Fisher of a batch.
@@ -110,7 +119,7 @@ def backward_starts(
         kind: the families of the outputs.
         fisher: how the mean over labels is taken.
         loss: the user's own negative log-likelihood, which replaces both.
-        mask: (batch, positions) real positions; the others make no prediction.
+        mask: what is padding in the output; it makes no prediction.
         generator: the source of labels and signs.
 
     Raises:
@@ -119,7 +128,7 @@ def backward_starts(
     """
     if loss is not None:
         return _from_loss(output, batch, loss, mask)
-    found = heads(output, kind)
+    found = heads(output, kind, mask)
     name = described(found, kind)
     if fisher == "exact":
         passes = [start for head in found for start in _exact(head, mask, generator)]
@@ -127,18 +136,25 @@ def backward_starts(
     counts, gradients = [], []
     for head in found:
         if fisher == "sampled":
-            rows, real = _sampled(head, generator), head.real(mask)
+            real = head.real(mask)
+            rows = _sampled(head, real, generator)
         else:
             rows, real = _empirical(head, batch, mask, len(found))
-        if real is not None:
-            rows = rows * real[..., None]
+            if real is not None:
+                rows = rows.masked_fill(~real[..., None], 0)
         gradients.append(rows)
         counts.append(rows[..., 0].numel() if real is None else int(real.sum()))
     return Starts([Start.of(found, gradients)], max(counts), name)
 
 
-def _sampled(head: Head, generator: torch.Generator) -> Tensor:
-    """Gradients of rows (..., C) for labels drawn from the model."""
+def _sampled(head: Head, real: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Gradients of rows (..., C) for labels drawn from the model, zero where nothing is real."""
+    if real is not None:  # by themselves: the others may hold anything
+        rows = torch.zeros_like(_wide(head))
+        if bool(real.any()):
+            some = replace(head, tensor=head.rows(head.tensor.detach())[real])
+            rows[real] = _sampled(some, None, generator).to(rows.dtype)
+        return rows
     f = head.rows(head.tensor.detach().float())
     if head.family == "gaussian":
         # -log N(y; f, I) with y ~ N(f, I): the gradient at f is f - y, standard normal.
@@ -174,7 +190,7 @@ def _bernoulli(head: Head, given: Tensor) -> Tensor:
     return (1 - y) * f.sigmoid() - y * (-f).sigmoid()
 
 
-def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[Start]:
+def _exact(head: Head, mask: Padding, generator: torch.Generator) -> list[Start]:
     """One pass for each column of a root of the Hessian."""
     f = _wide(head)
     columns = f.shape[-1]
@@ -204,14 +220,12 @@ def _exact(head: Head, mask: Tensor | None, generator: torch.Generator) -> list[
             coin = torch.rand(f.shape[:-1], generator=generator, device=f.device)
             rows = rows * ((coin < 0.5).to(rows.dtype) * 2 - 1)[..., None]
         if real is not None:
-            rows = rows * real[..., None]
+            rows = rows.masked_fill(~real[..., None], 0)
         starts.append(Start.of([head], [rows]))
     return starts
 
 
-def _empirical(
-    head: Head, batch: Any, mask: Tensor | None, outputs: int
-) -> tuple[Tensor, Tensor | None]:
+def _empirical(head: Head, batch: Any, mask: Padding, outputs: int) -> tuple[Tensor, Tensor | None]:
     """Gradients of rows for the labels of the data, and which rows have one."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or outputs > 1:
@@ -256,8 +270,8 @@ def _misfit(labels: Tensor, head: Head) -> str:
     )
 
 
-def _from_loss(output: Any, batch: Any, loss: Loss, mask: Tensor | None) -> Starts:
-    """Start from the user's own loss; where a mask fits its values, padding is left out.
+def _from_loss(output: Any, batch: Any, loss: Loss, mask: Padding) -> Starts:
+    """Start from the user's own loss; values at padding are left out.
 
     Raises:
         CalibrationError: the loss fails, is reduced to a scalar, not finite, or not
@@ -269,10 +283,10 @@ def _from_loss(output: Any, batch: Any, loss: Loss, mask: Tensor | None) -> Star
             "loss(output, batch) returned a tensor without a gradient: it has to be computed "
             "from the output, without detach(), argmax() or no_grad()"
         )
-    if not bool(value.isfinite().all()):
+    real = mask.real(value, VALUES, dims=0)
+    if not bool((value if real is None else value[real]).isfinite().all()):
         raise CalibrationError("loss(output, batch) returned NaN or infinite values")
     counted = torch.ones_like(value)
-    if mask is not None and value.shape[:2] == mask.shape:
-        fitted = mask.reshape(*mask.shape, *(1,) * (value.dim() - 2))
-        counted = counted * fitted.to(value.device, value.dtype)
+    if real is not None:
+        counted = counted.masked_fill(~real, 0)
     return Starts([Start((value,), (counted,))], int(counted.sum()), "loss")

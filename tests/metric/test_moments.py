@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
+from fxcompress.graph.padding import NONE
 from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.capture import _Sums
 from fxcompress.metric.memory import free_memory
@@ -171,7 +172,7 @@ def test_a_weight_used_twice_is_summed_before_squaring() -> None:
 def sampled(output: Tensor, kind: Any, generator: torch.Generator) -> Tensor:
     """Gradients at the output for labels drawn from it."""
     starts = backward_starts(
-        output, None, kind=kind, fisher="sampled", loss=None, mask=None, generator=generator
+        output, None, kind=kind, fisher="sampled", loss=None, mask=NONE, generator=generator
     )
     ((gradient,),) = (start.gradients for start in starts.passes)
     return gradient.double()

@@ -11,13 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.marks import sample_marks
+from fxcompress.graph.padding import NONE, Padding
 from fxcompress.metric.output import divergence, heads
 from fxcompress.metric.starts import MOST_COLUMNS, Starts, backward_starts
 
 
+class Masked(Padding):
+    """Values (batch x positions x ...) of which a mask is known."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def row_marks(self, rows: Tensor, where: str, dims: int = 1) -> Tensor:
+        marks = sample_marks(self.mask)
+        shape = rows.shape[: rows.dim() - dims]
+        return marks.reshape(*marks.shape, *(1,) * (len(shape) - 2)).expand(shape)
+
+
 def starts(output: Any, batch: Any = None, **words: Any) -> Starts:
     arguments: dict[str, Any] = {
-        "kind": "auto", "fisher": "sampled", "loss": None, "mask": None,
+        "kind": "auto", "fisher": "sampled", "loss": None, "mask": NONE,
         "generator": torch.Generator().manual_seed(words.pop("seed", 0)),
     }  # fmt: skip
     return backward_starts(output, batch, **{**arguments, **words})
@@ -109,7 +123,7 @@ def test_question_answering_is_recognized() -> None:
 def test_padding_makes_no_prediction(shape: tuple[int, ...], fisher: str) -> None:
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
     kind = "categorical" if len(shape) == 3 else "gaussian"
-    found = starts(torch.randn(shape), mask=mask, fisher=fisher, kind=kind)
+    found = starts(torch.randn(shape), mask=Masked(mask), fisher=fisher, kind=kind)
     assert found.predictions == 7 * (shape[2] if len(shape) == 4 else 1)
     for start in found.passes:
         assert not start.gradients[0][~mask].any()
@@ -177,7 +191,7 @@ def test_labels_of_causal_language_models_are_shifted() -> None:
 def test_a_loss_of_ones_own_leaves_padding_out() -> None:
     f = torch.randn(2, 3, requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    found = starts(f, None, loss=lambda output, batch: output.square(), mask=mask)
+    found = starts(f, None, loss=lambda output, batch: output.square(), mask=Masked(mask))
     assert found.predictions == 3
     assert torch.equal(found.passes[0].gradients[0], mask.float())
 
@@ -263,7 +277,7 @@ def test_divergence_leaves_padding_out_and_adds_outputs_up() -> None:
     torch.manual_seed(0)
     p, q = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    total, predictions = divergence(p, q, mask=mask)
+    total, predictions = divergence(p, q, mask=Masked(mask))
     assert predictions == 3
     assert total == pytest.approx(divergence(p[mask], q[mask])[0])
     both, count = divergence((p, p), (q, q), {"0": "categorical", "1": "gaussian"})

@@ -22,6 +22,8 @@ DECODER = [
     "model.decoder.layers.0.fc1",
     "decoder.block.0.layer.0.SelfAttention.q",
     "transformer.h.0.self_attention.dense",
+    "bert.encoder.layer.0.attention.self.query",
+    "decoder.roberta.encoder.layer.11.output.dense",
 ]
 NOT_DECODER = [
     "lm_head",
