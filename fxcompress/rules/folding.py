@@ -59,7 +59,7 @@ def _merge(
     """Join the groups that are alike but for one place."""
     buckets: dict[tuple[object, ...], list[tuple[_Slot, ...]]] = {}
     for key in groups:
-        is_number = all(part.isdigit() for part in key[place])
+        is_number = all(_is_number(part) for part in key[place])
         # A group that is not to be folded here gets a bucket of its own.
         rest = (key[:place], key[place + 1 :]) if is_number == numbers else (key,)
         buckets.setdefault(rest, []).append(key)
@@ -86,9 +86,14 @@ def _size(key: Sequence[_Slot]) -> int:
 def _slot(slot: _Slot, order: dict[str, int]) -> str:
     if len(slot) == 1:
         return next(iter(slot))
-    if all(part.isdigit() for part in slot):
+    if all(_is_number(part) for part in slot):
         return "{" + _ranges(sorted(int(part) for part in slot)) + "}"
     return "{" + ",".join(sorted(slot, key=lambda part: order[part])) + "}"
+
+
+def _is_number(part: str) -> bool:
+    """Whether a range stands for it: ``01`` is not ``1``."""
+    return part.isdecimal() and part == str(int(part))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -85,6 +85,7 @@ def test_folding() -> None:
         ("a.b", 1),
     )
     assert fold_paths(["h.0.q", "h.1.q", "h.1.k"]) == (("h.{0,1}.q", 2), ("h.1.k", 1))
+    assert fold_paths(["h.01.fc", "h.02.fc"]) == (("h.{01,02}.fc", 2),)  # not h.1.fc
     assert fold_paths([]) == ()
 
 
