@@ -87,8 +87,11 @@ def fold_numbers(texts: Sequence[str]) -> str:
     >>> fold_numbers(["h.0.q reads h.0.x of 2", "h.1.q reads h.1.x of 2", "h.2.q reads h.2.x of 2"])
     'h.{0..2}.q reads h.{0..2}.x of 2'
     """
-    columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
-    slots = iter([index_set(map(int, column)) for column in columns])
+    columns = [dict.fromkeys(column) for column in zip(*map(_NUMBER.findall, texts), strict=True)]
+    slots = iter(
+        index_set(map(int, column)) if all(map(_INDEX.fullmatch, column)) else _word([*column])
+        for column in columns
+    )
     return _NUMBER.sub(lambda found: next(slots), texts[0])
 
 

@@ -87,6 +87,8 @@ def test_folding() -> None:
     assert fold_paths(["h.0.q", "h.1.q", "h.1.k"]) == (("h.{0..1}.q", 2), ("h.1.k", 1))
     # "fc1" has an index as "h.1" has; a number with a zero before it is a name.
     assert fold_paths(["h.0.fc1", "h.0.fc2"]) == (("h.0.fc{1..2}", 2),)
+    assert fold_paths(["h.01.fc", "h.02.fc"]) == (("h.{01,02}.fc", 2),)
+    assert fold_numbers(["h.01 of 2", "h.02 of 2"]) == "h.{01,02} of 2"
     assert fold_paths(["h.01.fc", "h.02.fc", "h.01.fc"]) == (("h.01.fc", 2), ("h.02.fc", 1))
     assert fold_paths([]) == ()
 
