@@ -61,9 +61,14 @@ def main() -> None:
                 f"{plan.budget.predicted:.3f} |"
             )
             print(rows[-1], f"{time.perf_counter() - begin:.0f} s", flush=True)
-    title = f"SmolLM2-135M, preset `decoder`, keep {options.keep:g}; `{Path(__file__).name}`\n\n"
+            write(options.out, options.keep, rows)
+
+
+def write(out: Path, keep: float, rows: list[str]) -> None:
+    """The table so far."""
+    title = f"SmolLM2-135M, preset `decoder`, keep {keep:g}; `{Path(__file__).name}`\n\n"
     text = f"calibrated on {CALIBRATION.stem}, other text is {HELD_OUT.stem}\n\n"
-    options.out.write_text(title + text + HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+    out.write_text(title + text + HEAD + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def with_damping(loaded: LoadedRules, damping: tuple[float, float] | None) -> LoadedRules:
