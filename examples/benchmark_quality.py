@@ -83,7 +83,8 @@ def rules(metric: str, allocation: str, form: str, keep: float) -> LoadedRules:
     )
     text = f"""
 budget: {{keep: {keep}, of: matched, unit: parameters}}
-metric: {{kind: {metric}, damping: {{input: 1.0e-3, output: 1.0e-1}}, output: categorical}}
+metric: {{kind: {metric}, damping: {{input: 1.0e-3, output: 1.0e-1}}, output: categorical,
+         held_back: 0.0}}
 solver: {{allocation: {allocation}}}
 rules:{together}
   - id: decoder-linears
