@@ -346,6 +346,10 @@ def divergence(
     return float(total), predictions
 
 
+ROWS = 256
+"""Predictions whose divergence is computed at once."""
+
+
 def divergence_sum(
     dense: Any,
     other: Any,
@@ -372,12 +376,14 @@ def divergence_sum(
         one, two = (head.rows(head.tensor) for head in (p, q))
         if real is not None:  # before anything is computed: zero times NaN is NaN
             one, two = one[real], two[real]
-        one, two = one.to(dtype), two.to(dtype)
-        if p.scale is not None:
-            one, two = one / p.scale, two / p.scale
-        each = _row_divergence(p.family, one, two)
-        totals.append(each.sum())
-        predictions = max(predictions, each.numel())
+        one, two = (rows.reshape(-1, rows.shape[-1]) for rows in (one, two))
+        # Some rows at a time: over a vocabulary every step takes as much memory as the outputs.
+        for part, other_part in zip(torch.split(one, ROWS), torch.split(two, ROWS), strict=True):
+            first, second = part.to(dtype), other_part.to(dtype)
+            if p.scale is not None:
+                first, second = first / p.scale, second / p.scale
+            totals.append(_row_divergence(p.family, first, second).sum())
+        predictions = max(predictions, len(one))
     return torch.stack(totals).sum(), predictions
 
 
