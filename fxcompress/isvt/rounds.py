@@ -190,7 +190,10 @@ def _require_usable(
     """Run the model on batches that the metric does not look at, so that errors name them now."""
     for place, batch in batches:
         try:
-            objective.sum(found.model, batch)
+            with torch.no_grad():
+                objective.sum(found.model, batch)
+        except CalibrationError as error:  # of the loss or of the values: the model did run
+            raise CalibrationError(f"on calibration batch {place}: {error}") from error
         except Exception as error:
             raise CalibrationError(
                 f"the model rejected calibration batch {place}: {type(error).__name__}: {error}"
@@ -295,7 +298,7 @@ def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -
     """Decompose in full, rewrite, and write down how it went."""
     tick = show.stage("decompose", len(task.found.sites))
     cut = threshold(task.found, state.metrics, task.rules, task.pricings, tick=tick)
-    analysis = replace(cut.analysis, estimate=Estimate(state.calibration))
+    analysis = replace(cut.analysis, estimate=Estimate(state.calibration, damping=task.damping))
     if not inplace:
         rewritten, planned = rewrite(task.private, analysis, task.forward, show)
         return rewritten, _measured(task, rewritten, _described(task, state, planned), show)
@@ -332,7 +335,7 @@ def _measured(task: Task, rewritten: nn.Module, planned: Plan, show: Progress) -
         task.dense, compressed, task.judging,
         kind=task.objective.output, loss=task.loss, forward=task.forward, tick=tick,
     )  # fmt: skip
-    return planned.model_copy(update={"held_back": found, "damping": task.damping})
+    return planned.model_copy(update={"held_back": found})
 
 
 def _described(task: Task, state: State, planned: Plan) -> Plan:

@@ -7,12 +7,14 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompress.analysis import Survey
 from fxcompress.errors import TrainingError
@@ -58,7 +60,8 @@ def fingerprint(
 ) -> dict[str, str]:  # fmt: skip
     """What a run goes on with, or not at all: a digest of everything that it depends on.
 
-    Of a function it is the name and the code; what it reads elsewhere is not seen.
+    Of a function it is the name, the code, and the values that it was made with (defaults,
+    closure, ``partial``); globals that it reads are not seen.
     """
     tensors = [survey.model.state_dict()]
     return {
@@ -70,20 +73,55 @@ def fingerprint(
     }
 
 
-def _code(function: Any) -> str:
-    if function is None:
+def _code(value: Any, above: tuple[int, ...] = ()) -> str:
+    """Digest of a callable: its name and code, and the plain values that it was made with."""
+    if value is None:
         return ""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    code = getattr(function, "__code__", None)
-    return f"{name} {'' if code is None else hashlib.sha256(_bytes(code)).hexdigest()}"
+    parts = None if id(value) in above else _parts(value)
+    if parts is None:
+        return digest_of([value])
+    inner = [_code(part, (*above, id(value))) for part in parts]
+    return hashlib.sha256(" ".join(inner).encode()).hexdigest()
 
 
-def _bytes(code: Any) -> bytes:
-    """The instructions, names and constants of a function, and of those inside of it."""
-    constants = [
-        _bytes(each) if hasattr(each, "co_code") else repr(each).encode() for each in code.co_consts
-    ]
-    return b"|".join([code.co_code, repr(code.co_names).encode(), *constants])
+def _parts(value: Any) -> list[Any] | None:
+    """What tells a callable, or a part of one, from others; None if it is a plain value."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, *sorted(value.keywords), *_sorted(value.keywords)]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        defaults = [*(value.__defaults__ or ()), *_sorted(value.__kwdefaults__ or {})]
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        return [value.__qualname__, value.__code__, *defaults, *cells]
+    if isinstance(value, CodeType):
+        return [value.co_code, " ".join(value.co_names), *value.co_consts]
+    if isinstance(value, tuple):
+        return [*value]
+    if isinstance(value, frozenset):  # its order is another in every process
+        return sorted(value, key=repr)
+    if not callable(value):
+        return None
+    name = getattr(value, "__qualname__", None)
+    if name is not None:  # a class, or not written in Python
+        return [name]
+    state = value.state_dict() if isinstance(value, nn.Module) else {}
+    plain = {k: v for k, v in vars(value).items() if isinstance(v, PLAIN) and k != "training"}
+    return [type(value).__qualname__, state, plain]
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _sorted(values: Mapping[str, Any]) -> list[Any]:
+    return [values[name] for name in sorted(values)]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
 
 
 def write(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,10 @@ import fxcompress
 from fxcompress import CalibrationError, TrainingError
 from fxcompress.isvt import rounds as running
 from fxcompress.isvt.objective import Objective, fitting
+from fxcompress.isvt.saved import fingerprint
 from fxcompress.plan import plan_of
 from fxcompress.rules import LoadedRules
-from tests.isvt.problems import rules
+from tests.isvt.problems import Problem, rules
 
 SOLVER = {"rounds": 4, "steps": 4}
 
@@ -123,6 +128,71 @@ def test_a_checkpoint_of_another_run_is_refused(other: str, tmp_path: Path) -> N
     run(network(), rules(0.3, **SOLVER), batches(), forward=_plain, checkpoint=tmp_path)
 
 
+def _scaled(factor: float) -> Callable[[Any, Any], Any]:
+    return lambda model, batch: model(factor * batch)
+
+
+def _by_default(factor: float) -> Callable[[Any, Any], Any]:
+    def forward(model: Any, batch: Any, factor: float = factor) -> Any:
+        return model(factor * batch)
+
+    return forward
+
+
+class _Method:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return model(self.factor * batch)
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        return model(self.factor * batch)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        _scaled, _by_default, _Method, lambda factor: _Method(factor).forward,
+        lambda factor: partial(_scaled, factor), lambda factor: partial(_scaled, factor=factor),
+        lambda factor: nn.CrossEntropyLoss(label_smoothing=factor),
+        lambda factor: nn.CrossEntropyLoss(weight=torch.full((3,), factor)),
+    ],
+)  # fmt: skip
+def test_functions_made_with_other_values_are_others(made: Callable[[float], Any]) -> None:
+    found = Problem.of(network(), rules(0.3), batches(count=1)).found
+    one, again, other = (fingerprint(found, [], made(f), None) for f in (0.5, 0.5, 0.25))
+    assert one == again != other
+
+
+def test_a_function_is_the_same_in_every_process() -> None:
+    """Sets of strings have another order in each."""
+    program = """if True:
+        from fxcompress.isvt.saved import _code
+        print(_code(lambda model, batch: model(batch) if batch in {"a", "b", "c", "d"} else None))
+    """
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        for seed in "123"
+    ]  # fmt: skip
+    told = {process.communicate()[0] for process in started}
+    assert len(told) == 1
+    assert told != {""}
+
+
+@pytest.mark.parametrize("held_back", [0.0, 0.125])
+def test_the_plan_says_the_damping_that_was_given(held_back: float) -> None:
+    loaded = rules(0.3, **SOLVER)
+    damping = loaded.rules.metric.damping.model_copy(update={"input": 0.5, "output": 0.25})
+    loaded = with_metric(loaded, damping=damping, held_back=held_back)
+    assert plan_of(run(network(), loaded, batches())).damping == (0.5, 0.25)
+    undamped = with_metric(loaded, kind="euclidean")
+    assert plan_of(run(network(), undamped, batches())).damping == ()
+
+
 @pytest.mark.parametrize("how", [SOLVER, {"correct": True}], ids=["steps", "correct"])
 def test_nothing_is_kept_of_a_run(how: dict[str, Any]) -> None:
     model, given = network(), batches()
@@ -145,6 +215,20 @@ def test_errors_name_the_batch(
     given[at] = torch.randn(8, 31) if kind == "width" else torch.full((8, 32), torch.nan)
     with pytest.raises(CalibrationError, match=f"calibration batch {at}\\b"):
         run(network(), with_metric(rules(0.3, **how), **metric), given)
+
+
+@pytest.mark.parametrize("metric", [{"kind": "euclidean"}, {"batches": 1}, {}], ids=str)
+def test_errors_of_the_loss_name_the_batch(metric: dict[str, Any]) -> None:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        if len(batch) == 63:
+            raise ValueError("too few")
+        return -output.log_softmax(-1)[:, 0]
+
+    given = batches()
+    given[5] = given[5][:63]
+    loaded = with_metric(rules(0.3, **SOLVER, objective="task"), **metric)
+    with pytest.raises(CalibrationError, match=r"^on calibration batch 5: loss.*too few"):
+        run(network(), loaded, given, loss=loss)
 
 
 class Fixed(nn.Module):
