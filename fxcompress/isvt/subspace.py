@@ -21,21 +21,23 @@ than the best one of its rank.  How much more, is bounded by the products ``E = 
 which vanish if Q is invariant under ``H = S Sᵀ``.  Let the columns of Q be the Ritz vectors,
 ``θ_i = σ_i(B)²``, and k <= s <= p.  In the basis of the first s of them and its complement
 
-    H = | Θ_s  E_sᵀ |  <=  | Θ_s + E_sᵀE_s/δ      0     |       for every δ > 0,
-        | E_s   H'  |      |        0          H' + δ·I |
+    H = | Θ_s  E_sᵀ |      with  H' <= τ = θ_{s+1} + ‖R‖₂²       (0 for θ_{p+1}).
+        | E_s   H'  |
 
-as the difference is positive semi-definite (its Schur complement is 0), and ``H' <= θ_{s+1} +
-‖R‖₂²`` (0 for θ_{p+1}).  With ``δ = θ_k - θ_{s+1} - ‖R‖₂²``, if that is positive, the k largest
-eigenvalues on the right are at most the sum of those of its first block (Fan), so that
+Let θ_s > τ.  The eigenvalues of H beyond the first s are at most τ (Weyl), and below Θ_s they are
+those of ``H' - E_s (Θ_s - λ)⁻¹ E_sᵀ`` (inertia of its Schur complement), so that none is below that
+of ``H' - E_s (Θ_s - τ)⁻¹ E_sᵀ`` of the same index.  Those from k + 1 to s are at least θ_{k+1} to
+θ_s (Cauchy).  The sum of both is what the best approximation of rank k loses, twice:
 
-    Σ_{i<=k} σ_i(S)²  <=  Σ_{i<=k} θ_i + ‖E_s‖²_F / (θ_k - θ_{s+1} - ‖R‖₂²).
+    Σ_{i>k} σ_i(S)²  >=  Σ_{k<i<=p} θ_i + ‖R‖²_F  -  Σ_{i<=s} ‖E e_i‖² / (θ_i - τ).
 
 Without a gap, Fan's inequality for ``BᵀB + RᵀR`` leaves ``min(‖R‖²_F, k ‖R‖₂²)`` in its place.
 
 All of it is computed in floating point, with R as it came out: products of S err by a multiple of
 ``ε ‖S‖_F`` (:data:`ROUNDING`), which is added to the norms wherever they bound something.  Rows of
 B that are orthogonal to rounding only, ``B Bᵀ = Θ^½ (I + Z) Θ^½``, change eigenvalues by ``‖Z‖₂``
-of their size at most (Ostrowski), which for all beyond k is that part of the loss.
+of their size at most (Ostrowski), which for all beyond k is that part of the loss; rows so small
+that rounding is more of them than that are turned by it, with a loss of its square each.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from torch import Tensor
 
 from fxcompress.metric.moments import normalized
 
-ROUNDING = 16.0
+ROUNDING = 12.0
 """Units of rounding, relative to ‖S‖_F, by which norms of products with S may be wrong: 11 is the
 most that was seen up to 576 x 1536, with spectra over fifteen orders of magnitude."""
 
@@ -64,7 +66,7 @@ class Leading:
         right: ``leftᵀ S`` (p x n), whose rows are orthogonal and have the norms ``sigma``.
         rest: squared Frobenius norm of ``R = S - left @ right``.
         residual: upper bound on its spectral norm, but for rounding; 0 if nothing is left.
-        leaks: squared norms of ``R @ right[i]`` (p), float64: 0 where a component is one of S.
+        leaks: norms of ``R @ right[i]`` (p), float64: 0 where a component is one of S.
         rounding: by which norms may be wrong, one component or all of R.
         mixed: the same of cosines between rows of ``right``, which should be 0.
     """
@@ -99,22 +101,22 @@ class Leading:
         """
         if rank == 0:
             return 0.0
-        theta, missed = self.sigma.square(), (self.residual + self.rounding) ** 2
+        theta, missed = self.sigma.square().cpu(), (self.residual + self.rounding) ** 2
         most = min((math.sqrt(self.rest) + self.rounding) ** 2, rank * missed)
-        leaks = (self.leaks.sqrt() + self.rounding * self.sigma).square().cumsum(0)[rank - 1 :]
-        beyond = torch.cat([theta[rank:], theta.new_zeros(1)])
-        gaps = theta[rank - 1] - beyond - missed
-        open_ = gaps > 0
-        if bool(open_.any()):
-            most = min(most, float((leaks[open_] / gaps[open_]).min()))
-        return 0.5 * (most + self.mixed * float(theta[rank:].sum()) + rank * self.rounding**2)
+        leaks = (self.leaks + self.rounding * self.sigma).cpu()
+        for s in range(rank, len(theta) + 1):
+            tau = missed + (float(theta[s]) if s < len(theta) else 0.0)
+            if float(theta[s - 1]) > tau:
+                most = min(most, float((leaks[:s] / (theta[:s] - tau).sqrt()).square().sum()))
+        mixed = self.mixed * float(theta[rank:].sum()) + rank * self.rounding**2
+        return 0.5 * (most + mixed)
 
     def times(self, factor: float) -> Leading:
         """Those of a multiple of the matrix; the factor is positive."""
         return Leading(
             self.left, self.sigma * factor, self.right * factor,
             self.rest * factor * factor, self.residual * factor,
-            self.leaks * factor**2 * factor**2, self.rounding * factor, self.mixed,
+            self.leaks * factor * factor, self.rounding * factor, self.mixed,
         )  # fmt: skip
 
     def loss(self) -> Tensor:
@@ -161,7 +163,7 @@ def leading(matrix: Tensor, basis: Tensor, iterations: int = 1, *, tight: bool =
     # The norm of S: squares of the parts, in float64.
     unit = ROUNDING * torch.finfo(matrix.dtype).eps
     rounding = unit * math.sqrt(float(sigma.square().sum()) + rest)
-    leaks = (remainder @ right.T).double().square().sum(0)
+    leaks = (remainder @ right.T).double().norm(dim=0)
     return Leading(left, sigma, right, rest, residual, leaks, rounding, unit)
 
 

@@ -209,3 +209,15 @@ def test_rounding_is_allowed_for(spike: float, decades: int, start: str) -> None
     for rank in (1, 10, p):
         gap = lost(s, found, rank) - least(true, rank)
         assert found.excess(rank) >= gap - 1e-14 * spike**2
+
+
+def test_rounding_does_not_make_the_bound_useless_where_little_is_lost() -> None:
+    """A metric stretches singular values over decades: the largest have gaps of their own."""
+    m, n, rank = 192, 288, 80
+    before = matrix(m, n, torch.arange(1, rank + 1, dtype=torch.float64) ** -1.6)
+    noise = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).double()
+    s = before + 2e-6 * noise
+    found = leading(s.float(), torch.linalg.svd(before).Vh[: rank + 8].T.float())
+    best = least(torch.linalg.svdvals(s), rank)
+    assert best < 1e-7 * float(s.square().sum())
+    assert found.excess(rank) < 0.01 * best
