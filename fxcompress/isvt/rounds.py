@@ -152,7 +152,9 @@ def _begin(
     usable = training if division.held else batches
     measured = [*limited(usable, spec.batches, None)[0]]
     estimated = estimate(found, measured, division, loss, forward, show)
-    seen = {id(batch) for batch in (*measured, *division.held)} if METRICS[spec.kind].needs else {}
+    seen = (
+        {id(batch) for batch in (*measured, *division.held)} if METRICS[spec.kind].backward else {}
+    )
     _require_usable(
         found, objective, [(at, b) for at, b in enumerate(batches) if id(b) not in seen]
     )
@@ -187,11 +189,13 @@ def _begin(
 def _require_usable(
     found: Survey, objective: Objective, batches: Iterable[tuple[int, Any]]
 ) -> None:
-    """Run the model on batches that the metric does not look at, so that errors name them now."""
+    """Run the model on batches whose outputs the metric does not see, so that errors name them."""
     for place, batch in batches:
         try:
             with torch.no_grad():
-                objective.sum(found.model, batch)
+                value, _ = objective.sum(found.model, batch)
+            if not bool(value.isfinite()):
+                raise CalibrationError("the objective of the dense model is not finite")
         except CalibrationError as error:  # of the loss or of the values: the model did run
             raise CalibrationError(f"on calibration batch {place}: {error}") from error
         except Exception as error:

@@ -281,3 +281,39 @@ def test_they_are_not_cut_into_pieces(name: str) -> None:
     assert fitting(objective, MODELS[name](), batches()[0], 1.0) is None
     plain = Objective(network(), None, "categorical", None)
     assert fitting(plain, network(), batches()[0], 1.0) == 1
+
+
+@pytest.mark.parametrize("how", [SOLVER, {"correct": True}], ids=["steps", "correct"])
+@pytest.mark.parametrize("kind", ["euclidean", "activation", "kfac"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_outputs_that_are_not_finite_name_the_batch(
+    kind: str, at: int, how: dict[str, Any]
+) -> None:
+    """Also where the metric looks at inputs only, and these are fine."""
+
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x)
+            return out / (0.0 if float(x.max()) > 50 else 1.0)
+
+    given = batches()
+    given[at][3, 4] = 60.0
+    with pytest.raises(CalibrationError, match=f"calibration batch {at}\\b"):
+        run(Overflowing().eval(), with_metric(rules(0.3, **how), kind=kind), given)
+
+
+@pytest.mark.parametrize("kind", ["euclidean", "activation", "kfac"])
+def test_a_loss_that_is_not_finite_names_the_batch(kind: str) -> None:
+    given = batches()
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        value = torch.nn.functional.cross_entropy(output, output.argmax(1), reduction="none")
+        return value * torch.nan if torch.equal(batch, given[3]) else value
+
+    loaded = with_metric(rules(0.3, rounds=4, steps=4, objective="task"), kind=kind)
+    with pytest.raises(CalibrationError, match=r"calibration batch 3\b"):
+        run(network(), loaded, given, loss=loss)
