@@ -167,7 +167,8 @@ def estimate(
     """
     spec = found.rules.rules.metric
     metric = METRICS[spec.kind]
-    calibrated = calibrated_on(found, batches, division.count, loss, forward, show, division.places)
+    total = len(batches) if isinstance(batches, Sequence) else division.count
+    calibrated = calibrated_on(found, batches, total, loss, forward, show, division.places)
     held = division.held if metric.needs else division.untouched()
     moments: Mapping[str, Moments] = {}
     if held and metric.needs:

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -174,6 +175,7 @@ def choose_damping(
     probes = [usable[place] for place in places]
     needs = tuple(factor is not None for factor in metric.factors(moments[probes[0].name]))
 
+    @cache
     def lost(damping: tuple[float, float]) -> float:
         whiteners = Whiteners(damping)
         return math.fsum(_lost(model, probe, metric, moments, held, whiteners) for probe in probes)
@@ -197,12 +199,11 @@ def _lost(
     """Loss of a site on the data held back, at half of the ranks that it may have."""
     weight = canonical_weight(model.get_submodule(site.name)).detach()
     target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
-    name, form = next(iter(site.forms.items()))
-    ranks = site.ranks(name)
+    form = next(iter(site.forms))
+    ranks = site.ranks(form)
     if not len(ranks):
         return 0.0
     rank = ranks[len(ranks) // 2]
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
-    wide = [factor.to(torch.float64) for factor in form.factors(target, at)]
-    change: Tensor = form.product(site.shape, wide) - weight.to(torch.float64)
+    change = site.approximated(form, target, at) - weight.to(torch.float64)
     return undamped_loss(metric, site.shape, held[site.name], change)

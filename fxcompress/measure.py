@@ -46,7 +46,7 @@ from fxcompress.metric.output import (
     loss_sum,
 )
 from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
-from fxcompress.report.progress import stages
+from fxcompress.report.progress import Progress, stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
 from fxcompress.wrappers import unwrapped
@@ -128,27 +128,34 @@ def measure(
 
 def measure_whole(
     dense: nn.Module,
-    compressed: nn.Module,
+    small: nn.Module,
     batches: Sequence[Any],
     *,
     kind: OutputKind,
     loss: Loss | None,
     forward: Forward | None,
-    tick: Callable[[], None],
-) -> HeldBack:
+    show: Progress,
+) -> HeldBack | None:
     """A compressed model beside the dense one, on batches that it was not fitted to.
 
     Args:
-        dense, compressed: in eval mode; only read.
-        batches: at least one.
+        dense: a copy of ours, which is left in eval mode.
+        small: the compressed model, in any mode; only read.
+        batches: None is returned if there are none.
         kind: families of the outputs.
         loss: the user's; then the rise of its mean is measured instead of the divergence.
         forward: as of :func:`measure`.
-        tick: called after every forward pass.
+        show: told of the stage.
 
     Raises:
         CalibrationError: a batch on which a model fails or is not finite.
     """
+    if not batches:
+        return None
+    tick = show.stage("measure", 2 * len(batches))
+    compressed = skeleton(small)
+    for each in (dense, compressed):
+        nn.Module.train(each, False)
     sums, counts, output = [], [], "loss"
     with torch.no_grad():
         for index, batch in enumerate(batches):

@@ -16,6 +16,7 @@ from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
 from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.operator import Operator
+from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
 from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS, Metric
@@ -144,10 +145,7 @@ def _approximated(analysis: Analysis, site: Site, entry: SitePlan) -> Tensor:
     """The dense weight (canonical layout, float64) that the form of a site stands for."""
     chosen, rank = entry.choice
     if not entry.bundle:
-        form, target = site.forms[chosen], analysis.decomposed.sites[site.name].target
-        return form.product(
-            site.shape, [factor.to(torch.float64) for factor in form.factors(target, rank)]
-        )
+        return site.approximated(chosen, analysis.decomposed.sites[site.name].target, rank)
     (members,) = (each.sites for each in analysis.bundles if each.name == entry.bundle)
     left, right = analysis.decomposed.bundles[entry.bundle].target.truncations().factors(rank)
     part = torch.split(left, [member.out_features for member in members])[members.index(site)]
@@ -411,8 +409,7 @@ def _unseen_reason(model: nn.Module, name: str, facts: Weight, ran: Mapping[str,
         ran: operators of the modules that were called as one, by path.
     """
     owner = name.rpartition(".")[0]
-    above = [owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", ".")]
-    if any(ran.get(path) == "script_module" for path in above):
+    if any(ran.get(path) == "script_module" for path in (owner, *above(owner))):
         return (
             "it is part of a TorchScript program, which hides its operators: compress the model "
             "before that is scripted"

@@ -71,14 +71,11 @@ def rewrite(
         rewritten = own_parameters(rewritten, model)
     planned = foreseen(analysis, planned)
     held = analysis.estimate.held_back
-    measured = None
-    if held.batches:
-        tick = show.stage("measure", 2 * len(held.batches))
-        compressed = nn.Module.train(skeleton(rewritten), False)
-        measured = measure_whole(
-            analysis.model, compressed, held.batches,
-            kind=analysis.rules.rules.metric.output, loss=held.loss, forward=forward, tick=tick,
-        )  # fmt: skip
+    measured = measure_whole(
+        analysis.model, rewritten, held.batches,
+        kind=analysis.rules.rules.metric.output, loss=held.loss, forward=forward, show=show,
+    )  # fmt: skip
+    if measured is not None:
         notes += parted(planned, measured)
     counted = planned.model_after.model_copy(update={"macs": after.macs})
     more = after.macs - planned.model_after.macs

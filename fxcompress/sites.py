@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompress.budget import permitted_ranks
 from fxcompress.forms import (
@@ -24,7 +24,7 @@ from fxcompress.forms import (
     find_form,
     find_joint_form,
 )
-from fxcompress.forms.target import Ranks
+from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording, Weight
 from fxcompress.modules import shape_of
 from fxcompress.plan import ZERO, Size
@@ -76,6 +76,12 @@ class Site:
         """The same at a rank of a form that the site may take by itself."""
         counts = self.counts(form, np.array([rank], dtype=np.int64))
         return Size(**{unit: int(count[0]) for unit, count in counts.items()})
+
+    def approximated(self, form: str, target: Target, rank: Any) -> Tensor:
+        """The dense weight (canonical layout, float64) that a form stands for at a rank."""
+        chosen = self.forms[form]
+        factors = [factor.to(torch.float64) for factor in chosen.factors(target, rank)]
+        return chosen.product(self.shape, factors)
 
     def ranks(self, form: str) -> Ranks:
         """The ranks of a form that the rule permits; none if it does not fit the shape."""

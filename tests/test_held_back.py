@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,20 @@ def test_every_compile_measures_the_model(kind: str, inplace: bool) -> None:
     text = str(fxcompress.diff(model if inplace else net(), small)).splitlines()
     assert text[1].startswith("KL to the dense model 0.") or "e-" in text[1]
     assert "2 batches held back (128 predictions)" in text[1]
+
+
+@pytest.mark.parametrize("how", [{}, {"rounds": 2, "steps": 2}], ids=["once", "rounds"])
+def test_a_model_in_training_mode_is_measured_in_eval_mode(how: dict[str, int]) -> None:
+    def dropping(training: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 48), nn.Dropout(0.5), nn.Linear(48, 10)).train(training)
+
+    loaded = rules(0.6, metric=HELD)
+    solver = loaded.rules.solver.model_copy(update=how)
+    loaded = replace(loaded, rules=loaded.rules.model_copy(update={"solver": solver}))
+    learning, still = (compiled(dropping(mode), loaded, data(8)) for mode in (True, False))
+    assert learning.training
+    assert plan_of(learning).held_back == plan_of(still).held_back
 
 
 def test_a_metric_without_data_is_measured_on_the_first_batches() -> None:

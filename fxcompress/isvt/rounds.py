@@ -331,13 +331,9 @@ def _measured(task: Task, rewritten: nn.Module, planned: Plan, show: Progress) -
 
     Steps were accepted by what they do to these batches, so it is a slightly kind measure.
     """
-    if not task.held_back:
-        return planned
-    tick = show.stage("measure", 2 * len(task.judging))
-    compressed = nn.Module.train(skeleton(rewritten), False)
     found = measure_whole(
-        task.dense, compressed, task.judging,
-        kind=task.objective.output, loss=task.loss, forward=task.forward, tick=tick,
+        task.dense, rewritten, task.judging if task.held_back else (),
+        kind=task.objective.output, loss=task.loss, forward=task.forward, show=show,
     )  # fmt: skip
     return planned.model_copy(update={"held_back": found})
 

@@ -24,13 +24,14 @@ from fxcompress.metric.moments import (
     ScaledSum,
     Statistic,
     finish_together,
+    is_root,
     normalized,
     times_power,
     unit_mean,
 )
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
-from fxcompress.metric.pooled import Traces, is_root
+from fxcompress.metric.pooled import Traces
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
 
 
@@ -39,8 +40,7 @@ class Calibration:
     """The outcome of the data pass.
 
     Attributes:
-        moments: per site name, of sites that data came to; sites with one input share one
-            ``Moments.input`` tensor.
+        moments: per site name; sites with one input share one ``Moments.input`` tensor.
         batches: number of batches seen.
         predictions: number of predictions that the Fisher is a mean over.
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.

@@ -56,6 +56,11 @@ class Moments:
     units: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
+def is_root(moment: Tensor) -> bool:
+    """Whether it is a root of few rows (r x d), r < d, of a second moment."""
+    return moment.dim() == 2 and len(moment) < moment.shape[1]
+
+
 class ScaledSum:
     """Running sum of float64 tensors times powers of four; finite whatever their size.
 

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.forms.shape import LinearShape
+from fxcompress.metric.moments import is_root
 from fxcompress.metric.passes import SiteFacts
 
 PROBES = 64
@@ -154,8 +155,3 @@ def trace(moment: Tensor) -> float:
     if is_root(moment):
         return float(moment.square().sum())
     return float(moment.diagonal().sum())
-
-
-def is_root(moment: Tensor) -> bool:
-    """Whether it is a root of few rows (r x d), r < d, of a second moment."""
-    return moment.dim() == 2 and len(moment) < moment.shape[1]

@@ -27,8 +27,7 @@ from fxcompress.forms.target import (
 )
 from fxcompress.metric.elementwise import Elementwise
 from fxcompress.metric.metric import Factor, Metric
-from fxcompress.metric.moments import Moments
-from fxcompress.metric.pooled import is_root
+from fxcompress.metric.moments import Moments, is_root
 from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
 from fxcompress.metric.split import SplitTruncations
 from fxcompress.metric.tucker import TuckerTruncations

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxcompress.metric.moments import is_root
+
 FLOOR = 1e-9
 """Eigenvalues are raised to this fraction of the mean eigenvalue, so that inverses exist."""
 
@@ -164,7 +166,7 @@ def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whiten
     if factor is None:
         return Whitener()
     factor = factor.to(torch.float64)
-    if factor.dim() == 2 and len(factor) < factor.shape[1]:
+    if is_root(factor):
         return _whitener_of_few(factor, damping, unit)
     diagonal = factor if factor.dim() == 1 else factor.diagonal()
     if not bool(factor.isfinite().all()):

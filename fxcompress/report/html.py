@@ -99,7 +99,7 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         budget=[*summary.budget_lines(plan), summary.predicted_line(plan)],
         held_back=plan.held_back,
         held_back_name=summary.held_back_name(plan),
-        held_back_line=summary.held_back_line(plan),
+        not_held_back=summary.not_held_back(plan),
         fidelity=plan.fidelity,
         fidelity_lines=summary.fidelity_lines(plan),
         scatter=fidelity_scatter(plan),

@@ -116,10 +116,14 @@ def held_back_line(plan: Plan) -> str:
     """
     found = plan.held_back
     if found is None:
-        why = "no calibration batch was held back" if plan.after else "nothing is rewritten yet"
-        return f"{held_back_name(plan)}: not measured ({why})"
+        return f"{held_back_name(plan)}: not measured ({not_held_back(plan)})"
     value = with_error(found.measured, found.error)
     return f"{held_back_name(plan)} {value} {LOSS_IN_NATS}, on {held_back_data(found)}"
+
+
+def not_held_back(plan: Plan) -> str:
+    """Why nothing was measured on batches held back."""
+    return "no calibration batch was held back" if plan.after else "nothing is rewritten yet"
 
 
 def held_back_name(plan: Plan) -> str:
