@@ -19,7 +19,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ if __name__ == "__main__":
 import fxcompress
 from fxcompress.errors import LoadError
 from fxcompress.rules.loader import parse_rules
+from tests.watching import watcher
 
 WEIGHTS = "model.fxcompress.safetensors"
 
@@ -161,8 +161,6 @@ def renamed(rng: random.Random, plan: Any) -> tuple[Any, dict[str, str]]:
 
 # ---- watching -------------------------------------------------------------------------
 
-_watching = [False]
-_events: list[str] = []
 _SAFE = ("object.", "sys._getframe", "code.__new__", "builtins.id", "gc.")
 _CALLS = {"torch.cat", "torch.index_select", "torch._C._nn.linear", "torch.conv1d", "getattr"}
 _NODES = (
@@ -198,39 +196,27 @@ def harmless(source: str) -> bool:
     return True
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching[0] or event.startswith(_SAFE):
-        return
+def _expected(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event.startswith(_SAFE):
+        return True
     if event == "compile":
         source, name = arguments
         text = source.decode() if isinstance(source, bytes) else source
         if str(name).startswith("<eval_with_key>") and isinstance(text, str) and harmless(text):
-            return
-        if name == "<unknown>" and sys._getframe(1).f_code.co_filename == ast.__file__:
-            return  # harmless() itself
-    if event == "exec" and arguments[0].co_filename.startswith("<eval_with_key>"):
-        return  # compiled above
-    if event == "open" and str(arguments[1]).startswith("r") and _own(arguments[0]):
-        return
-    _events.append(f"{event} {arguments!r:.300}")
+            return True
+        caller = sys._getframe(2).f_code.co_filename  # of the hook that asks
+        return bool(name == "<unknown>" and caller == ast.__file__)  # harmless() itself
+    if event == "exec":
+        return bool(arguments[0].co_filename.startswith("<eval_with_key>"))  # compiled above
+    return event == "open" and str(arguments[1]).startswith("r") and _own(arguments[0])
 
 
 def _own(path: Any) -> bool:
     return Path(str(path)).name in ("plan.json", WEIGHTS)
 
 
-sys.addaudithook(_audit)
-
-
-@contextmanager
-def watched() -> Iterator[list[str]]:
-    """What happens beside the expected."""
-    _events.clear()
-    _watching[0] = True
-    try:
-        yield _events
-    finally:
-        _watching[0] = False
+watched = watcher(_expected)
+"""Collects what happens beside the expected."""
 
 
 class Largest(TorchDispatchMode):

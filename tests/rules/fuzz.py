@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import fxcompress  # noqa: F401  (registers the forms)
 from fxcompress.errors import RuleError
 from fxcompress.rules import LoadedRules, parse_rules
+from tests.watching import watcher
 
 ROOT = Path(__file__).parents[2]
 NAME = "r.yaml"
@@ -312,27 +313,8 @@ def text_of(number: int, seed: int) -> tuple[str, str]:
 EXPECTED = ("compile", "object.__getattr__", "sys._getframe")
 """Audit events of reading rules: ``ast.parse`` compiles a text to a tree, which is not run."""
 
-_watching = [False]
-_events: list[str] = []
-
-
-def _audit(event: str, arguments: tuple[object, ...]) -> None:
-    if _watching[0] and event not in EXPECTED:
-        _events.append(f"{event} {arguments!r:.200}")
-
-
-@contextmanager
-def watched() -> Iterator[list[str]]:
-    """Collects what reading does beside reading: import, open, exec, subprocess and the like."""
-    _events.clear()
-    _watching[0] = True
-    try:
-        yield _events
-    finally:
-        _watching[0] = False
-
-
-sys.addaudithook(_audit)
+watched = watcher(lambda event, _: event in EXPECTED)
+"""Collects what reading does beside reading: import, open, exec, subprocess and the like."""
 
 
 @contextmanager
