@@ -82,7 +82,7 @@ class Document:
     @cached_property
     def links(self) -> list[str]:
         """Targets of links and pictures."""
-        return _LINK.findall(re.sub(r"`[^`]*`(?!\])", "", self.prose))
+        return _LINK.findall(re.sub(r"`[^`]*`", "code", self.prose))
 
     @cached_property
     def anchors(self) -> set[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fxcompress import latency
-from fxcompress.latency import Entry
+from fxcompress.pipeline import latency
+from fxcompress.pipeline.latency import Entry
 
 CALLS = {"pivoted": 4, "tucker2": 3}
 """Calls of a form's body that count; two for the others."""

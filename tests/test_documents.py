@@ -1,4 +1,4 @@
-"""What README and ``docs/`` show is what the package does: every block runs, every link leads on."""
+"""What README and ``docs/`` show is what the package does: blocks run, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import transformers
 import typer
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 

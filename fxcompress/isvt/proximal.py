@@ -8,7 +8,8 @@ objective falls with every step, and fixed points are critical (arXiv 2507.09428
 
 α = 1 is *not* safe for the KL divergence, although M is its Hessian in the K-FAC approximation;
 and with few tokens the step is mostly sampling noise in the many directions of small
-curvature (README, "Rounds").  Steps are backtracked, so that costs time and not the model.
+curvature (docs/training.md says more).  Steps are backtracked, so that costs time and not the
+model.
 """
 
 from __future__ import annotations

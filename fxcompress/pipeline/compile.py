@@ -1,7 +1,7 @@
 """``compile`` and ``plan``: the stages in order.
 
 record → match → calibrate → spectrum → budget → rewrite, each a function over frozen values
-(README, "How it works").  The model that was given is only read;
+(docs/how-it-works.md).  The model that was given is only read;
 all work happens on a copy of its structure that shares its parameters until the end.
 """
 
@@ -15,19 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fxcompress.analysis import analyse, match_model, working_copy
 from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import record
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
-from fxcompress.plan import Plan, attach_plan
-from fxcompress.planning import foreseen, make_plan
-from fxcompress.report.progress import stages
-from fxcompress.rewriting import rewrite
+from fxcompress.pipeline.analysis import analyse, match_model, working_copy
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decide import foreseen, make_plan
+from fxcompress.plans.plan import Plan, attach_plan
+from fxcompress.progress import stages
 from fxcompress.rules import Explanation, Rules, read_rules, with_keep
 from fxcompress.rules.diagnostics import choices, suggest
-from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
