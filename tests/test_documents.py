@@ -39,7 +39,13 @@ LANGUAGES = {"console", "python", "text", "toml", "yaml"}
 FILES = {b.file: b.text for page in GUIDES for b in page.of("yaml") if b.file is not None}
 HUB = "HuggingFaceTB/SmolLM2-135M"
 BOOK = ROOT / "examples" / "data" / "moby_dick.txt"
-SCHEMA = json.loads(next(Path(fxcompress.__file__).parent.rglob("schema.json")).read_text("utf-8"))
+PACKAGE = ROOT / "fxcompress"
+SCHEMA = json.loads(next(PACKAGE.rglob("schema.json")).read_text("utf-8"))
+
+COMING = {"rules/language/", "rules/language/schema.py", "rules/language/vocabulary.py"} | {
+    *("rules/matching/", "report/units.py", "report/columns.py")
+}
+"""Files that CONTRIBUTING names and the layout does not have yet."""
 
 
 def each(pages: list[Document]) -> pytest.MarkDecorator:
@@ -217,7 +223,7 @@ def python(arguments: list[str]) -> None:
         runpy.run_path(script, run_name="__main__")
 
 
-@each(PAGES)
+@each([page for page in PAGES if page.name != "CHANGELOG.md"])  # which tells of the past, too
 def test_code_in_lines_is_of_things_that_exist(page: Document) -> None:
     """Commands as in blocks, and paths."""
     for code in page.inline:
@@ -225,8 +231,9 @@ def test_code_in_lines_is_of_things_that_exist(page: Document) -> None:
             may_be_typed(shlex.split(code))
         elif re.match(r"fxcompress( |$)", code):
             verb_and_options(code.split()[1:])
-        elif re.fullmatch(r"(tests|examples|rules|docs)/[\w./-]*", code):
-            assert (ROOT / code).exists(), f"{page.name}: {code}"
+        elif re.fullmatch(r"[a-z][\w-]*/[\w./-]*", code) and not code.startswith("out/"):
+            there = any((root / code).exists() for root in (ROOT, PACKAGE))
+            assert there != (code in COMING), f"{page.name}: {code}"
 
 
 def verb_and_options(words: list[str]) -> None:
