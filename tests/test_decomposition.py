@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
 from fxcompress.forms import Form, LinearShape, Target, find_form, find_joint_form
 from fxcompress.metric import METRICS, Moments
+from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.sites import Site, SiteBundle
 from fxcompress.rules import Match
 from fxcompress.rules.result import Bundle
-from fxcompress.sites import Site, SiteBundle
 from tests.full_rank import random_spd
 
 N, WIDTHS = 7, (6, 3, 4)

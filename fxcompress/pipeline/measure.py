@@ -25,9 +25,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis import iterate, working_copy
 from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
-from fxcompress.fidelity import assess, mean_with_error, units
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -35,6 +33,7 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.graph.padding import follow_padding, settle
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.metric.output import (
     SEVERAL,
     Family,
@@ -45,11 +44,13 @@ from fxcompress.metric.output import (
     heads,
     loss_sum,
 )
-from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
-from fxcompress.report.progress import Progress, stages
+from fxcompress.pipeline.agreement import assess, mean_with_error, units
+from fxcompress.pipeline.analysis import iterate, working_copy
+from fxcompress.pipeline.request import Request
+from fxcompress.plans.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
+from fxcompress.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
-from fxcompress.wrappers import unwrapped
 
 Exchange = Sequence[tuple[nn.Module, nn.Module]]
 """Modules of the dense model, each with what takes its place."""
@@ -130,11 +131,8 @@ def measure_whole(
     dense: nn.Module,
     small: nn.Module,
     batches: Sequence[Any],
-    *,
     kind: OutputKind,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
+    request: Request,
 ) -> HeldBack | None:
     """A compressed model beside the dense one, on batches that it was not fitted to.
 
@@ -143,16 +141,15 @@ def measure_whole(
         small: the compressed model, in any mode; only read.
         batches: None is returned if there are none.
         kind: families of the outputs.
-        loss: the user's; then the rise of its mean is measured instead of the divergence.
-        forward: as of :func:`measure`.
-        show: told of the stage.
+        request: with a loss of the user's the rise of its mean is measured, not the divergence.
 
     Raises:
         CalibrationError: a batch on which a model fails or is not finite.
     """
     if not batches:
         return None
-    tick = show.stage("measure", 2 * len(batches))
+    loss, forward = request.loss, request.forward
+    tick = request.show.stage("measure", 2 * len(batches))
     compressed = skeleton(small)
     for each in (dense, compressed):
         nn.Module.train(each, False)

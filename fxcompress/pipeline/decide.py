@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
@@ -18,12 +17,16 @@ from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, ma
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
-from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
-from fxcompress.modules import canonical_weight
-from fxcompress.parts import joint_layers, layers
-from fxcompress.plan import (
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.analysis import Analysis, Survey
+from fxcompress.pipeline.latency import ROUNDS, Table, table_path
+from fxcompress.pipeline.pricing import Counted, Pricing, timed
+from fxcompress.pipeline.sites import Site, SiteBundle, decoded, on_meta
+from fxcompress.pipeline.solving import solve
+from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.plan import (
     ZERO,
     BudgetOutcome,
     NodeSummary,
@@ -35,26 +38,21 @@ from fxcompress.plan import (
     Unmatched,
     history,
 )
-from fxcompress.pricing import Counted, Pricing, timed
-from fxcompress.report.progress import Progress
 from fxcompress.rules.result import STEPS
-from fxcompress.sites import Site, SiteBundle, decoded, on_meta
-from fxcompress.solving import solve
 
 
-def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
+def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
     """Choose a form and a rank, or neither, for every site, within the budgets of the rules.
 
     Args:
         analysis: of the stages before.
         excluded: forms that failed, per site name; they are not chosen again.
-        show: told of the stage.
 
     Raises:
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
-    pricings = price(analysis, show)
-    tick = show.stage("budget", None)
+    pricings = price(analysis)
+    tick = analysis.request.show.stage("budget", None)
     rules = analysis.rules.rules
     solution = solve(analysis, pricings, excluded)
     allocation, (first, *more) = solution.allocation, solution.limits
@@ -156,24 +154,23 @@ def _is_damped(metric: Metric) -> bool:
     return metric.factors is not None and bool(metric.needs)
 
 
-def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
+def price(analysis: Survey) -> dict[Unit, Pricing]:
     """What operators cost in the unit of every budget.
 
     Args:
         analysis: has the sites and the budgets.
-        show: told of the stage, if something has to be measured.
     """
     pricings: dict[Unit, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
         if budget.unit != "latency":
             pricings[budget.unit] = Counted(budget.unit)
         else:
-            tick = show.stage("latency", ROUNDS)
+            tick = analysis.request.show.stage("latency", ROUNDS)
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
-            if table.unkept and table.unkept not in analysis.notes:
-                analysis.notes.append(table.unkept)
+            if table.unkept:
+                analysis.request.notes.add(table.unkept)
     return pricings
 
 
