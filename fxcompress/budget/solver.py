@@ -46,7 +46,8 @@ from fxcompress.budget._integer import solved
 from fxcompress.budget.problem import Allocation, Entity
 
 SIZES = (300, 1200, 4800, 19200)
-"""Choices that integer programmes are about, but for the best of each site."""
+"""Choices that integer programmes are about, one after the other while they find something better;
+the best of each site is not counted."""
 
 NODES = 200
 """Nodes of the search tree of one integer programme."""
@@ -95,10 +96,13 @@ def completed(instance: Instance, dual: Dual) -> list[Pick] | None:
         whole = regrets.size <= size
         nearest = core if whole else core.within(float(np.partition(regrets, size)[size]))
         found = solved(instance, nearest, dual.prices, gap, NODES)
-        if found is not None and (picks is None or instance.loss(found) < instance.loss(picks)):
-            picks = found
+        if found is None or (picks is not None and instance.loss(found) >= instance.loss(picks)):
+            if whole or picks is not None:
+                return picks
+            continue
+        picks = found
         # Whether nothing that was left out can be in a better allocation.
-        if whole or (picks is not None and _gap(instance, dual, picks) <= nearest.allowed):
+        if whole or _gap(instance, dual, picks) <= nearest.allowed:
             break
     return _filled(instance, dual, picks)[1]
 
