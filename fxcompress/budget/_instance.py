@@ -234,14 +234,16 @@ def allocation_of(
     taken = {name: way for name, (way, _) in zip(several, picks, strict=False)}
     ordered: dict[str, Choice] = {}
     modes: dict[str, str] = {}
+    losses: list[float] = []
     for entity in entities:
         if isinstance(entity, Candidate):
             ordered[entity.name] = found[entity.name]
         else:
             mode = entity.modes[taken[entity.name]]
             modes[entity.name] = mode.name
+            losses.append(mode.loss)
             ordered.update((member.name, found[member.name]) for member in mode.members)
-    loss = instance.loss(picks)
+    loss = math.fsum([*losses, *(choice.loss for choice in ordered.values())])
     return Allocation(
         choices=ordered,
         multiplier=multiplier,

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxcompress.budget import Choice
 from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
 from fxcompress.isvt.subspace import Leading
@@ -133,22 +134,15 @@ class Thresholded:
 
     def ranks(self) -> dict[str, int | None]:
         """Rank of every site, as the solver encodes it, that of its bundle if it has one."""
-        allocation = self.solution.allocation
-        joint = {
-            site.name: allocation.joint[bundle.name].rank
-            for bundle in self.analysis.bundles
-            if bundle.name in allocation.joint
-            for site in bundle.sites
-        }
-        own = {name: choice.rank for name, choice in allocation.choices.items()}
-        return {**own, **joint}
+        chosen = _chosen(self.analysis, self.solution)
+        return {site.name: chosen[site.name].rank for site in self.analysis.sites}
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
         """Every site that does not stay as it is, with its new weight (canonical layout)."""
         allocation, analysis = self.solution.allocation, self.analysis
         together: set[str] = set()
         for bundle in analysis.bundles:
-            choice = allocation.joint.get(bundle.name)
+            choice = allocation.choices.get(bundle.name)
             if choice is not None and choice.form is not None:
                 assert choice.rank is not None
                 target = analysis.decomposed.bundles[bundle.name].target
@@ -158,8 +152,10 @@ class Thresholded:
                     together.add(site.name)
                     yield site, part @ right
         for site in analysis.sites:
+            if site.name in together:
+                continue
             choice = allocation.choices[site.name]
-            if site.name in together or choice.form is None or choice.rank is None:
+            if choice.form is None or choice.rank is None:
                 continue
             form = site.forms[choice.form]
             rank = decoded(form.full_rank(site.shape), choice.rank)
@@ -340,12 +336,19 @@ def _excess(
     return out
 
 
+def _chosen(analysis: Analysis, solution: Solution) -> dict[str, Choice]:
+    """What every site and every bundle that is rewritten jointly takes; its sites what it does."""
+    choices = solution.allocation.choices
+    joint = (bundle for bundle in analysis.bundles if bundle.name in choices)
+    return {**choices, **{site.name: choices[b.name] for b in joint for site in b.sites}}
+
+
 def _starts(
     analysis: Analysis, metrics: Metrics, solution: Solution
 ) -> Iterator[tuple[str, Tensor]]:
     """Bases of all that was cut in the matrix view by a Kronecker metric."""
     found = {**analysis.decomposed.sites, **analysis.decomposed.bundles}
-    chosen = {**solution.allocation.choices, **solution.allocation.joint}
+    chosen = _chosen(analysis, solution)
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
         choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]

@@ -59,8 +59,8 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
     joint = {
         name: choice
         for bundle in analysis.bundles
-        if bundle.name in allocation.joint
-        for name, choice in _joint_choices(bundle, analysis, allocation.joint[bundle.name])
+        if bundle.name in allocation.choices
+        for name, choice in _joint_choices(bundle, analysis, allocation.choices[bundle.name])
     }
     bundle_of = {site.name: bundle for bundle in analysis.bundles for site in bundle.sites}
     sites = tuple(

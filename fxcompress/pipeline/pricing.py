@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxcompress.budget import Bundle as BudgetBundle
-from fxcompress.budget import Candidate, Option
+from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
@@ -107,27 +106,17 @@ def timed(
     return Timed(table.measure(entries, device, tick))
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Sites and bundles as the solver sees them, with their costs in one unit.
-
-    Attributes:
-        candidates: one per site, in their order.
-        bundles: one per bundle.
-    """
-
-    candidates: tuple[Candidate, ...]
-    bundles: tuple[BudgetBundle, ...]
-
-
 def problems(
     sites: Sequence[Site],
     bundles: Sequence[SiteBundle],
     decomposed: Decomposition,
     pricings: Sequence[Pricing],
     excluded: Mapping[str, Collection[str]],
-) -> list[Problem]:
-    """The same choices with their costs in each of several units.
+) -> list[tuple[Entity, ...]]:
+    """What the solver is to choose, with costs in each of several units.
+
+    A bundle is alternatives of two modes: its sites by themselves, or one candidate with the joint
+    forms, which has the name of the bundle.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -166,23 +155,38 @@ def problems(
                 offers.append(_options(form, ranks, loss, costs, dense, bundle.match))
         joints.append((bundle, offers))
     return [
-        Problem(
-            tuple(
-                Candidate(
-                    site.name,
-                    dense[at],
-                    _taken(offers, at),
-                    site.match.group if measured(site) else None,
-                )
-                for site, dense, offers in singles
-            ),
-            tuple(
-                BudgetBundle(bundle.name, tuple(s.name for s in bundle.sites), _taken(offers, at))
-                for bundle, offers in joints
-            ),
+        tuple(
+            _entities(
+                {
+                    site.name: Candidate(
+                        site.name,
+                        dense[at],
+                        _taken(offers, at),
+                        site.match.group if measured(site) else None,
+                    )
+                    for site, dense, offers in singles
+                },
+                [(bundle, _taken(offers, at)) for bundle, offers in joints],
+            )
         )
         for at in range(len(pricings))
     ]
+
+
+def _entities(
+    candidates: Mapping[str, Candidate], joint: Sequence[tuple[SiteBundle, tuple[Option, ...]]]
+) -> Iterator[Entity]:
+    """Sites, by name, and bundles that a joint form is offered for; these where their first is."""
+    offered = {site.name: pair for pair in joint if pair[1] for site in pair[0].sites}
+    for name, candidate in candidates.items():
+        if name not in offered:
+            yield candidate
+            continue
+        bundle, options = offered[name]
+        if name == bundle.sites[0].name:
+            single = Mode("single", tuple(candidates[site.name] for site in bundle.sites))
+            whole = Mode("joint", (Candidate(bundle.name, None, options),))
+            yield Alternatives(bundle.name, (single, whole))
 
 
 def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:
