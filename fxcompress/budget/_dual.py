@@ -114,6 +114,8 @@ def maximum_of_several(instance: Instance) -> Dual | None:
             return None
         if found > best.bound:
             best = replace(best, prices=prices, bound=found)
+            if (paid > 0.99 * limit).any():
+                limit *= 30.0
         costs = np.array([instance.cost(picks, at) for at in range(len(budgets))])
         loss = instance.loss(picks)
         if loss < least and (costs <= budgets).all():
@@ -123,18 +125,18 @@ def maximum_of_several(instance: Instance) -> Dual | None:
         seen.add(tuple(picks))
         losses.append(loss)
         slopes.append((costs - budgets) * share)
-        paid, highest = _highest(losses, slopes, limit)
-        while (paid > 0.99 * limit).any() and limit < 1e9 * greatest:
-            limit *= 30.0
-            paid, highest = _highest(losses, slopes, limit)
+        # In the unit, numbers near the maximum are about 1.
+        unit = best.bound if best.bound > 0.0 else greatest or 1.0
+        paid, highest = _highest(losses, slopes, limit, unit)
         if highest <= best.bound + 1e-9 * abs(best.bound):
             break
     return best
 
 
-def _highest(losses: list[float], slopes: list[Floats], limit: float) -> tuple[Floats, float]:
+def _highest(
+    losses: list[float], slopes: list[Floats], limit: float, unit: float
+) -> tuple[Floats, float]:
     """Where the least of some planes is greatest, within 0 and a limit, and how great it is."""
-    unit = max(losses[-1], sys.float_info.min)  # in which the numbers near the maximum are about 1
     size = len(slopes[0])
     found = linprog(
         np.append(np.zeros(size), -1.0),

@@ -1,22 +1,20 @@
 """Several budgets at once: ``min Σ D_l(x_l)  subject to  Σ c_lu(x_l) <= B_u`` for every u.
 
-Whoever binds alone decides alone: the answer within one budget, if it meets all others, is the
-answer.  Otherwise every budget has a multiplier λ_u, and the steps are those of one budget
-(:mod:`fxcompress.budget.solver`), with the dual maximised by cutting planes.
+Every budget has a multiplier λ_u, 0 for one that does not bind, and the steps are those of one
+budget (:mod:`fxcompress.budget.solver`), with the dual maximised by cutting planes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from fxcompress.budget._dual import maximum_of_several
-from fxcompress.budget._instance import allocation_of, instance_of
-from fxcompress.budget.problem import Allocation, Candidate, Choice, Entity, Mode, Option, Resource
-from fxcompress.budget.solver import allocate, completed
+from fxcompress.budget._dual import maximum, maximum_of_several
+from fxcompress.budget._instance import allocation_of, check_budget, instance_of
+from fxcompress.budget.problem import Allocation, Candidate, Entity, Mode, Option, Resource
+from fxcompress.budget.solver import completed
 from fxcompress.errors import BudgetError
 
 
@@ -45,7 +43,7 @@ def allocate_within(resources: Sequence[Resource]) -> Together:
 
     Returns:
         The allocation, and how far from the least loss it can be (``bound``).  With one resource
-        it is that of :func:`allocate`, and so it is where that meets the other budgets, too.
+        it is that of :func:`allocate`.
 
     Raises:
         BudgetError: a budget cannot be met, by itself or together with the others.
@@ -53,27 +51,22 @@ def allocate_within(resources: Sequence[Resource]) -> Together:
     """
     _check(resources)
     names = [resource.name for resource in resources]
-    bound = 0.0
-    for at, resource in enumerate(resources):
+    for resource in resources:
+        alone = instance_of([resource.entities], [resource.budget])
         try:
-            found = allocate(resource.entities, resource.budget)
+            check_budget(alone)
         except BudgetError as error:
             raise BudgetError(_impossible([resource.name])) from error
-        bound = max(bound, found.bound)
-        if all(_priced(each, found).cost <= each.budget for each in resources):
-            prices = [0.0] * len(resources)
-            prices[at] = found.multiplier
-            return _result(resources, found, prices, found.bound)
     instance = instance_of([r.entities for r in resources], [r.budget for r in resources])
-    dual = maximum_of_several(instance)
+    dual = maximum(instance) if len(resources) == 1 else maximum_of_several(instance)
     picks = None if dual is None else completed(instance, dual)
     if dual is None or picks is None:
         raise BudgetError(_impossible(names))
-    bound = max(bound, dual.bound)
     found = allocation_of(
-        resources[0].entities, instance, picks, multiplier=dual.prices[0], bound=bound
+        resources[0].entities, instance, picks, multiplier=dual.prices[0], bound=dual.bound
     )
-    return _result(resources, found, dual.prices, found.bound)
+    costs = {name: instance.cost(picks, at) for at, name in enumerate(names)}
+    return Together(found, costs, dict(zip(names, dual.prices, strict=True)), found.bound)
 
 
 def _check(resources: Sequence[Resource]) -> None:
@@ -114,43 +107,4 @@ def _impossible(names: Sequence[str]) -> str:
     return (
         f"{together if len(names) > 1 else f'the budget of {names[0]} cannot be met'}: raise keep, "
         "allow lower ranks (min_rank, multiple_of) or match more operators"
-    )
-
-
-def _priced(resource: Resource, found: Allocation) -> Allocation:
-    """An allocation with the costs of a resource."""
-    costs = []
-    choices: dict[str, Choice] = {}
-    for entity in resource.entities:
-        members: Sequence[Candidate] = ()
-        if isinstance(entity, Candidate):
-            members = (entity,)
-        else:
-            (mode,) = (each for each in entity.modes if each.name == found.modes[entity.name])
-            members = mode.members
-            costs.append(mode.cost)
-        for member in members:
-            choice = found.choices[member.name]
-            choices[member.name] = replace(choice, cost=_cost(member, choice))
-    costs += [choice.cost for choice in choices.values()]
-    return replace(found, choices=choices, cost=math.fsum(costs), budget=resource.budget)
-
-
-def _cost(candidate: Candidate, choice: Choice) -> float:
-    if choice.rank is None:
-        return candidate.dense_cost or 0.0
-    (option,) = (option for option in candidate.options if option.form == choice.form)
-    return float(option.cost[np.searchsorted(option.ranks, choice.rank)])
-
-
-def _result(
-    resources: Sequence[Resource], found: Allocation, prices: Sequence[float], bound: float
-) -> Together:
-    priced = [_priced(resource, found) for resource in resources]
-    names = [resource.name for resource in resources]
-    return Together(
-        replace(priced[0], multiplier=prices[0], bound=bound),
-        {name: each.cost for name, each in zip(names, priced, strict=True)},
-        dict(zip(names, prices, strict=True)),
-        bound,
     )
