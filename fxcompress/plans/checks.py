@@ -17,8 +17,8 @@ from operator import add
 import numpy as np
 import torch
 
-from fxcompress.forms import ConvShape, Fitted, LinearShape, Rank, Shape, find_form, fit
-from fxcompress.operators.shape import parse_shape
+from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
+from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
@@ -155,12 +155,10 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Probl
     weights = int(found.parameters(ranks)[0])
     stored = int(found.bytes(ranks)[0]) + _bias(shape) * shape.dtype.itemsize
     yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
-    if isinstance(shape, LinearShape) and site.before.macs >= 0:
+    if shape.takes == "rows" and site.before.macs >= 0:
         rows = site.before.macs // shape.weights
         if rows < MOST_ROWS:
-            counted = LinearShape(
-                shape.in_features, shape.out_features, shape.bias, shape.dtype, META, rows=rows
-            )
+            counted = shape.counted_on(rows, ())
             if site.after.macs != int(fit(found.form, [counted]).macs(ranks)[0]):
                 yield "after.macs", f"they are not those of {form} at rank {rank}"
 
@@ -181,7 +179,7 @@ def _size_problems(
         yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
     if size.macs < 0:
         yield f"{place}.macs", f"{size.macs}"
-    if place == "before" and isinstance(shape, LinearShape) and size.macs % shape.weights:
+    if place == "before" and shape.takes == "rows" and size.macs % shape.weights:
         yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
 
 
@@ -205,18 +203,17 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    linear = [shape for shape in own if isinstance(shape, LinearShape)]
-    if len(linear) < len(own) or not isinstance(rank, int):
-        yield "op", f"{form} is for linear operators, and has one rank"
-        return
-    found = _fitted(form, "linear", plan, linear)
-    if found is None:
+    found = _fitted(form, "linear", plan, own)
+    if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
+        return
+    if found is None or not isinstance(rank, int):
+        yield "op", f"{form} is for linear operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
         return
-    if len({(shape.in_features, shape.dtype) for shape in linear}) > 1:
+    if len({(shape.in_features, shape.dtype) for shape in own}) > 1:
         yield "in_features", "its sites differ in type or input"
         return
     if any(form not in site.forms for site in sites):
@@ -233,9 +230,9 @@ def _bundle_problems(
         return
     ranks = np.array([rank], dtype=np.int64)
     after = reduce(add, (site.after for site in sites), ZERO)
-    biases = sum(map(_bias, linear))
+    biases = sum(map(_bias, own))
     weights = int(found.parameters(ranks)[0]) + biases
-    stored = int(found.bytes(ranks)[0]) + biases * linear[0].dtype.itemsize
+    stored = int(found.bytes(ranks)[0]) + biases * own[0].dtype.itemsize
     if (after.parameters, after.bytes) != (weights, stored):
         yield "after", "they are not what the form has at this rank"
 
