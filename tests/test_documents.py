@@ -42,8 +42,9 @@ BOOK = ROOT / "examples" / "data" / "moby_dick.txt"
 PACKAGE = ROOT / "fxcompress"
 SCHEMA = json.loads(next(PACKAGE.rglob("schema.json")).read_text("utf-8"))
 
-COMING = {"rules/language/", "rules/language/schema.py", "rules/language/vocabulary.py"} | {
-    *("rules/matching/", "report/units.py", "report/columns.py")
+COMING = {
+    *("rules/language/", "rules/language/schema.py", "rules/language/vocabulary.py"),
+    *("rules/matching/", "metric/words.py", "plans/units.py", "report/columns.py"),
 }
 """Files that CONTRIBUTING names and the layout does not have yet."""
 
