@@ -21,7 +21,7 @@ from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Site, SiteBundle
-from fxcompress.plans.plan import Plan, SitePlan
+from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.progress import Progress
 from fxcompress.rewrite import (
     Bodies,
@@ -77,7 +77,10 @@ def rewrite(
     )  # fmt: skip
     if measured is not None:
         notes += parted(planned, measured)
-    counted = planned.model_after.model_copy(update={"macs": after.macs})
+    foretold = planned.model_after
+    counted = Size.of(
+        lambda unit: unit.of_model(rewritten, after) if unit.per_row else foretold[unit.word]
+    )
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(

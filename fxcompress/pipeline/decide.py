@@ -27,17 +27,17 @@ from fxcompress.pipeline.sites import Site, SiteBundle, decoded, on_meta
 from fxcompress.pipeline.solving import solve
 from fxcompress.plans.layers import joint_layers, layers
 from fxcompress.plans.plan import (
-    ZERO,
     BudgetOutcome,
     NodeSummary,
     Part,
     Plan,
     SitePlan,
     Size,
-    Unit,
     Unmatched,
     history,
+    total_size,
 )
+from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.progress import Progress
 from fxcompress.rules.result import STEPS
 
@@ -77,7 +77,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
     )
     if "latency" in pricings:
         sites = _with_seconds(sites, analysis, pricings["latency"])
-    saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
+    saved = total_size(site.before for site in sites) - total_size(site.after for site in sites)
     planned = Plan(
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
@@ -156,17 +156,18 @@ def _is_damped(metric: Metric) -> bool:
     return metric.factors is not None and bool(metric.needs)
 
 
-def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
+def price(analysis: Survey, show: Progress) -> dict[str, Pricing]:
     """What operators cost in the unit of every budget.
 
     Args:
         analysis: has the sites and the budgets.
         show: told of the stage, if something has to be measured.
     """
-    pricings: dict[Unit, Pricing] = {}
+    pricings: dict[str, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
-        if budget.unit != "latency":
-            pricings[budget.unit] = Counted(budget.unit)
+        unit = UNITS[budget.unit]
+        if isinstance(unit, CountedUnit):
+            pricings[budget.unit] = Counted(unit)
         else:
             tick = show.stage("latency", ROUNDS)
             device = next(analysis.model.parameters()).device
@@ -425,11 +426,6 @@ def _unseen_reason(model: nn.Module, name: str, facts: Weight, ran: Mapping[str,
         function, scope = facts.readers[0]
         return f"{function} in {forward_of(scope)} computes with it, out of the reach of rules"
     return "the example does not use it; if other inputs do, pass examples=[...] of both"
-
-
-def sum_sizes(sizes: Iterable[Size]) -> Size:
-    """Sizes added up, each count for itself."""
-    return sum(sizes, ZERO)
 
 
 def summarize(operators: Iterable[Operator]) -> tuple[NodeSummary, ...]:

@@ -15,7 +15,8 @@ from fxcompress.budget import Candidate, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
-from fxcompress.pipeline.sites import CountUnit, Site, SiteBundle, encoded
+from fxcompress.pipeline.sites import Site, SiteBundle, encoded
+from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Match
 from fxcompress.rules.result import Bundle
 
@@ -37,21 +38,24 @@ class Pricing(Protocol):
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters, multiply-accumulates or bytes: exact."""
+    """What follows from shapes: exact."""
 
-    unit: CountUnit
+    unit: CountedUnit
 
     def dense(self, site: Site) -> float:
         """A site as it is."""
-        return float(getattr(site.dense_size(), self.unit))
+        return float(self.unit.of_operator(site.shape))
 
     def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
         """A site at ranks of a form of its own."""
-        return site.counts(form, ranks)[self.unit].astype(np.float64)
+        costs: Costs = self.unit.of_form(site.forms[form], site.shape, ranks).astype(np.float64)
+        return costs
 
     def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
         """Sites at ranks of a joint form, all together."""
-        return bundle.counts(form, ranks)[self.unit].astype(np.float64)
+        cost = self.unit.of_form(bundle.forms[form], bundle.shapes, ranks)
+        costs: Costs = cost.astype(np.float64)
+        return costs
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,11 +27,9 @@ from fxcompress.forms import (
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording, Weight
 from fxcompress.operators.modules import shape_of
-from fxcompress.plans.plan import ZERO, Size
+from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Match, MatchResult
 from fxcompress.rules.result import Bundle
-
-CountUnit = Literal["parameters", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,13 @@ class Site:
         return self.shape.out_features
 
     def dense_size(self) -> Size:
-        """Parameters, MACs and bytes of the operator as it is."""
-        parameters = self.shape.weights + _biases([self.shape])
-        return Size(
-            parameters=parameters,
-            macs=self.shape.macs,
-            bytes=parameters * self.shape.dtype.itemsize,
-        )
+        """Of the operator as it is."""
+        return Size.of(lambda unit: unit.of_operator(self.shape))
 
     def size(self, form: str, rank: Rank) -> Size:
-        """The same at a rank of a form that the site may take by itself."""
-        counts = self.counts(form, np.array([rank], dtype=np.int64))
-        return Size(**{unit: int(count[0]) for unit, count in counts.items()})
+        """Of a form that the site may take by itself, at a rank."""
+        ranks = np.array([rank], dtype=np.int64)
+        return Size.of(lambda unit: unit.of_form(self.forms[form], self.shape, ranks)[0])
 
     def approximated(self, form: str, target: Target, rank: Any) -> Tensor:
         """The dense weight (canonical layout, float64) that a form stands for at a rank."""
@@ -89,15 +82,6 @@ class Site:
         full = chosen.full_rank(self.shape)
         fits = chosen.misfit(self.shape) is None
         return _permitted(full, self.match) if fits else _permitted(full, self.match)[:0]
-
-    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
-        """Cost at ranks of a form in every unit that is counted, biases included."""
-        chosen, biases = self.forms[form], _biases([self.shape])
-        return {
-            "parameters": chosen.parameters(self.shape, ranks) + biases,
-            "macs": chosen.macs(self.shape, ranks),
-            "bytes": chosen.bytes(self.shape, ranks) + biases * self.shape.dtype.itemsize,
-        }
 
 
 @dataclass(frozen=True)
@@ -128,15 +112,6 @@ class SiteBundle:
             return np.empty(0, dtype=np.int64)
         return _permitted(chosen.full_rank(self.shapes), self.match)
 
-    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
-        """Cost of all sites together at ranks of a joint form, as :meth:`Site.counts`."""
-        chosen, biases = self.forms[form], _biases(self.shapes)
-        return {
-            "parameters": chosen.parameters(self.shapes, ranks) + biases,
-            "macs": chosen.macs(self.shapes, ranks),
-            "bytes": chosen.bytes(self.shapes, ranks) + biases * self.shapes[0].dtype.itemsize,
-        }
-
     def sizes(self, form: str, rank: int, body: JointBody) -> tuple[Size, ...]:
         """Size of every site at a rank of a joint form; what is shared counts for the first.
 
@@ -145,33 +120,20 @@ class SiteBundle:
             rank: of ``body``.
             body: of the form, with or without values.
         """
-        counts = self.counts(form, np.array([rank], dtype=np.int64))
-        rest = [
-            _head_size(head, shape)
-            for head, shape in zip(body.heads[1:], self.shapes[1:], strict=True)
-        ]
-        whole = Size(**{unit: int(count[0]) for unit, count in counts.items()})
-        return (whole - sum(rest, ZERO), *rest)
+        ranks = np.array([rank], dtype=np.int64)
+        whole = Size.of(lambda unit: unit.of_form(self.forms[form], self.shapes, ranks)[0])
+        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+        return (whole - total_size(rest), *rest)
 
 
 def _head_size(head: nn.Module, shape: LinearShape) -> Size:
-    parameters = sum(parameter.numel() for parameter in head.parameters())
-    biases = shape.out_features if shape.bias else 0
-    tensors = (*head.parameters(), *head.buffers())
-    return Size(
-        parameters=parameters,
-        macs=(parameters - biases) * shape.rows,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
+    """Of what one operator of a joint body has for itself."""
+    return Size.of(lambda unit: unit.of_head(head, shape))
 
 
 def on_meta(shape: Any) -> Any:
     """The same without memory: for bodies that are only looked at."""
     return replace(shape, device=torch.device("meta"))
-
-
-def _biases(shapes: Sequence[Shape]) -> int:
-    return sum(shape.out_features for shape in shapes if shape.bias)
 
 
 PAIRS = 16

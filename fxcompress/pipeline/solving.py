@@ -21,8 +21,8 @@ from fxcompress.budget import (
 from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.pricing import Pricing, Problem, problems
-from fxcompress.plans.plan import Limit, Unit
-from fxcompress.report.quantities import amount
+from fxcompress.plans.plan import Limit
+from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
 
@@ -56,7 +56,7 @@ class _Demand:
 
 def solve(
     analysis: Analysis,
-    pricings: Mapping[Unit, Pricing],
+    pricings: Mapping[str, Pricing],
     excluded: Mapping[str, Collection[str]],
 ) -> Solution:
     """Choose within all budgets of the rules.
@@ -112,8 +112,8 @@ def _demand(analysis: Analysis, budget: Budget, problem: Problem) -> _Demand:
     """A budget for all matched operators, which by itself can be met."""
     dense = sum(candidate.dense_cost for candidate in problem.candidates)
     if budget.of == "model":
-        whole = float(getattr(analysis.size, budget.unit))
-        rest = float(getattr(analysis.folded_size, budget.unit)) - dense
+        whole = float(analysis.size[budget.unit])
+        rest = float(analysis.folded_size[budget.unit]) - dense
     else:
         whole, rest = dense, 0.0
     limit = budget.keep * whole - rest
@@ -140,12 +140,11 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
     steps = math.ceil(1e4 * needed / base)
     while steps / 1e4 * base < needed:  # rounding
         steps += 1
-    unit = budget.unit
-    what = "" if unit == "latency" else f"{unit} "
+    unit = UNITS[budget.unit]
     return (
-        f"the budget cannot be met: keep {budget.keep:g} of {amount(base, unit)} {what}{of} allows "
-        f"{amount(budget.keep * base, unit)}, and these rules need at least "
-        f"{amount(needed, unit)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
+        f"the budget cannot be met: keep {budget.keep:g} of {unit.named(base)} {of} allows "
+        f"{unit.amount(budget.keep * base)}, and these rules need at least "
+        f"{unit.amount(needed)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
         "multiple_of) or match more operators"
     )
 
@@ -160,7 +159,7 @@ def _unmeasured(count: int) -> str:
 
 
 def _rule_demand(
-    analysis: Analysis, rule: str, keep: float, unit: Unit, problem: Problem
+    analysis: Analysis, rule: str, keep: float, unit: str, problem: Problem
 ) -> _Demand:
     """A budget for what one rule matches: everything else costs nothing in it."""
     own = {site.name for site in analysis.sites if site.match.rule_id == rule}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from importlib.resources import files
-from operator import add
 
 from jinja2 import Environment, StrictUndefined
 
-from fxcompress.plans.plan import ZERO, MeasuredSite, Plan, SitePlan, Size
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size, total_size
 from fxcompress.report import summary
 from fxcompress.report.descent import PLOT, descent, rounds_lines
 from fxcompress.report.quantities import count, loss, loss_label, percent, short, with_error
@@ -109,7 +107,7 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         plot=PLOT,
         graph=summary.graph_lines(plan),
         totals=summary.totals(plan),
-        unit_text=summary.UNIT_TEXT,
+        unit_text={unit.word: unit.text for unit in plan.model_before.units},
         lines=tree_lines(plan.sites, None if plan.fidelity is None else plan.fidelity.by_site),
         unchanged=unchanged,
         text=text,
@@ -174,8 +172,8 @@ def _line(
     branch: Branch, key: int, above: int | None, depth: int, opened: bool, with_measured: bool
 ) -> Line:
     sites, site = branch.sites, branch.site
-    before = reduce(add, (one.before for one in sites), ZERO)
-    after = reduce(add, (one.after for one in sites), ZERO)
+    before = total_size(one.before for one in sites)
+    after = total_size(one.after for one in sites)
     predicted = math.fsum(one.predicted for one in sites)
     measured = math.fsum(one.measured for one in branch.measured)
     ratios = [one.rank_share for one in sites]
@@ -188,7 +186,7 @@ def _line(
         form = f"{rewritten} of {len(sites)}"
         rank = f"mean {100 * ratio:.0f}%"
     kept = after.parameters / before.parameters if before.parameters else 1.0
-    sizes = ((getattr(before, unit), getattr(after, unit)) for unit in summary.UNITS)
+    sizes = ((before[unit], after[unit]) for unit in (each.word for each in before.units))
     return Line(
         key=key,
         above=above,

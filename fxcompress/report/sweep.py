@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from fxcompress.plans.plan import Plan, Size
+from fxcompress.plans.units import UNITS
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
-    amount,
     count,
     loss,
     loss_label,
@@ -23,7 +23,6 @@ from fxcompress.report.quantities import (
     short,
 )
 from fxcompress.report.summary import (
-    BUDGET_TEXT,
     held_back_data,
     held_back_name,
     model_name,
@@ -179,7 +178,7 @@ class Sweep:
                 (
                     *(name, count(now.parameters), percent(now.parameters, size.parameters)),
                     *(short(now.macs), short(now.bytes)),
-                    *((amount(cost, plan.budget.unit),) if timed else ()),
+                    *((UNITS[plan.budget.unit].amount(cost),) if timed else ()),
                     *(done, *((found,) if judged else ()), lost),
                     *(f"{value:.6g}" for value in values.values()),
                 )
@@ -203,7 +202,7 @@ class Sweep:
         """What ``keep`` is a fraction of: ``"parameters of the matched operators"``."""
         budget = self._first.budget
         users = "the matched operators" if budget.of == "matched" else "the model"
-        return f"{BUDGET_TEXT[budget.unit]} of {users}"
+        return f"{UNITS[budget.unit].text} of {users}"
 
     @property
     def warnings(self) -> tuple[str, ...]:
