@@ -5,15 +5,23 @@ It is computed from the plan, the record of the rewrite, never by comparing grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from fxcompress.plans.plan import Fidelity, Plan, SitePlan
+from fxcompress.plans.plan import MeasuredSite, Plan
+from fxcompress.report.columns import (
+    MEASURED,
+    PREDICTED,
+    Entry,
+    measured_sites,
+    ranks_of,
+    ranks_text,
+)
 from fxcompress.report.descent import rounds_lines
-from fxcompress.report.fold import Group, Row, child_name, fold_blocks
-from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
+from fxcompress.report.fold import Group, Row, fold_blocks
+from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
 from fxcompress.report.summary import (
     budget_lines,
     fidelity_lines,
@@ -26,7 +34,7 @@ from fxcompress.report.summary import (
     totals,
     totals_lines,
 )
-from fxcompress.report.unchanged import Unchanged, site_text, unchanged
+from fxcompress.report.unchanged import Unchanged, unchanged
 from fxcompress.rules.folding import fold
 
 LEGEND = (
@@ -69,7 +77,8 @@ class Diff:
         plan = self.plan
         head = f"{model_name(plan)}: {rewritten_text(plan)}"
         sections = [[f"{head} (rules {plan.rules}, metric {plan.metric})", held_back_line(plan)]]
-        sections += [_group_lines(group, plan) for group in self.groups]
+        measured = measured_sites(plan)
+        sections += [_group_lines(group, plan, measured) for group in self.groups]
         if plan.expanded:
             sections.append(
                 [
@@ -109,16 +118,7 @@ class Diff:
             "held_back": None if plan.held_back is None else plan.held_back.model_dump(mode="json"),
             "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
             "rewritten": len(plan.rewritten),
-            "totals": [
-                {
-                    "unit": total.unit,
-                    "of": total.of,
-                    "before": total.before,
-                    "after": total.after,
-                    "kept": total.kept,
-                }
-                for total in totals(plan)
-            ],
+            "totals": [{**asdict(total), "kept": total.kept} for total in totals(plan)],
             "sites": [site.model_dump(mode="json") for site in plan.sites],
             "unmatched": [one.model_dump(mode="json") for one in plan.unmatched],
             "expanded": list(plan.expanded),
@@ -169,41 +169,22 @@ def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
     ]
 
 
-def ranks_text(row: Row) -> str:
-    """``r 96..208 of 576 ▄▅█▇``; the bars are left out if there is nothing to compare.
-
-    The two ranks of a form that has them are joined: ``r 8..12×16 of 32×64``.
-    """
-    axes = ranks_of(row.sites)
-    whole = "×".join(str(full) for full in row.sites[0].full_ranks)
-    text = f"r {'×'.join(span(ranks, '{:.0f}'.format) for ranks in axes)} of {whole}"
-    first = axes[0]
-    return text if min(first) == max(first) else f"{text} {sparkline(first)}"
-
-
-def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
-    """Ranks of rewritten sites, one list for each rank that their form has."""
-    return [list(axis) for axis in zip(*(site.ranks for site in sites), strict=True)]
-
-
-def measured_text(row: Row, fidelity: Fidelity) -> str:
-    """``0.0005..0.0044``; that of a bundle stands beside its first site, ``with q_proj`` else."""
-    found = [fidelity.by_site[site.name] for site in row.sites]
-    first = found[0].sites[0]
-    if first != row.sites[0].name:
-        return f"with {child_name(first)}"
-    return span((one.measured for one in found), loss)
-
-
-def _group_lines(group: Group, plan: Plan) -> list[str]:
+def _group_lines(group: Group, plan: Plan, measured: Mapping[str, MeasuredSite]) -> list[str]:
     lines = group_title(group)
     rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
         partners = [other.name for other in group.rows if _together(other, row)]
-        lines += _row_lines(row, _losses_text(row, plan), partners)
+        losses = _losses_text(Entry(row.sites, measured), plan)
+        lines += _row_lines(row, losses, partners)
         if rule != following:
             lines.append(rule)
     return lines
+
+
+def _ranks_text(row: Row) -> str:
+    """``r 96..208 of 576 ▄▅█▇``, ``r 8..12×16 of 32×64`` of a form that has two ranks."""
+    whole = "×".join(str(full) for full in row.sites[0].full_ranks)
+    return f"r {ranks_text(row.sites, WIDEST, f' of {whole}')}"
 
 
 def _together(one: Row, other: Row) -> bool:
@@ -211,34 +192,32 @@ def _together(one: Row, other: Row) -> bool:
     return bool(one.sites[0].bundle) and one.sites[0].bundle == other.sites[0].bundle
 
 
-def _losses_text(row: Row, plan: Plan) -> str:
+def _losses_text(entry: Entry, plan: Plan) -> str:
     """``KL 0.0004..0.0031``, ``KL 0.0004..0.0031, measured 0.0005..0.0044``."""
-    text = f"{loss_label(plan.loss_unit)} {span((site.predicted for site in row.sites), loss)}"
-    if plan.fidelity is None:
-        return text
-    return f"{text}, measured {measured_text(row, plan.fidelity)}"
+    text = f"{loss_label(plan.loss_unit)} {PREDICTED.alike(entry)}"
+    return text if plan.fidelity is None else f"{text}, measured {MEASURED.alike(entry)}"
 
 
 def _row_lines(row: Row, losses: str, partners: Sequence[str]) -> list[str]:
     site = row.sites[0]
-    name = row.name or "(itself)"
+    name = row.label
     before = counts(site.before.parameters for site in row.sites)
     notes = [f"{row.per_block} alike"] * (row.per_block > 1)
     calls = {site.calls for site in row.sites}
     if max(calls) > 1:
         notes.append(f"called {span(calls, short)} times")
-    what = site_text(site) + (", bias" if site.bias else "")
+    what = site.operator + (", bias" if site.bias else "")
     after = counts(site.after.parameters for site in row.sites)
     lines = [_line("-", name, what, before, ", ".join(notes))]
     layers = [at for at, part in enumerate(site.parts) if part.path]
     if not layers:
-        lines.append(_line("+", name, str(site.form), after, f"{losses}  {ranks_text(row)}"))
+        lines.append(_line("+", name, str(site.form), after, f"{losses}  {_ranks_text(row)}"))
         return lines
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]
     cells: dict[int, tuple[str, ...]] = {last: (after, losses)}
     if not site.bundle or site.parts[first].path.startswith(SHARED):
-        ranks = ranks_text(row)
+        ranks = _ranks_text(row)
         cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
+from itertools import groupby
 
-from jinja2 import Environment, StrictUndefined
-
-from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size, total_size
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
 from fxcompress.report import summary
-from fxcompress.report.descent import PLOT, descent, rounds_lines
-from fxcompress.report.quantities import count, loss, loss_label, percent, short, with_error
-from fxcompress.report.scatter import SIDE, fidelity_scatter
-from fxcompress.report.unchanged import Unchanged, site_text
+from fxcompress.report.columns import PAGE, Column, Entry, head, measured_sites, shown
+from fxcompress.report.descent import descent, rounds_lines
+from fxcompress.report.plot import DECADES, Line, Plot, decades, indices, template
+from fxcompress.report.quantities import loss_label
+from fxcompress.report.scatter import fidelity_scatter
+from fxcompress.report.unchanged import Unchanged
 
 WIDTH, HEIGHT = 560, 190
 """Plot area of a spectrum, in pixels."""
-
-DECADES = 8
-"""Singular values that are smaller than the largest by more decades are drawn at the floor."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A spectrum in the coordinates of its drawing.
-
-    Attributes:
-        points: ``"0.0,3.2 8.9,7.1 ..."``.
-        cut: x of the cut at the rank, None if the operator stays dense.
-        decades: y and exponent of each horizontal grid line.
-    """
-
-    points: str
-    cut: float | None
-    decades: tuple[tuple[float, int], ...]
 
 
 @dataclass
@@ -45,21 +26,40 @@ class Branch:
     Attributes:
         label: path relative to the branch above (``"model.layers"`` if nothing branches off).
         path: full path.
+        site: what it is itself, None if it only holds others.
         sites: every site at or below it.
-        measured: what was measured of them.
     """
 
     label: str
     path: str
     site: SitePlan | None = None
     sites: list[SitePlan] = field(default_factory=list)
-    measured: list[MeasuredSite] = field(default_factory=list)
     children: dict[str, Branch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row of the tree table; ``sort`` holds a number for each of its columns."""
+class Head:
+    """The head of a column; ``edge`` where another group begins, ``at`` its place in ``sort``."""
+
+    text: str
+    column: Column
+    edge: bool
+    at: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tree table.
+
+    Attributes:
+        key, above: its number, and that of the module that it is in.
+        depth: modules above it.
+        site: the operator that it is itself.
+        open: whether what is below is shown at first.
+        branches: whether anything is.
+        entry: what the columns are about.
+        sort: a number for the graph order, and for every column that can be sorted by.
+    """
 
     key: int
     above: int | None
@@ -69,27 +69,14 @@ class Line:
     site: SitePlan | None
     open: bool
     branches: bool
-    form: str
-    rank: str
-    before: Size
-    after: Size
-    predicted: float
-    measured: float | None
-    plot: Plot | None
+    entry: Entry
     sort: tuple[float, ...]
 
 
 def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
     """The page, with everything escaped that came from a model or a rule file."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(count=count, short=short, loss=loss, site_text=site_text)
-    environment.globals.update(
-        percent=percent, with_error=with_error, held_back_data=summary.held_back_data
-    )
-    source = files("fxcompress.report").joinpath("diff.html.j2").read_text("utf-8")
-    return environment.from_string(source).render(
+    columns = shown(PAGE, plan)
+    page: str = template("diff.html.j2").render(
         plan=plan,
         title=summary.model_name(plan),
         rewritten=summary.rewritten_text(plan),
@@ -97,65 +84,88 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         budget=[*summary.budget_lines(plan), summary.predicted_line(plan)],
         held_back=plan.held_back,
         held_back_name=summary.held_back_name(plan),
+        held_back_data=summary.held_back_data,
         not_held_back=summary.not_held_back(plan),
         fidelity=plan.fidelity,
+        measured=measured_sites(plan),
         fidelity_lines=summary.fidelity_lines(plan),
         scatter=fidelity_scatter(plan),
-        side=SIDE,
         rounds_lines=rounds_lines(plan),
         descent=descent(plan),
-        plot=PLOT,
         graph=summary.graph_lines(plan),
         totals=summary.totals(plan),
-        unit_text={unit.word: unit.text for unit in plan.model_before.units},
-        lines=tree_lines(plan.sites, None if plan.fidelity is None else plan.fidelity.by_site),
+        units=plan.model_before.units,
+        heads=_heads(columns, plan),
+        groups=[(name, len([*each])) for name, each in groupby(each.group for each in columns)],
+        rows=tree_rows(plan.sites, measured_sites(plan), columns),
+        spectrum=spectrum_plot,
         unchanged=unchanged,
         text=text,
-        width=WIDTH,
-        height=HEIGHT,
     )
+    return page
 
 
-def tree_lines(
-    sites: tuple[SitePlan, ...], measured: Mapping[str, MeasuredSite] | None = None
-) -> list[Line]:
+def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
+    """Of all columns but the first, which has the names of modules."""
+    heads, sortable, group = [], 0, ""
+    for column in columns:
+        sortable += column.order is not None
+        at = sortable if column.order is not None else None
+        heads.append(Head(head(column, plan), column, column.group != group, at))
+        group = column.group
+    return heads
+
+
+def tree_rows(
+    sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite], columns: Sequence[Column]
+) -> list[Row]:
     """The module tree of the sites, depth first, in graph order.
 
     It is open down to the first module that branches, so thirty blocks are thirty rows.
 
     Args:
         sites: of a plan.
-        measured: by name of the site; None if nothing was.  A bundle's counts for its first site.
+        measured: by name of the site, as :class:`Entry` has it.
+        columns: of the table.
     """
     root = Branch("", "")
     for site in sites:
-        one = None if measured is None else measured.get(site.name)
-        own = [one] if one is not None and one.sites[0] == site.name else []
         branch = root
         branch.sites.append(site)
         for component in site.name.split("."):
             path = f"{branch.path}.{component}" if branch.path else component
             branch = branch.children.setdefault(component, Branch(component, path))
             branch.sites.append(site)
-            branch.measured += own
         if branch.site is not None:  # a second weight of the same module
             branch = branch.children.setdefault(site.weight, Branch(site.weight, site.weight))
             branch.sites.append(site)
         branch.site = site
-    lines: list[Line] = []
-    _descend(root, lines, None, 0, True, measured is not None)
-    return lines
+    rows: list[Row] = []
+    orders = [column.order for column in columns if column.order is not None]
 
+    def descend(above: Branch, key: int | None, depth: int, opened: bool) -> None:
+        children = [_shortened(child) for child in above.children.values()]
+        opened = opened and len(children) == 1
+        for child in children:
+            entry, at = Entry(tuple(child.sites), measured), len(rows)
+            rows.append(
+                Row(
+                    key=at,
+                    above=key,
+                    depth=depth,
+                    label=child.label or "(root)",
+                    path=child.path or "(root)",
+                    site=child.site,
+                    open=opened,
+                    branches=bool(child.children),
+                    entry=entry,
+                    sort=(at, *(order(entry) for order in orders)),
+                )
+            )
+            descend(child, at, depth + 1, opened)
 
-def _descend(
-    above: Branch, lines: list[Line], key: int | None, depth: int, opened: bool, measured: bool
-) -> None:
-    children = [_shortened(child) for child in above.children.values()]
-    for child in children:
-        alone = opened and len(children) == 1
-        line = _line(child, len(lines), key, depth, alone, measured)
-        lines.append(line)
-        _descend(child, lines, line.key, depth + 1, alone, measured)
+    descend(root, None, 0, True)
+    return rows
 
 
 def _shortened(branch: Branch) -> Branch:
@@ -168,75 +178,25 @@ def _shortened(branch: Branch) -> Branch:
     return branch
 
 
-def _line(
-    branch: Branch, key: int, above: int | None, depth: int, opened: bool, with_measured: bool
-) -> Line:
-    sites, site = branch.sites, branch.site
-    before = total_size(one.before for one in sites)
-    after = total_size(one.after for one in sites)
-    predicted = math.fsum(one.predicted for one in sites)
-    measured = math.fsum(one.measured for one in branch.measured)
-    ratios = [one.rank_share for one in sites]
-    ratio = sum(ratios) / len(ratios)
-    rewritten = sum(one.form is not None for one in sites)
-    if site is not None and len(sites) == 1:
-        form = site.form or "dense"
-        rank = " / ".join("×".join(map(str, each)) for each in (site.ranks, site.full_ranks))
-    else:
-        form = f"{rewritten} of {len(sites)}"
-        rank = f"mean {100 * ratio:.0f}%"
-    kept = after.parameters / before.parameters if before.parameters else 1.0
-    sizes = ((before[unit], after[unit]) for unit in (each.word for each in before.units))
-    return Line(
-        key=key,
-        above=above,
-        depth=depth,
-        label=branch.label or "(root)",
-        path=branch.path or "(root)",
-        site=site,
-        open=opened,
-        branches=bool(branch.children),
-        form=form,
-        rank=rank,
-        before=before,
-        after=after,
-        predicted=predicted,
-        measured=measured if branch.measured else None,
-        plot=None if site is None else spectrum_plot(site),
-        sort=(
-            *(key, ratio, kept),
-            *(value for pair in sizes for value in pair),
-            predicted,
-            *((measured,) if with_measured else ()),
-        ),
-    )
-
-
 def spectrum_plot(site: SitePlan) -> Plot | None:
-    """Singular values against their index, on a logarithmic scale; None if there are none."""
-    values = site.spectrum
-    top = max(values, default=0.0)
+    """Singular values by their number, cut between the last that is kept and the next.
+
+    Returns:
+        None if there are none but zeros.
+    """
+    top, full = max(site.spectrum, default=0.0), site.full_ranks[0]
     if top <= 0:
         return None
-    floor = top * 10.0**-DECADES
-    logs = [math.log10(max(value, floor)) for value in values]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    high = max(high, low + 1)
-
-    def y(log: float) -> float:
-        return round(HEIGHT * (high - log) / (high - low), 1)
-
+    values = [max(value, top * 10.0**-DECADES) for value in site.spectrum]
+    x, y = indices(full, WIDTH, "component"), decades(values, HEIGHT)
     # The plan holds a selection that is spaced evenly from the first to the last value.
-    step = WIDTH / max(len(values) - 1, 1)
-    points = " ".join(f"{i * step:.1f},{y(log)}" for i, log in enumerate(logs))
-    cut = None
+    step = (full - 1) / max(len(values) - 1, 1)
+    curve = tuple((1 + step * at, value) for at, value in enumerate(values))
+    title, cut = f"Spectrum of {site.name}", None
+    lines: tuple[Line, ...] = ()
     if site.rank is not None:
-        # Between the last index that is kept and the first that is not; indices count from 0.
-        place = max(site.ranks[0] - 0.5, 0) / max(site.full_ranks[0] - 1, 1)
-        cut = min(WIDTH * place, float(WIDTH))
-    stride = math.ceil((high - low) / 6)
-    return Plot(
-        points=points,
-        cut=None if cut is None else round(cut, 1),
-        decades=tuple((y(exponent), exponent) for exponent in range(low, high + 1, stride)),
-    )
+        rank, whole = ("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+        title += f", cut at rank {rank} of {whole}"
+        cut = site.ranks[0] + 0.5
+        lines = (Line("cut", (cut, cut), (y.high, y.low), f"rank {rank}"),)
+    return Plot(title, x, y, curve, lines=lines, shade=cut)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.plans.plan import Plan, SitePlan
+from fxcompress.plans.plan import Plan
 from fxcompress.rules.folding import Literals, fold, split_indices
 
 # A number that stands alone: not part of a path, a name or a version.
@@ -47,7 +47,7 @@ def unchanged(plan: Plan) -> tuple[Unchanged, ...]:
         for one in plan.unmatched
     ]
     items += [
-        _Item(site.name, site_text(site), site.before.parameters, site.reason)
+        _Item(site.name, site.operator, site.before.parameters, site.reason)
         for site in plan.sites
         if site.form is None
     ]
@@ -86,11 +86,6 @@ def fold_reasons(reasons: Sequence[str]) -> str:
     return literals[0] + "".join(
         text + literal for text, literal in zip(texts, literals[1:], strict=True)
     )
-
-
-def site_text(site: SitePlan) -> str:
-    """``linear 576→1536``."""
-    return site.operator
 
 
 def _shape_text(op: str, shape: tuple[int, ...]) -> str:
