@@ -41,6 +41,7 @@ from fxcompress.metric import METRICS
 from fxcompress.pipeline.analysis import Analysis, analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposed, Decomposition
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
@@ -128,8 +129,8 @@ def relative(decomposed: Decomposition) -> Decomposition:
         losses = {name: loss / whole for name, loss in site.losses.items()}
         return replace(site, losses=losses)
 
-    sites = {name: shares(site) for name, site in decomposed.sites.items()}
-    return replace(decomposed, sites=sites)
+    groups = {name: shares(group) for name, group in decomposed.groups.items()}
+    return replace(decomposed, groups=groups)
 
 
 def compress(
@@ -137,19 +138,19 @@ def compress(
 ) -> tuple[nn.Module, Plan]:
     """What ``compile`` does with :func:`rules`, from an analysis that offers more forms."""
     offered = {method.form, "embedding"}
-    sites = tuple(
-        replace(site, forms={name: form for name, form in site.forms.items() if name in offered})
-        for site in analysis.sites
+    groups = tuple(
+        replace(group, forms={name: form for name, form in group.forms.items() if name in offered})
+        for group in analysis.groups
     )
     found = analysis.decomposed
     analysis = replace(
         analysis,
         rules=rules(method, keep, [method.form]),
-        sites=sites,
+        groups=groups,
         decomposed=relative(found) if method.relative else found,
     )
     with stages(False) as silent:
-        return rewrite(model, analysis, embed, silent)
+        return rewrite(model, analysis.showing(silent))
 
 
 def measure(
@@ -167,7 +168,9 @@ def measure(
         if key not in analysis:
             forms = sorted({m.form for m in methods if (m.metric, m.words) == key})
             with stages(True) as show:
-                found = analyse(model, rules(method, 1.0, forms), data, None, None, embed, show)
+                found = analyse(
+                    model, rules(method, 1.0, forms), Request(show, data, forward=embed)
+                )
             analysis = {key: found}  # the one before is not needed again
         for keep in keeps:
             small, plan = compress(model, analysis[key], method, keep)

@@ -34,7 +34,8 @@ from torch import nn
 from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse, match_model
 from fxcompress.pipeline.build import rewrite
-from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
+from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import gather_sites
 from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
@@ -120,9 +121,10 @@ def measure(
             if decomposed is None:
                 whole = match_model(base.model, everything, base.recording)
                 spec = everything.rules.metric
-                decomposed = decompose_sites(
+                _, groups = gather_sites(base.model, base.recording, whole)
+                decomposed = decompose_groups(
                     base.model,
-                    *gather_sites(base.model, base.recording, whole),
+                    groups,
                     metric_from(
                         dict(calibration.moments),
                         METRICS[metric],
@@ -131,17 +133,17 @@ def measure(
                 )
             loaded = rules(metric, allocation, form, keep)
             matched = match_model(base.model, loaded, base.recording)
-            sites, bundles = gather_sites(base.model, base.recording, matched)
+            sites, groups = gather_sites(base.model, base.recording, matched)
             analysis = replace(
                 base,
                 rules=loaded,
                 matched=matched,
                 sites=sites,
-                bundles=bundles,
+                groups=groups,
                 decomposed=decomposed,
             )
             with stages(False) as silent:
-                small, plan = rewrite(model, analysis, None, silent)
+                small, plan = rewrite(model, analysis.showing(silent))
             fidelity = reference.compare(small)
             rows.append(Row(metric, allocation, form, keep, plan, fidelity))
             print(
@@ -210,7 +212,7 @@ def main() -> None:
     reference = Reference(model, sequences(tokenizer, HELD_OUT, options.evaluate))
     with stages(True) as show:
         # Only to record and match: the euclidean metric reads no data.
-        base = analyse(model, rules("euclidean", *BASELINE[1:], 0.8), data, None, None, None, show)
+        base = analyse(model, rules("euclidean", *BASELINE[1:], 0.8), Request(show, data))
         tick = show.stage("calibrate", len(data))
         calibration = calibrate(
             base.model, base.sites, data, EVERYTHING, drawn=Draws("categorical"), tick=tick

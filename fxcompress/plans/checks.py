@@ -12,24 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from fxcompress.forms import (
-    ConvShape,
-    Form,
-    JointForm,
-    LinearShape,
-    Rank,
-    Shape,
-    find_form,
-    find_joint_form,
-)
+from fxcompress.forms import ConvShape, Fitted, LinearShape, Rank, Shape, find_form, fit
 from fxcompress.operators.shape import parse_shape
 from fxcompress.pipeline.agreement import units
-from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
@@ -75,8 +65,7 @@ def body_problems(
         parts: of a site or of all members of a bundle, by its name.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    alone = {site.name: (site,) for site in plan.rewritten if not site.bundle}
-    for name, sites in (alone | plan.bundles).items():
+    for name, sites in plan.groups.items():
         for site, found in zip(sites, parts(name), strict=True):
             if site.parts != found:
                 yield places[site.name], "they are not what the form consists of"
@@ -131,7 +120,7 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
-    yield from _size_problems("before", site.before, lambda unit, own: unit.of_operator(own), shape)
+    yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
     if site.form is None:
         yield from _dense_problems(site, shape)
     elif not site.bundle:
@@ -149,29 +138,29 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
 
 def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Problem]:
     form, rank = site.choice
-    found = _known(lambda: find_form(form, site.op, plan.templates))
-    if not isinstance(found, Form) or site.op not in found.operators:
+    found = _fitted(form, site.op, plan, [shape])
+    if found is None or site.op not in found.form.operators:
         yield "form", f"{form} is no form for one {site.op}"
         return
     if form not in site.forms:
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(shape):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    yield from _rank_problems(site, found.full_rank(shape))
-    if site.full_rank != found.full_rank(shape):
+    yield from _rank_problems(site, found.full_rank())
+    if site.full_rank != found.full_rank():
         return
     ranks = np.array([rank], dtype=np.int64)
     yield from _size_problems(
-        "after", site.after, lambda unit, own: int(unit.of_form(found, own, ranks)[0]), shape
+        "after", site.after, lambda unit: int(unit.of_form(found, ranks)[0]), shape
     )
     for unit in site.before.units:
         dense = site.before[unit.word]
         if unit.per_row and isinstance(shape, LinearShape) and dense >= 0:
             rows = dense // unit.of_operator(shape)
             if rows < MOST_ROWS:
-                counted = replace(shape, rows=rows)
-                if site.after[unit.word] != int(unit.of_form(found, counted, ranks)[0]):
+                counted = fit(found.form, [replace(shape, rows=rows)])
+                if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
                     yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
 
 
@@ -181,31 +170,32 @@ def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
 
 
 def _size_problems(
-    place: str, size: Size, count: Callable[[CountedUnit, Any], int], shape: Shape
+    place: str, size: Size, count: Callable[[CountedUnit], int], shape: Shape
 ) -> Iterator[Problem]:
     """Of counts that follow from the shape, and of those that are per row of an unknown number.
 
     Args:
         place: ``"before"`` or ``"after"``.
         size: what the plan says.
-        count: what it is in a unit, of a shape.
-        shape: of the operator, for one row.
+        count: what it is in a unit, for one row.
+        shape: of the operator.
     """
     for unit in size.units:
         here, number = f"{place}.{unit.word}", size[unit.word]
         if not unit.per_row:
-            if number != (expected := count(unit, shape)):
+            if number != (expected := count(unit)):
                 yield here, f"{number}, and it has {expected}"
         elif number < 0:
             yield here, f"{number}"
-        elif place == "before" and isinstance(shape, LinearShape) and number % count(unit, shape):
-            yield here, f"{number}, no multiple of the {count(unit, shape)} of one row"
+        elif place == "before" and isinstance(shape, LinearShape) and number % count(unit):
+            yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _known(find: Callable[[], Form | JointForm]) -> Form | JointForm | None:
+def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+    """A form for operators; None if there is none of that name for them."""
     try:
-        return find()
-    except KeyError:
+        return fit(find_form(form, op, plan.templates), shapes)
+    except (KeyError, ValueError):
         return None
 
 
@@ -217,13 +207,13 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _known(lambda: find_joint_form(form, plan.templates))
-    if not isinstance(found, JointForm):
-        yield "form", f"{form} is no form for several operators"
-        return
     linear = [shape for shape in own if isinstance(shape, LinearShape)]
     if len(linear) < len(own) or not isinstance(rank, int):
         yield "op", f"{form} is for linear operators, and has one rank"
+        return
+    found = _fitted(form, "linear", plan, linear)
+    if found is None:
+        yield "form", f"{form} is no form for several operators"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
@@ -233,10 +223,10 @@ def _bundle_problems(
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(linear):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    full = found.full_rank(linear)
+    full = found.full_rank()
     yield from _rank_problems(first, full)
     if [site.member for site in sites] != list(range(len(sites))):
         yield "member", "its sites are not counted from 0"
@@ -246,20 +236,16 @@ def _bundle_problems(
     ranks = np.array([rank], dtype=np.int64)
     after = total_size(site.after for site in sites)
     fixed = [unit for unit in after.units if not unit.per_row]
-    if any(after[unit.word] != int(unit.of_form(found, linear, ranks)[0]) for unit in fixed):
+    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
         yield "after", "they are not what the form has at this rank"
 
 
 def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
     """Of the bodies of a site or a bundle, without memory."""
-    sites = plan.bundles.get(name) or tuple(site for site in plan.sites if site.name == name)
-    own = [shapes[site.name] for site in sites]
+    sites = plan.groups[name]
     form, rank = sites[0].choice
-    if not sites[0].bundle:
-        return [layers(find_form(form, sites[0].op, plan.templates).empty(own[0], rank))]
-    assert isinstance(rank, int)
-    joint = find_joint_form(form, plan.templates)
-    return joint_layers(joint.empty([s for s in own if isinstance(s, LinearShape)], rank))
+    found = find_form(form, sites[0].op, plan.templates)
+    return layers(fit(found, [shapes[site.name] for site in sites]).empty(rank))
 
 
 # ---- what is about several sites ------------------------------------------------------

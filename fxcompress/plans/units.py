@@ -7,7 +7,7 @@ know it from there.  Known without torch, so that rules can be checked without i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 
@@ -53,12 +53,11 @@ class CountedUnit(Unit):
         """
 
     @abstractmethod
-    def of_form(self, form: Any, shape: Any, ranks: Any) -> Any:
-        """A form in place of operators.
+    def of_form(self, form: Any, ranks: Any) -> Any:
+        """A form in place of operators, all together.
 
         Args:
-            form: a form or a joint form.
-            shape: what the form takes: the shape of an operator, or a sequence of them.
+            form: with its operators (:class:`fxcompress.forms.Fitted`).
             ranks: (k), or pairs of ranks (k x 2).
 
         Returns:
@@ -93,8 +92,8 @@ class _Parameters(CountedUnit):
     def of_operator(self, shape: Any) -> int:
         return int(shape.weights) + _biases(shape)
 
-    def of_form(self, form: Any, shape: Any, ranks: Any) -> Any:
-        return form.parameters(shape, ranks) + _biases(shape)
+    def of_form(self, form: Any, ranks: Any) -> Any:
+        return form.parameters(ranks) + _biases(*form.shapes)
 
     def of_head(self, head: Any, shape: Any) -> int:
         return sum(parameter.numel() for parameter in head.parameters())
@@ -112,8 +111,8 @@ class _Macs(CountedUnit):
     def of_operator(self, shape: Any) -> int:
         return int(shape.macs)
 
-    def of_form(self, form: Any, shape: Any, ranks: Any) -> Any:
-        return form.macs(shape, ranks)
+    def of_form(self, form: Any, ranks: Any) -> Any:
+        return form.macs(ranks)
 
     def of_head(self, head: Any, shape: Any) -> int:
         weights = PARAMETERS.of_head(head, shape) - _biases(shape)
@@ -131,9 +130,8 @@ class _Bytes(CountedUnit):
     def of_operator(self, shape: Any) -> int:
         return PARAMETERS.of_operator(shape) * int(shape.dtype.itemsize)
 
-    def of_form(self, form: Any, shape: Any, ranks: Any) -> Any:
-        size = _each(shape)[0].dtype.itemsize
-        return form.bytes(shape, ranks) + _biases(shape) * size
+    def of_form(self, form: Any, ranks: Any) -> Any:
+        return form.bytes(ranks) + _biases(*form.shapes) * form.shapes[0].dtype.itemsize
 
     def of_head(self, head: Any, shape: Any) -> int:
         tensors = (*head.parameters(), *head.buffers())
@@ -155,14 +153,9 @@ class _Latency(Unit):
         return self.amount(number)
 
 
-def _each(shape: Any) -> Sequence[Any]:
-    """The shapes of one operator or of several."""
-    return shape if isinstance(shape, Sequence) else (shape,)
-
-
-def _biases(shape: Any) -> int:
-    """Entries of the biases of one operator or of several."""
-    return sum(one.out_features for one in _each(shape) if one.bias)
+def _biases(*shapes: Any) -> int:
+    """Entries of the biases of operators."""
+    return sum(shape.out_features for shape in shapes if shape.bias)
 
 
 PARAMETERS = _Parameters()
