@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.budget import Choice
-from fxcompress.forms import ConvShape, Rank, Template
+from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
@@ -279,16 +279,21 @@ def _dense_reason(
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):
         return f"no form worked: {', '.join(sorted(excluded))} given up"
-    m, n = site.out_features, site.in_features
-    if "pivoted" in forms:
+    fitting = [form for form in single if not form.misfit()]
+    if any(1 < (form.break_even() or 0) == form.full_rank() for form in fitting):
         full = site.shape.full_rank
         return f"left dense by the budget: every rank below {full} loses more than it saves"
-    if tuple(forms) == ("low_rank",) and not isinstance(site.shape, ConvShape):
-        return (
-            f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
-            "loses more than that is worth"
-        )
-    return f"left dense by the budget: {_listed(forms)} lose more than they save"
+    if len(forms) > 1:
+        return f"left dense by the budget: {_listed(forms)} lose more than they save"
+    limit = next((form.break_even() for form in fitting), None)
+    if limit is None:
+        return f"left dense by the budget: {forms[0]} loses more than it saves"
+    if limit == 1:
+        return f"left dense by the budget: {forms[0]} saves at no rank"
+    return (
+        f"left dense by the budget: {forms[0]} saves below rank {limit} only, and loses more than "
+        "that is worth"
+    )
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -10,7 +10,15 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    field_validator,
+    model_validator,
+)
 from torch import fx, nn
 
 from fxcompress.errors import RewriteError, printable
@@ -63,7 +71,7 @@ def _showable(value: Any) -> Any:
     return value
 
 
-class Size(RootModel[dict[CountedWord, int]]):
+class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]]]):
     """Exact counts by the word of their unit, biases included.
 
     A plan of before there was some unit lacks it everywhere.
@@ -82,10 +90,10 @@ class Size(RootModel[dict[CountedWord, int]]):
 
     @field_validator("root")
     @classmethod
-    def _showable(cls, value: Any) -> Any:
+    def _complete(cls, value: dict[str, int]) -> dict[str, int]:
         if "parameters" not in value:
             raise ValueError("parameters are missing")
-        return _showable(value)
+        return value
 
     @classmethod
     def of(cls, count: Callable[[CountedUnit], int]) -> Size:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from fxcompress.plans.plan import MeasuredSite, Plan
+from fxcompress.forms import find_form
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
 from fxcompress.report.columns import (
     MEASURED,
     PREDICTED,
@@ -175,7 +176,7 @@ def _group_lines(group: Group, plan: Plan, measured: Mapping[str, MeasuredSite])
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
         partners = [other.name for other in group.rows if _together(other, row)]
         losses = _losses_text(Entry(row.sites, measured), plan)
-        lines += _row_lines(row, losses, partners)
+        lines += _row_lines(row, losses, partners, plan)
         if rule != following:
             lines.append(rule)
     return lines
@@ -198,8 +199,17 @@ def _losses_text(entry: Entry, plan: Plan) -> str:
     return text if plan.fidelity is None else f"{text}, measured {MEASURED.alike(entry)}"
 
 
-def _row_lines(row: Row, losses: str, partners: Sequence[str]) -> list[str]:
+def _remarks(site: SitePlan, plan: Plan) -> Mapping[str, str]:
+    """What the form says of its functions; nothing if it is not registered here."""
+    try:
+        return find_form(str(site.form), site.op, plan.templates).remarks
+    except KeyError:
+        return {}
+
+
+def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> list[str]:
     site = row.sites[0]
+    remarks = _remarks(site, plan)
     name = row.label
     before = counts(site.before.parameters for site in row.sites)
     notes = [f"{row.per_block} alike"] * (row.per_block > 1)
@@ -223,8 +233,8 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str]) -> list[str]:
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
         if not is_layer:
             ops = [part.op for _, part in run]
-            order = " (rows back in order)" if ops[-1] == "index_select" else ""
-            lines.append(f"+ {name:19} {', '.join(ops)}{order}")
+            said = ", ".join(remarks[op] for op in ops if op in remarks)
+            lines.append(f"+ {name:19} {', '.join(ops)}" + (f" ({said})" if said else ""))
             continue
         for at, part in run:
             layer = f"{name}.{part.path}"
