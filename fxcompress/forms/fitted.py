@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.form import Counts, Form, JointForm
 from fxcompress.forms.target import Losses, Rank, Ranks, Target
-from fxcompress.operators.shape import LinearShape, Shape
+from fxcompress.operators.linear import LinearShape
+from fxcompress.operators.shape import Shape
 
 
 class Fitted(ABC):
@@ -116,10 +117,9 @@ def fit(form: Form | JointForm, shapes: Sequence[Shape]) -> Fitted:
         ValueError: it is for another number or kind of operators.
     """
     if isinstance(form, JointForm):
-        linear = [shape for shape in shapes if isinstance(shape, LinearShape)]
-        if len(linear) < len(shapes) or len(shapes) < 2:
+        if len(shapes) < 2 or any(shape.op not in form.operators for shape in shapes):
             raise ValueError(f"{form.name} is for several linear operators")
-        return _Joint(form, tuple(linear))
+        return _Joint(form, tuple(cast("LinearShape", shape) for shape in shapes))
     if len(shapes) != 1:
         raise ValueError(f"{form.name} is for one operator")
     return _Single(form, shapes[0])

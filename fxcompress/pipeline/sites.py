@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fxcompress.budget import permitted_ranks
 from fxcompress.forms import (
     Body,
-    ConvShape,
     Fitted,
     Rank,
     Shape,
@@ -23,7 +22,7 @@ from fxcompress.forms import (
     fit,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.graph.recorder import Recording
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Match, MatchResult
@@ -199,7 +198,9 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=_measured(shape_of(model.get_submodule(operator.path)), facts),
+                shape=shape_of(model.get_submodule(operator.path)).counted_on(
+                    facts.rows, facts.inputs
+                ),
                 calls=len(facts.calls),
                 source=facts.source,
                 match=match,
@@ -223,10 +224,3 @@ def group(
     shapes = [site.shape for site in sites]
     forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in match.forms}
     return Group(name, sites, forms, match)
-
-
-def _measured(shape: Shape, facts: Weight) -> Shape:
-    """A shape with the sizes of what the operator is applied to in the recorded example."""
-    if isinstance(shape, ConvShape):
-        return replace(shape, inputs=facts.inputs)
-    return replace(shape, rows=facts.rows)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fxcompress.forms import ConvShape, Fitted, LinearShape, Rank, Shape, find_form, fit
-from fxcompress.operators.shape import parse_shape
+from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
+from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
@@ -156,10 +155,10 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Probl
     )
     for unit in site.before.units:
         dense = site.before[unit.word]
-        if unit.per_row and isinstance(shape, LinearShape) and dense >= 0:
+        if unit.per_row and shape.takes == "rows" and dense >= 0:
             rows = dense // unit.of_operator(shape)
             if rows < MOST_ROWS:
-                counted = fit(found.form, [replace(shape, rows=rows)])
+                counted = fit(found.form, [shape.counted_on(rows, ())])
                 if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
                     yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
 
@@ -187,7 +186,7 @@ def _size_problems(
                 yield here, f"{number}, and it has {expected}"
         elif number < 0:
             yield here, f"{number}"
-        elif place == "before" and isinstance(shape, LinearShape) and number % count(unit):
+        elif place == "before" and shape.takes == "rows" and number % count(unit):
             yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
@@ -207,18 +206,17 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    linear = [shape for shape in own if isinstance(shape, LinearShape)]
-    if len(linear) < len(own) or not isinstance(rank, int):
-        yield "op", f"{form} is for linear operators, and has one rank"
-        return
-    found = _fitted(form, "linear", plan, linear)
-    if found is None:
+    found = _fitted(form, "linear", plan, own)
+    if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
+        return
+    if found is None or not isinstance(rank, int):
+        yield "op", f"{form} is for linear operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
         return
-    if len({(shape.in_features, shape.dtype) for shape in linear}) > 1:
+    if len({(shape.in_features, shape.dtype) for shape in own}) > 1:
         yield "in_features", "its sites differ in type or input"
         return
     if any(form not in site.forms for site in sites):
