@@ -12,29 +12,11 @@ from typing import Any
 
 from fxcompress.forms import find_form
 from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
-from fxcompress.report.columns import (
-    MEASURED,
-    PREDICTED,
-    Entry,
-    measured_sites,
-    ranks_of,
-    ranks_text,
-)
+from fxcompress.report import columns, summary
+from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import Group, Row, fold_blocks
 from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
-from fxcompress.report.summary import (
-    budget_lines,
-    fidelity_lines,
-    graph_lines,
-    held_back_line,
-    model_name,
-    operator_changes,
-    predicted_line,
-    rewritten_text,
-    totals,
-    totals_lines,
-)
 from fxcompress.report.unchanged import Unchanged, unchanged
 from fxcompress.rules.folding import fold
 
@@ -76,8 +58,10 @@ class Diff:
 
     def __str__(self) -> str:
         plan = self.plan
-        head = f"{model_name(plan)}: {rewritten_text(plan)}"
-        sections = [[f"{head} (rules {plan.rules}, metric {plan.metric})", held_back_line(plan)]]
+        head = f"{summary.model_name(plan)}: {summary.rewritten_text(plan)}"
+        sections = [
+            [f"{head} (rules {plan.rules}, metric {plan.metric})", summary.held_back_line(plan)]
+        ]
         measured = measured_sites(plan)
         sections += [_group_lines(group, plan, measured) for group in self.groups]
         if plan.expanded:
@@ -89,9 +73,9 @@ class Diff:
             )
         if self.unchanged:
             sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
-        sections.append(totals_lines(plan))
-        losses = [predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
-        sections.append([*budget_lines(plan), *losses, *graph_lines(plan)])
+        sections.append(summary.totals_lines(plan))
+        losses = [summary.predicted_line(plan), *summary.fidelity_lines(plan), *rounds_lines(plan)]
+        sections.append([*summary.budget_lines(plan), *losses, *summary.graph_lines(plan)])
         if self.groups:
             sections.append([LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -119,7 +103,7 @@ class Diff:
             "held_back": None if plan.held_back is None else plan.held_back.model_dump(mode="json"),
             "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
             "rewritten": len(plan.rewritten),
-            "totals": [{**asdict(total), "kept": total.kept} for total in totals(plan)],
+            "totals": [{**asdict(total), "kept": total.kept} for total in summary.totals(plan)],
             "sites": [site.model_dump(mode="json") for site in plan.sites],
             "unmatched": [one.model_dump(mode="json") for one in plan.unmatched],
             "expanded": list(plan.expanded),
@@ -127,7 +111,7 @@ class Diff:
                 "before": len(plan.before),
                 "after": len(plan.after) if plan.after else None,
                 "operators": (
-                    {op: list(pair) for op, pair in operator_changes(plan).items()}
+                    {op: list(pair) for op, pair in summary.operator_changes(plan).items()}
                     if plan.after
                     else {}
                 ),
@@ -185,7 +169,7 @@ def _group_lines(group: Group, plan: Plan, measured: Mapping[str, MeasuredSite])
 def _ranks_text(row: Row) -> str:
     """``r 96..208 of 576 ▄▅█▇``, ``r 8..12×16 of 32×64`` of a form that has two ranks."""
     whole = "×".join(str(full) for full in row.sites[0].full_ranks)
-    return f"r {ranks_text(row.sites, WIDEST, f' of {whole}')}"
+    return f"r {columns.ranks_text(row.sites, WIDEST, f' of {whole}')}"
 
 
 def _together(one: Row, other: Row) -> bool:
@@ -252,7 +236,7 @@ def part_text(row: Row, index: int) -> str:
     parts = [site.parts[index] for site in row.sites]
     if parts[0].in_features is None:
         return parts[0].op
-    axes, widths = ranks_of(row.sites), [site.out_features for site in row.sites]
+    axes, widths = columns.ranks_of(row.sites), [site.out_features for site in row.sites]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
     kernel = "×".join(map(str, parts[0].kernel))
     text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
-from fxcompress.report import summary
 from fxcompress.report.columns import PAGE, Column, Entry, head, measured_sites, shown
 from fxcompress.report.descent import descent, rounds_lines
 from fxcompress.report.plot import DECADES, Line, Plot, decades, indices, template
@@ -20,26 +20,45 @@ WIDTH, HEIGHT = 560, 190
 
 
 @dataclass
-class Branch:
+class Row:
     """A module of the tree: a site, or what holds sites.
 
     Attributes:
-        label: path relative to the branch above (``"model.layers"`` if nothing branches off).
+        label: path relative to the row above (``"model.layers"`` if nothing branches off).
         path: full path.
+        measured: by name of a site, as :class:`Entry` has it.
         site: what it is itself, None if it only holds others.
         sites: every site at or below it.
+        children: by the next component of the path.
+        key, above: its number, and that of the row above, -1 of none.
+        depth: rows above it.
+        open: whether what is below is shown at first.
     """
 
     label: str
     path: str
+    measured: Mapping[str, MeasuredSite]
     site: SitePlan | None = None
     sites: list[SitePlan] = field(default_factory=list)
-    children: dict[str, Branch] = field(default_factory=dict)
+    children: dict[str, Row] = field(default_factory=dict)
+    key: int = -1
+    above: int = -1
+    depth: int = 0
+    open: bool = True
+
+    @cached_property
+    def entry(self) -> Entry:
+        """What the columns are about."""
+        return Entry(tuple(self.sites), self.measured)
+
+    def child(self, name: str, path: str) -> Row:
+        """The row of this name, made if there is none."""
+        return self.children.setdefault(name, Row(name, path, self.measured))
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a column; ``edge`` where another group begins, ``at`` its place in ``sort``."""
+    """Of a column; ``edge`` where another group begins, ``at`` its place among sortable ones."""
 
     text: str
     column: Column
@@ -47,57 +66,19 @@ class Head:
     at: int | None
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the tree table.
-
-    Attributes:
-        key, above: its number, and that of the module that it is in.
-        depth: modules above it.
-        site: the operator that it is itself.
-        open: whether what is below is shown at first.
-        branches: whether anything is.
-        entry: what the columns are about.
-        sort: a number for the graph order, and for every column that can be sorted by.
-    """
-
-    key: int
-    above: int | None
-    depth: int
-    label: str
-    path: str
-    site: SitePlan | None
-    open: bool
-    branches: bool
-    entry: Entry
-    sort: tuple[float, ...]
-
-
 def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
     """The page, with everything escaped that came from a model or a rule file."""
-    columns = shown(PAGE, plan)
+    columns, measured = shown(PAGE, plan), measured_sites(plan)
     page: str = template("diff.html.j2").render(
         plan=plan,
-        title=summary.model_name(plan),
-        rewritten=summary.rewritten_text(plan),
         label=loss_label(plan.loss_unit),
-        budget=[*summary.budget_lines(plan), summary.predicted_line(plan)],
-        held_back=plan.held_back,
-        held_back_name=summary.held_back_name(plan),
-        held_back_data=summary.held_back_data,
-        not_held_back=summary.not_held_back(plan),
-        fidelity=plan.fidelity,
-        measured=measured_sites(plan),
-        fidelity_lines=summary.fidelity_lines(plan),
+        measured=measured,
         scatter=fidelity_scatter(plan),
         rounds_lines=rounds_lines(plan),
         descent=descent(plan),
-        graph=summary.graph_lines(plan),
-        totals=summary.totals(plan),
-        units=plan.model_before.units,
         heads=_heads(columns, plan),
         groups=[(name, len([*each])) for name, each in groupby(each.group for each in columns)],
-        rows=tree_rows(plan.sites, measured_sites(plan), columns),
+        rows=tree_rows(plan.sites, measured),
         spectrum=spectrum_plot,
         unchanged=unchanged,
         text=text,
@@ -116,66 +97,42 @@ def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
     return heads
 
 
-def tree_rows(
-    sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite], columns: Sequence[Column]
-) -> list[Row]:
+def tree_rows(sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite]) -> list[Row]:
     """The module tree of the sites, depth first, in graph order.
 
     It is open down to the first module that branches, so thirty blocks are thirty rows.
-
-    Args:
-        sites: of a plan.
-        measured: by name of the site, as :class:`Entry` has it.
-        columns: of the table.
     """
-    root = Branch("", "")
+    root = Row("", "", measured)
     for site in sites:
-        branch = root
-        branch.sites.append(site)
+        row = root
         for component in site.name.split("."):
-            path = f"{branch.path}.{component}" if branch.path else component
-            branch = branch.children.setdefault(component, Branch(component, path))
-            branch.sites.append(site)
-        if branch.site is not None:  # a second weight of the same module
-            branch = branch.children.setdefault(site.weight, Branch(site.weight, site.weight))
-            branch.sites.append(site)
-        branch.site = site
+            row = row.child(component, f"{row.path}.{component}" if row.path else component)
+            row.sites.append(site)
+        if row.site is not None:  # a second weight of the same module
+            row = row.child(site.weight, site.weight)
+            row.sites.append(site)
+        row.site = site
     rows: list[Row] = []
-    orders = [column.order for column in columns if column.order is not None]
 
-    def descend(above: Branch, key: int | None, depth: int, opened: bool) -> None:
-        children = [_shortened(child) for child in above.children.values()]
-        opened = opened and len(children) == 1
-        for child in children:
-            entry, at = Entry(tuple(child.sites), measured), len(rows)
-            rows.append(
-                Row(
-                    key=at,
-                    above=key,
-                    depth=depth,
-                    label=child.label or "(root)",
-                    path=child.path or "(root)",
-                    site=child.site,
-                    open=opened,
-                    branches=bool(child.children),
-                    entry=entry,
-                    sort=(at, *(order(entry) for order in orders)),
-                )
-            )
-            descend(child, at, depth + 1, opened)
+    def descend(above: Row) -> None:
+        for row in map(_shortened, above.children.values()):
+            row.key, row.above, row.depth = len(rows), above.key, above.depth + 1
+            row.open = above.open and len(above.children) == 1
+            rows.append(row)
+            descend(row)
 
-    descend(root, None, 0, True)
+    descend(root)
     return rows
 
 
-def _shortened(branch: Branch) -> Branch:
+def _shortened(row: Row) -> Row:
     """Skip modules that hold nothing but one other module."""
-    label = branch.label
-    while branch.site is None and len(branch.children) == 1:
-        (branch,) = branch.children.values()
-        label = f"{label}.{branch.label}"
-    branch.label = label
-    return branch
+    label = row.label
+    while row.site is None and len(row.children) == 1:
+        (row,) = row.children.values()
+        label = f"{label}.{row.label}"
+    row.label = label
+    return row
 
 
 def spectrum_plot(site: SitePlan) -> Plot | None:

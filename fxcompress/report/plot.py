@@ -10,15 +10,17 @@ from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from fxcompress.report.quantities import count, loss, percent, short, with_error
+from fxcompress.report import summary
+from fxcompress.report.quantities import count, loss, percent, with_error
 
 DECADES = 8
 """Values that are smaller than the largest by more decades stand at the low end of an axis."""
 
 
-def label(value: float) -> str:
-    """A tick: ``0.001``, ``250``, ``1e-05``."""
-    return f"{value:.10g}"
+Text = Callable[[float], str]
+
+NUMBER: Text = "{:.10g}".format
+"""How ticks are written: ``0.001``, ``250``, ``1e-05``."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Axis:
     values: tuple[float, ...]
     logarithmic: bool = False
     title: str = ""
-    text: Callable[[float], str] = label
+    text: Text = NUMBER
 
     def place(self, value: float) -> float:
         """Pixels from the low end, where everything below stands, too."""
@@ -65,11 +67,7 @@ def decades(values: Iterable[float], length: int, title: str = "") -> Axis:
 
 
 def even(
-    values: Sequence[float],
-    length: int,
-    title: str = "",
-    parts: int = 5,
-    text: Callable[[float], str] = label,
+    values: Sequence[float], length: int, title: str = "", parts: int = 5, text: Text = NUMBER
 ) -> Axis:
     """A linear axis between round numbers, with about ``parts`` steps between ticks."""
     step = round_step(values, parts)
@@ -156,6 +154,6 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         loader=FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
     )
-    environment.filters.update(count=count, short=short, loss=loss)
-    environment.globals.update(percent=percent, with_error=with_error)
+    environment.filters.update(count=count, loss=loss)
+    environment.globals.update(percent=percent, with_error=with_error, summary=summary)
     return environment.get_template(name)

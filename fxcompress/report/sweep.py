@@ -10,6 +10,7 @@ from typing import Any
 
 from fxcompress.plans.plan import Plan
 from fxcompress.plans.units import UNITS, CountedUnit
+from fxcompress.report import summary
 from fxcompress.report.plot import Line, Mark, Plot, decades, even, template
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
@@ -18,12 +19,6 @@ from fxcompress.report.quantities import (
     loss_label,
     percent,
     short,
-)
-from fxcompress.report.summary import (
-    held_back_data,
-    held_back_name,
-    model_name,
-    totals,
 )
 
 Values = Mapping[str, float]
@@ -101,7 +96,7 @@ class Sweep:
         plan = self._first
         sections = [
             [
-                f"sweep of {model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
+                f"sweep of {summary.model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
                 f"keep is of the {self.whole}, sizes are of the model",
             ],
             table,
@@ -122,8 +117,8 @@ class Sweep:
         found = [plan for plan in self.plans.values() if plan.held_back is not None]
         if not found or found[0].held_back is None:
             return []
-        data = held_back_data(found[0].held_back)
-        return [f"held back: {held_back_name(found[0])} in {LOSS_IN_NATS}, on {data}"]
+        data = summary.held_back_data(found[0].held_back)
+        return [f"held back: {summary.held_back_name(found[0])} in {LOSS_IN_NATS}, on {data}"]
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Heads, the dense model, and every budget."""
@@ -195,7 +190,7 @@ class Sweep:
     def to_html(self) -> str:
         """One page that needs nothing else: a plot of every quantity, and the table."""
         page: str = template("sweep.html.j2").render(
-            title=model_name(self._first), text=str(self), plots=self.plots()
+            title=summary.model_name(self._first), text=str(self), plots=self.plots()
         )
         return page
 
@@ -222,7 +217,7 @@ def _entry(point: Point) -> dict[str, Any]:
     return {
         "keep": point.keep,
         "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
-        "totals": [{**asdict(total), "kept": total.kept} for total in totals(plan)],
+        "totals": [{**asdict(total), "kept": total.kept} for total in summary.totals(plan)],
         "rewritten": len(plan.rewritten),
         "forms": {site.name: site.form for site in plan.sites},
         "ranks": {site.name: site.model_dump(mode="json")["rank"] for site in plan.sites},

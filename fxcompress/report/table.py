@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxcompress.plans.plan import Plan
+from fxcompress.report import summary
 from fxcompress.report.columns import TERMINAL, Column, Entry, head, measured_sites, shown
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.diff import group_title, unchanged_lines
 from fxcompress.report.fold import fold_blocks
-from fxcompress.report.summary import (
-    budget_lines,
-    fidelity_lines,
-    held_back_line,
-    model_name,
-    predicted_line,
-    rewritten_text,
-    totals_lines,
-)
 from fxcompress.report.unchanged import unchanged
 
 SITE = 17
@@ -37,17 +29,22 @@ def plan_table(plan: Plan) -> str:
           up_proj           linear 576→1536   pivoted   23.1%..44.8%  0.0004..0.0031   96..208 ▄▅█▇
     """
     about = [
-        f"plan for {model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
-        rewritten_text(plan),
-        held_back_line(plan),
+        f"plan for {summary.model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
+        summary.rewritten_text(plan),
+        summary.held_back_line(plan),
     ]
     if plan.calibration:
         facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
         if plan.damping:
             facts += f", damping {' and '.join(f'{one:g}' for one in plan.damping)}"
         about.append(f"calibration: {facts}")
-    lines = [*budget_lines(plan), predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
-    sections = [about, lines, totals_lines(plan)]
+    lines = [
+        *summary.budget_lines(plan),
+        summary.predicted_line(plan),
+        *summary.fidelity_lines(plan),
+        *rounds_lines(plan),
+    ]
+    sections = [about, lines, summary.totals_lines(plan)]
     groups = fold_blocks(plan.rewritten)
     if groups:
         columns, measured = shown(TERMINAL, plan), measured_sites(plan)

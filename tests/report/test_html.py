@@ -5,7 +5,16 @@ import pytest
 
 from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
-from fxcompress.report.columns import FORM, MEASURED, PAGE, RANK, measured_sites, shown
+from fxcompress.report.columns import (
+    FORM,
+    MEASURED,
+    PAGE,
+    PREDICTED,
+    RANK,
+    SIZES,
+    measured_sites,
+    shown,
+)
 from fxcompress.report.html import HEIGHT, WIDTH, Row, spectrum_plot, tree_rows
 from fxcompress.report.plot import DECADES, Plot
 from fxcompress.report.scatter import SIDE, fidelity_scatter
@@ -143,26 +152,27 @@ def test_small_plans_have_a_page(empty: Plan) -> None:
 
 
 def tree(made: Plan) -> list[Row]:
-    return tree_rows(made.sites, measured_sites(made), shown(PAGE, made))
+    return tree_rows(made.sites, measured_sites(made))
 
 
 def test_tree_sums_up_and_skips_modules_with_one_child(compressed: Plan) -> None:
     rows = tree(compressed)
     assert [row.label for row in rows[:4]] == ["model.layers", "0", "self_attn", "q_proj"]
     assert (rows[0].open, rows[1].open) == (True, False)
-    sums = [*range(3, 10)]  # amounts before and after, and the predicted loss
     for row in rows:
         below = [one for one in rows if one.above == row.key]
-        if below:
-            for at in sums:
-                assert row.sort[at] == pytest.approx(sum(one.sort[at] for one in below))
+        for column in (*SIZES, PREDICTED) if below else ():
+            assert column.order is not None
+            assert column.order(row.entry) == pytest.approx(
+                sum(column.order(one.entry) for one in below)
+            )
     assert FORM.below(rows[0].entry) == "20 of 21"
     assert [row.key for row in rows] == list(range(len(rows)))
 
 
 def test_tree_keeps_a_site_that_has_sites_below_and_two_weights_of_one_module() -> None:
     sites = (site("a", 8, 8, 2), site("a.b", 8, 8, 2), site("c", 8, 8, 2), site("c", 8, 8, 4))
-    rows = [row for row in tree_rows(sites, {}, PAGE) if row.site is not None]
+    rows = [row for row in tree_rows(sites, {}) if row.site is not None]
     assert sorted(RANK.below(row.entry) for row in rows) == [
         *("2 / 8", "4 / 8", "mean 25%", "mean 38%"),
     ]
@@ -206,6 +216,11 @@ def test_no_cut_where_it_stays_dense_and_no_plot_without_values() -> None:
 # ---- measured losses ------------------------------------------------------------------
 
 
+def measured_sum(row: Row) -> float:
+    assert MEASURED.order is not None
+    return MEASURED.order(row.entry)
+
+
 @pytest.fixture(scope="module")
 def held_against(compressed: Plan) -> Page:
     return Page(diff_plan(measured(compressed)).to_html())
@@ -221,7 +236,7 @@ def test_measured_losses_have_a_column_and_a_drawing(held_against: Page, compres
     for row, line in zip(rows, lines.values(), strict=True):
         own = [one.measured for one in line.entry.found]
         assert float(row.split(" ")[10]) == pytest.approx(sum(own))
-    assert lines["model.layers"].sort[10] == pytest.approx(found.singly)
+    assert measured_sum(lines["model.layers"]) == pytest.approx(found.singly)
     assert MEASURED.below(lines["model.layers.1.mlp.up_proj"].entry) == "–"  # left dense
     marks = [one for one in held_against.all("circle") if one.get("class") == "mark"]
     assert len(marks) == len(found.sites)
@@ -248,9 +263,9 @@ def test_a_bundle_counts_once_in_the_tree() -> None:
     rows = {row.path: row for row in tree(made)}
     block = "model.layers.0.self_attn"
     assert MEASURED.below(rows[f"{block}.k_proj"].entry) == "–"
-    both = [rows[f"{block}.{name}"].sort[-1] for name in ("q_proj", "o_proj")]
+    both = [measured_sum(rows[f"{block}.{name}"]) for name in ("q_proj", "o_proj")]
     assert min(both) > 0
-    assert rows[block].sort[-1] == pytest.approx(sum(both))
+    assert measured_sum(rows[block]) == pytest.approx(sum(both))
     text = Page(diff_plan(made).to_html()).text
     assert text.count(f"{block}.q_proj, {block}.k_proj, {block}.v_proj together") == 3
 
