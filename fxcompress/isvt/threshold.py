@@ -311,7 +311,9 @@ def _starts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Bases of all that was cut in the matrix view by a Kronecker metric."""
     found = analysis.decomposed.groups
-    chosen = {**solution.allocation.choices, **solution.allocation.joint}
+    choices = solution.allocation.choices
+    joint = (group for group in analysis.several if group.name in choices)
+    chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
         choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]
