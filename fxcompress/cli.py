@@ -215,7 +215,8 @@ def explain(
         if example is None:
             raise typer.BadParameter("explain runs the model once: give --data")
         explanation = fxcompress.explain(network, rules, example, rule=rule)
-    typer.echo(explanation.to_json() if as_json else str(explanation))
+    plain = explanation.to_json()
+    typer.echo(json.dumps(plain, ensure_ascii=False, indent=2) if as_json else str(explanation))
 
 
 @app.command()

@@ -7,9 +7,11 @@ operators and make a :class:`Body` of one graph per operator, and of what these 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -60,6 +62,20 @@ class Fitted(ABC):
     @abstractmethod
     def bytes(self, ranks: Ranks) -> Counts:
         """Bytes of everything stored at each rank (biases not counted)."""
+
+    def break_even(self) -> int | None:
+        """The lowest rank with no fewer weights than the operators; None for pairs of ranks.
+
+        It is the full rank of a form that saves at every rank below that one.
+        """
+        full, dense = self.full_rank(), sum(shape.weights for shape in self.shapes)
+        if not isinstance(full, int):
+            return None
+
+        def saves_nothing(rank: int) -> bool:
+            return bool(self.parameters(np.array([rank]))[0] >= dense)
+
+        return 1 + bisect_left(range(1, full), True, key=saves_nothing)
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss of all operators together at each rank."""

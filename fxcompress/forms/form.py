@@ -9,7 +9,7 @@ together with its operators (:mod:`fxcompress.forms.fitted`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -48,6 +48,8 @@ class Form(ABC):
     trains_as: str | None = None
     """Name of a form for the same operators with the same factors, whose body is trained in this
     one's place while ranks are found (:mod:`fxcompress.isvt`); None for itself."""
+    remarks: Mapping[str, str] = {}
+    """What torch functions in the body are for, by their names, where reports say so."""
 
     def full_rank(self, shape: Any) -> Rank:
         """The rank at which nothing is lost: min(m, n), unless the form counts otherwise."""
@@ -128,6 +130,8 @@ class JointForm(ABC):
     """How it sees the stacked weight as a matrix."""
     trains_as: str | None = None
     """As of :class:`Form`: name of a joint form."""
+    remarks: Mapping[str, str] = {}
+    """As of :class:`Form`."""
 
     def full_rank(self, shapes: Shapes) -> int:
         """The rank at which nothing is lost: min(Σm, n)."""

@@ -19,6 +19,7 @@ pivots, and the weights are those of all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +35,7 @@ from fxcompress.operators.modules import canonical_weight, shape_of
 
 class _PivotedConvolution(Form):
     name = "pivoted"
+    remarks = MappingProxyType({"index_select": "channels back in order"})
     operators = ConvForm.operators
 
     def full_rank(self, shape: ConvShape) -> int:

@@ -42,7 +42,6 @@ from fxcompress.pipeline.decomposition import (
 from fxcompress.pipeline.pricing import Costs, Pricing
 from fxcompress.pipeline.sites import Group, Site, decoded
 from fxcompress.pipeline.solving import Solution, solve
-from fxcompress.plans.plan import Unit
 from fxcompress.rules import LoadedRules
 
 Metrics = Mapping[str, Quadratic]
@@ -152,7 +151,7 @@ def threshold(
     survey: Survey,
     metrics: Metrics,
     rules: LoadedRules,
-    pricings: Mapping[Unit, Pricing],
+    pricings: Mapping[str, Pricing],
     starts: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     tick: Callable[[], None] = lambda: None,
@@ -242,9 +241,7 @@ def _spectrum(decomposed: Decomposed) -> Spectrum | None:
     return found if isinstance(found, Spectrum) else None
 
 
-def _uncertain(
-    analysis: Analysis, solution: Solution, pricings: Mapping[Unit, Pricing]
-) -> set[str]:
+def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pricing]) -> set[str]:
     """Sites and bundles that may be worth another rank, or lose too much more than they have to.
 
     With λ given, the choice at every part is then the best one but for what it loses in excess;

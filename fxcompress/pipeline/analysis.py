@@ -474,10 +474,4 @@ def _require_values(model: nn.Module) -> None:
 
 
 def _model_size(model: nn.Module, recording: Recording) -> Size:
-    parameters = list(model.parameters())
-    tensors = [*parameters, *model.buffers()]
-    return Size(
-        parameters=sum(p.numel() for p in parameters),
-        macs=recording.macs,
-        bytes=sum(t.numel() * t.element_size() for t in tensors),
-    )
+    return Size.of(lambda unit: unit.of_model(model, recording))

@@ -20,7 +20,7 @@ from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
-from fxcompress.plans.plan import Plan, SitePlan
+from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.rewrite import (
     ProjectedAttention,
     apply_plan,
@@ -66,7 +66,10 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     )  # fmt: skip
     if measured is not None:
         notes += parted(planned, measured)
-    counted = planned.model_after.model_copy(update={"macs": after.macs})
+    foretold = planned.model_after
+    counted = Size.of(
+        lambda unit: unit.of_model(rewritten, after) if unit.per_row else foretold[unit.word]
+    )
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(

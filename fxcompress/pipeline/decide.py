@@ -23,16 +23,16 @@ from fxcompress.pipeline.solving import solve
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
-    ZERO,
     BudgetOutcome,
     NodeSummary,
     Part,
     Plan,
     SitePlan,
     Size,
-    Unit,
     history,
+    total_size,
 )
+from fxcompress.plans.units import UNITS, CountedUnit
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
@@ -58,7 +58,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
     sites = tuple(_site_plan(chosen[site.name], analysis, excluded) for site in analysis.sites)
     if "latency" in pricings:
         sites = _with_seconds(sites, analysis, pricings["latency"])
-    saved = sum_sizes([site.before for site in sites]) - sum_sizes([site.after for site in sites])
+    saved = total_size(site.before for site in sites) - total_size(site.after for site in sites)
     planned = Plan(
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
@@ -133,16 +133,17 @@ def _is_damped(metric: Metric) -> bool:
     return metric.factors is not None and bool(metric.needs)
 
 
-def price(analysis: Survey) -> dict[Unit, Pricing]:
+def price(analysis: Survey) -> dict[str, Pricing]:
     """What operators cost in the unit of every budget.
 
     Args:
         analysis: has the sites and the budgets.
     """
-    pricings: dict[Unit, Pricing] = {}
+    pricings: dict[str, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
-        if budget.unit != "latency":
-            pricings[budget.unit] = Counted(budget.unit)
+        unit = UNITS[budget.unit]
+        if isinstance(unit, CountedUnit):
+            pricings[budget.unit] = Counted(unit)
         else:
             tick = analysis.request.show.stage("latency", ROUNDS)
             device = next(analysis.model.parameters()).device
@@ -278,16 +279,21 @@ def _dense_reason(
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):
         return f"no form worked: {', '.join(sorted(excluded))} given up"
-    m, n = site.out_features, site.in_features
-    if "pivoted" in forms:
+    fitting = [form for form in single if not form.misfit()]
+    if any(1 < (form.break_even() or 0) == form.full_rank() for form in fitting):
         full = site.shape.full_rank
         return f"left dense by the budget: every rank below {full} loses more than it saves"
-    if tuple(forms) == ("low_rank",) and site.shape.takes == "rows":
-        return (
-            f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
-            "loses more than that is worth"
-        )
-    return f"left dense by the budget: {_listed(forms)} lose more than they save"
+    if len(forms) > 1:
+        return f"left dense by the budget: {_listed(forms)} lose more than they save"
+    limit = next((form.break_even() for form in fitting), None)
+    if limit is None:
+        return f"left dense by the budget: {forms[0]} loses more than it saves"
+    if limit == 1:
+        return f"left dense by the budget: {forms[0]} saves at no rank"
+    return (
+        f"left dense by the budget: {forms[0]} saves below rank {limit} only, and loses more than "
+        "that is worth"
+    )
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -300,11 +306,6 @@ def _used_templates(analysis: Analysis, sites: Sequence[SitePlan]) -> dict[str, 
     used = {site.form for site in sites}
     templates = analysis.rules.templates.values()
     return {template.name: template for template in templates if template.name in used}
-
-
-def sum_sizes(sizes: Iterable[Size]) -> Size:
-    """Sizes added up, each count for itself."""
-    return sum(sizes, ZERO)
 
 
 def summarize(operators: Iterable[Operator]) -> tuple[NodeSummary, ...]:

@@ -14,7 +14,8 @@ from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
-from fxcompress.pipeline.sites import CountUnit, Group, encoded
+from fxcompress.pipeline.sites import Group, encoded
+from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Match
 from fxcompress.rules.result import Bundle
 
@@ -33,17 +34,18 @@ class Pricing(Protocol):
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters, multiply-accumulates or bytes: exact."""
+    """What follows from shapes: exact."""
 
-    unit: CountUnit
+    unit: CountedUnit
 
     def dense(self, group: Group) -> float:
         """The operators of a group as they are."""
-        return float(sum(getattr(site.dense_size(), self.unit) for site in group.sites))
+        return float(sum(self.unit.of_operator(shape) for shape in group.shapes))
 
     def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
         """The operators of a group at ranks of a form, all together."""
-        return group.counts(form, ranks)[self.unit].astype(np.float64)
+        costs: Costs = self.unit.of_form(group.forms[form], ranks).astype(np.float64)
+        return costs
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from fxcompress.forms import (
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.modules import canonical_weight, shape_of
-from fxcompress.plans.plan import ZERO, Size
+from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Match, MatchResult
 from fxcompress.rules.result import Bundle
-
-CountUnit = Literal["parameters", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,8 @@ class Site:
         return self.shape.out_features
 
     def dense_size(self) -> Size:
-        """Parameters, MACs and bytes of the operator as it is."""
-        parameters = self.shape.weights + _biases([self.shape])
-        return Size(
-            parameters=parameters,
-            macs=self.shape.macs,
-            bytes=parameters * self.shape.dtype.itemsize,
-        )
+        """Of the operator as it is."""
+        return Size.of(lambda unit: unit.of_operator(self.shape))
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
@@ -104,18 +97,6 @@ class Group:
         permitted = _permitted(chosen.full_rank(), self.match)
         return permitted if chosen.misfit() is None else permitted[:0]
 
-    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
-        """Cost of all operators together at ranks of a form, in every unit that is counted.
-
-        Biases are included.
-        """
-        chosen, biases = self.forms[form], _biases(self.shapes)
-        return {
-            "parameters": chosen.parameters(ranks) + biases,
-            "macs": chosen.macs(ranks),
-            "bytes": chosen.bytes(ranks) + biases * self.shapes[0].dtype.itemsize,
-        }
-
     def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
         """Size of every operator at a rank of a form; what is shared counts for the first.
 
@@ -124,13 +105,10 @@ class Group:
             rank: of ``body``.
             body: of the form, with or without values.
         """
-        counts = self.counts(form, np.array([rank], dtype=np.int64))
-        rest = [
-            _head_size(head, shape)
-            for head, shape in zip(body.heads[1:], self.shapes[1:], strict=True)
-        ]
-        whole = Size(**{unit: int(count[0]) for unit, count in counts.items()})
-        return (whole - sum(rest, ZERO), *rest)
+        ranks = np.array([rank], dtype=np.int64)
+        whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
+        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+        return (whole - total_size(rest), *rest)
 
     def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor, ...]:
         """The dense weights (canonical layout, float64) that a form stands for at a rank.
@@ -145,24 +123,14 @@ class Group:
 
 
 def _head_size(head: nn.Module, shape: Any) -> Size:
-    parameters = sum(parameter.numel() for parameter in head.parameters())
-    biases = shape.out_features if shape.bias else 0
-    tensors = (*head.parameters(), *head.buffers())
-    return Size(
-        parameters=parameters,
-        macs=(parameters - biases) * shape.rows,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
+    """Of what one of several operators has for itself."""
+    return Size.of(lambda unit: unit.of_head(head, shape))
 
 
 def on_meta(chosen: Fitted) -> Fitted:
     """The form for the same operators without memory: for bodies that are only looked at."""
     meta = torch.device("meta")
     return fit(chosen.form, [replace(shape, device=meta) for shape in chosen.shapes])
-
-
-def _biases(shapes: Sequence[Shape]) -> int:
-    return sum(shape.out_features for shape in shapes if shape.bias)
 
 
 PAIRS = 16

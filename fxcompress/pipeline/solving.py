@@ -23,8 +23,8 @@ from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.pricing import Pricing, problems
 from fxcompress.pipeline.sites import Group
-from fxcompress.plans.plan import Limit, Unit
-from fxcompress.report.quantities import amount
+from fxcompress.plans.plan import Limit
+from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
 
@@ -63,7 +63,7 @@ class _Demand:
 
 def solve(
     analysis: Analysis,
-    pricings: Mapping[Unit, Pricing],
+    pricings: Mapping[str, Pricing],
     excluded: Mapping[str, Collection[str]],
 ) -> Solution:
     """Choose within all budgets of the rules.
@@ -119,8 +119,8 @@ def _demand(
     """A budget for all matched operators, which by itself can be met."""
     dense = sum(map(pricing.dense, analysis.singles))
     if budget.of == "model":
-        whole = float(getattr(analysis.size, budget.unit))
-        rest = float(getattr(analysis.folded_size, budget.unit)) - dense
+        whole = float(analysis.size[budget.unit])
+        rest = float(analysis.folded_size[budget.unit]) - dense
     else:
         whole, rest = dense, 0.0
     limit = budget.keep * whole - rest
@@ -147,12 +147,11 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
     steps = math.ceil(1e4 * needed / base)
     while steps / 1e4 * base < needed:  # rounding
         steps += 1
-    unit = budget.unit
-    what = "" if unit == "latency" else f"{unit} "
+    unit = UNITS[budget.unit]
     return (
-        f"the budget cannot be met: keep {budget.keep:g} of {amount(base, unit)} {what}{of} allows "
-        f"{amount(budget.keep * base, unit)}, and these rules need at least "
-        f"{amount(needed, unit)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
+        f"the budget cannot be met: keep {budget.keep:g} of {unit.named(base)} {of} allows "
+        f"{unit.amount(budget.keep * base)}, and these rules need at least "
+        f"{unit.amount(needed)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
         "multiple_of) or match more operators"
     )
 
@@ -170,7 +169,7 @@ def _rule_demand(
     analysis: Analysis,
     rule: str,
     keep: float,
-    unit: Unit,
+    unit: str,
     pricing: Pricing,
     entities: tuple[Entity, ...],
 ) -> _Demand:

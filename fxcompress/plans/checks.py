@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from operator import add
 
 import numpy as np
 import torch
@@ -21,7 +19,8 @@ from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
-from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
+from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
+from fxcompress.plans.units import UNITS, CountedUnit
 
 Problem = tuple[str, str]
 """Where (``"sites[3].rank"``), and what is wrong there."""
@@ -120,8 +119,7 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
-    dense = shape.weights + _bias(shape)
-    yield from _size_problems("before", site.before, dense, shape)
+    yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
     if site.form is None:
         yield from _dense_problems(site, shape)
     elif not site.bundle:
@@ -152,15 +150,17 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Probl
     if site.full_rank != found.full_rank():
         return
     ranks = np.array([rank], dtype=np.int64)
-    weights = int(found.parameters(ranks)[0])
-    stored = int(found.bytes(ranks)[0]) + _bias(shape) * shape.dtype.itemsize
-    yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
-    if shape.takes == "rows" and site.before.macs >= 0:
-        rows = site.before.macs // shape.weights
-        if rows < MOST_ROWS:
-            counted = shape.counted_on(rows, ())
-            if site.after.macs != int(fit(found.form, [counted]).macs(ranks)[0]):
-                yield "after.macs", f"they are not those of {form} at rank {rank}"
+    yield from _size_problems(
+        "after", site.after, lambda unit: int(unit.of_form(found, ranks)[0]), shape
+    )
+    for unit in site.before.units:
+        dense = site.before[unit.word]
+        if unit.per_row and shape.takes == "rows" and dense >= 0:
+            rows = dense // unit.of_operator(shape)
+            if rows < MOST_ROWS:
+                counted = fit(found.form, [shape.counted_on(rows, ())])
+                if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
+                    yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
 
 
 def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
@@ -169,22 +169,25 @@ def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
 
 
 def _size_problems(
-    place: str, size: Size, parameters: int, shape: Shape, stored: int | None = None
+    place: str, size: Size, count: Callable[[CountedUnit], int], shape: Shape
 ) -> Iterator[Problem]:
-    """Of counts that follow from the shape, and of multiply-accumulates, which are per row."""
-    expected = parameters * shape.dtype.itemsize if stored is None else stored
-    if size.parameters != parameters:
-        yield f"{place}.parameters", f"{size.parameters}, and it has {parameters}"
-    if size.bytes != expected:
-        yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
-    if size.macs < 0:
-        yield f"{place}.macs", f"{size.macs}"
-    if place == "before" and shape.takes == "rows" and size.macs % shape.weights:
-        yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
+    """Of counts that follow from the shape, and of those that are per row of an unknown number.
 
-
-def _bias(shape: Shape) -> int:
-    return shape.out_features if shape.bias else 0
+    Args:
+        place: ``"before"`` or ``"after"``.
+        size: what the plan says.
+        count: what it is in a unit, for one row.
+        shape: of the operator.
+    """
+    for unit in size.units:
+        here, number = f"{place}.{unit.word}", size[unit.word]
+        if not unit.per_row:
+            if number != (expected := count(unit)):
+                yield here, f"{number}, and it has {expected}"
+        elif number < 0:
+            yield here, f"{number}"
+        elif place == "before" and shape.takes == "rows" and number % count(unit):
+            yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
 def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
@@ -229,11 +232,9 @@ def _bundle_problems(
         yield "rank", "its sites differ in rank"
         return
     ranks = np.array([rank], dtype=np.int64)
-    after = reduce(add, (site.after for site in sites), ZERO)
-    biases = sum(map(_bias, own))
-    weights = int(found.parameters(ranks)[0]) + biases
-    stored = int(found.bytes(ranks)[0]) + biases * own[0].dtype.itemsize
-    if (after.parameters, after.bytes) != (weights, stored):
+    after = total_size(site.after for site in sites)
+    fixed = [unit for unit in after.units if not unit.per_row]
+    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
         yield "after", "they are not what the form has at this rank"
 
 
@@ -260,20 +261,20 @@ def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
 
 
 def _total_problems(plan: Plan) -> Iterator[Problem]:
-    before = reduce(add, (site.before for site in plan.sites), ZERO)
-    after = reduce(add, (site.after for site in plan.sites), ZERO)
+    before = total_size(site.before for site in plan.sites)
+    after = total_size(site.after for site in plan.sites)
     for name, size in (("model_before", plan.model_before), ("model_after", plan.model_after)):
-        if min(size.parameters, size.macs, size.bytes) < 0:
+        if min(size.root.values()) < 0:
             yield name, "it has a negative count"
-    if plan.model_before.parameters < before.parameters or plan.model_before.bytes < before.bytes:
+    fixed = [unit.word for unit in plan.model_before.units if not unit.per_row]
+    if any(plan.model_before[unit] < before[unit] for unit in fixed):
         yield "model_before", "it is less than the sites have together"
     if plan.folded:
         return  # norms that are gone count, too, and stand nowhere
-    for unit in ("parameters", "bytes"):
-        saved = getattr(before, unit) - getattr(after, unit)
-        expected = getattr(plan.model_before, unit) - saved
-        if getattr(plan.model_after, unit) != expected:
-            yield f"model_after.{unit}", f"{getattr(plan.model_after, unit)}, and it has {expected}"
+    for unit in fixed:
+        expected = plan.model_before[unit] - (before[unit] - after[unit])
+        if plan.model_after[unit] != expected:
+            yield f"model_after.{unit}", f"{plan.model_after[unit]}, and it has {expected}"
 
 
 def _budget_problems(plan: Plan) -> Iterator[Problem]:
@@ -289,10 +290,10 @@ def _budget_problems(plan: Plan) -> Iterator[Problem]:
             yield f"{place}.cost", f"{limit.cost} is above the limit {limit.limit}"
         if limit.of == "matched" and not _close(limit.limit, limit.keep * limit.dense):
             yield f"{place}.limit", f"{limit.limit}, and it is {limit.keep * limit.dense}"
-        if limit.unit == "latency" or limit.rule:
+        if not isinstance(UNITS[limit.unit], CountedUnit) or limit.rule:
             continue
         for key, size in (("dense", "before"), ("cost", "after")):
-            expected = sum(getattr(getattr(site, size), limit.unit) for site in plan.sites)
+            expected = sum(getattr(site, size)[limit.unit] for site in plan.sites)
             if not _close(getattr(limit, key), expected):
                 yield f"{place}.{key}", f"{getattr(limit, key)}, and the sites have {expected}"
 

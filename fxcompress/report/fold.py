@@ -36,6 +36,11 @@ class Row:
     per_block: int
     sites: tuple[SitePlan, ...]
 
+    @property
+    def label(self) -> str:
+        """The name as it is shown; blocks may be sites themselves."""
+        return self.name or "(itself)"
+
 
 @dataclass(frozen=True)
 class Group:

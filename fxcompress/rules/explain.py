@@ -6,7 +6,6 @@ matched a second time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,8 +115,8 @@ class Explanation:
     def __str__(self) -> str:
         return "\n\n".join(_rule_text(item) for item in self.rules)
 
-    def to_json(self) -> str:
-        """The same as JSON, for tools."""
+    def to_json(self) -> dict[str, Any]:
+        """Funnel, matches and near misses of every rule; nothing but JSON's own types."""
         rules = [
             {
                 "rule": item.rule_id,
@@ -129,7 +128,7 @@ class Explanation:
             }
             for item in self.rules
         ]
-        return json.dumps({"rules": rules, "problems": self.problems}, ensure_ascii=False, indent=2)
+        return {"rules": rules, "problems": list(self.problems)}
 
 
 def _explain(

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fxcompress.graph.operator import AttributeValue
+from fxcompress.plans.units import UNITS, CountedUnit, UnitWord
 
 
 def _freeze(value: Any) -> Any:
@@ -71,13 +72,13 @@ class Budget(_Model):
     """The fraction that remains."""
     of: Literal["matched", "model"] = "matched"
     """Of what: the operators that the rules match, or the whole model."""
-    unit: Literal["parameters", "macs", "bytes", "latency"] = "parameters"
+    unit: UnitWord = "parameters"
     """What is counted; latency is measured on this machine, operator by operator."""
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
-        if self.unit == "latency" and self.of == "model":
-            message = "latency is measured for the matched operators only: leave 'of' out"
+        if self.of == "model" and not isinstance(UNITS[self.unit], CountedUnit):
+            message = f"{self.unit} is measured for the matched operators only: leave 'of' out"
             raise PydanticCustomError("wrong-place", message)
         return self
 

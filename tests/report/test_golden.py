@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from fxcompress.forms.pivoted import PIVOTED
 from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
@@ -123,3 +124,10 @@ def test_one_rank_that_changes_leaves_other_lines_as_they_are() -> None:
     differing = [old for old, new in zip(*texts, strict=True) if old != new]
     assert len(differing) == 1
     assert differing[0].startswith("+ gate_proj.pivot")
+
+
+def test_what_a_function_is_for_is_what_its_form_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "+ up_proj             cat, index_select"
+    assert f"{line} (rows back in order)" in str(diff_plan(llama()))
+    monkeypatch.setattr(type(PIVOTED), "remarks", {"cat": "side by side"})
+    assert f"{line} (side by side)" in str(diff_plan(llama()))

@@ -62,7 +62,8 @@ def test_an_overlap_shows_before_the_last_step() -> None:
 
 
 def test_json() -> None:
-    document = json.loads(Explanation.of(result(), {}).to_json())
+    document = Explanation.of(result(), {}).to_json()
+    assert json.loads(json.dumps(document)) == document
     mlp = document["rules"][0]
     assert mlp["rule"] == "mlp"
     assert mlp["funnel"]["legal"] == 6
@@ -134,7 +135,7 @@ def test_a_rule_about_several_operators(golden: Callable[[str, str], None]) -> N
 
 
 def test_its_json_lists_the_members() -> None:
-    (rule,) = json.loads(joint().to_json())["rules"]
+    (rule,) = joint().to_json()["rules"]
     assert rule["counted"] == ["q"]
     assert rule["funnel"]["kept"] == rule["funnel"]["rewritten"] == 3
     assert rule["matched"] == [
