@@ -7,7 +7,7 @@ meets the budget, for the forms and costs of the rules: the stages decompose and
     prox(W) = argmin_V  ½ ‖V - W‖²_M + λ cost(rank V)        # one weight
             = the components of W with ½ σ² > λ (cost(r) - cost(r - 1))     # cost linear
 
-Weights that moved little are decomposed from where they were (:mod:`fxcompress.isvt.subspace`).
+Weights that moved little are decomposed from where they were (:mod:`fxcompress.metric.subspace`).
 The ranks are then those of the full decomposition if no component that was not looked at could
 be worth its cost, and the weights lose no more than those of the full decomposition but for
 :data:`TOLERANCE` if the components were settled; a site for which either is not certain is
@@ -26,13 +26,10 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RuleError
-from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
-from fxcompress.isvt.subspace import Leading
-from fxcompress.isvt.warm import Partial, Warm, start
-from fxcompress.metric import METRICS, Calibration
+from fxcompress.forms.target import Certificate, Losses, Ranks
+from fxcompress.metric import METRICS, Calibration, QuadraticForm
+from fxcompress.metric.metric import by_group
 from fxcompress.metric.moments import Moments
-from fxcompress.metric.quadratic import Grouped, Kronecker, stacked
-from fxcompress.metric.whiten import Whitener
 from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
 from fxcompress.pipeline.decomposition import (
     Decomposed,
@@ -40,6 +37,7 @@ from fxcompress.pipeline.decomposition import (
     decompose_bundle,
     decompose_site,
     metric_from,
+    stacked,
 )
 from fxcompress.pipeline.pricing import Costs, Pricing
 from fxcompress.pipeline.sites import Site, SiteBundle, decoded
@@ -47,7 +45,7 @@ from fxcompress.pipeline.solving import Solution, solve
 from fxcompress.plans.plan import Unit
 from fxcompress.rules import LoadedRules
 
-Metrics = Mapping[str, Quadratic]
+Metrics = Mapping[str, QuadraticForm]
 """The metric at every site, by its name."""
 
 ITERATIONS = (1, 3)
@@ -77,7 +75,7 @@ def require_lasting_metric(loaded: LoadedRules) -> None:
 
 def metrics_of(
     survey: Survey, moments: Mapping[str, Moments], damping: tuple[float, float]
-) -> dict[str, Quadratic]:
+) -> dict[str, QuadraticForm]:
     """The metric at every site, to be used again and again.
 
     Args:
@@ -92,11 +90,7 @@ def metrics_of(
     found = {}
     for site in survey.sites:
         own = metric_of(site)
-        # The factors themselves are wanted for kernels only, and are as large as their roots.
-        if isinstance(own, Kronecker):
-            assert isinstance(own.outputs, Whitener)
-            own = Kronecker(replace(own.inputs, matrix=None), replace(own.outputs, matrix=None))
-        found[site.name] = own
+        found[site.name] = own if by_group(site.shape) else own.for_matrices()
     return found
 
 
@@ -197,15 +191,16 @@ def threshold(
     together = {
         bundle.name: metric
         for bundle in survey.bundles
-        if (metric := _stacked(bundle, metrics)) is not None
+        if (metric := stacked(bundle, metrics)) is not None
     }
     bundles = {bundle.name: bundle for bundle in survey.bundles if bundle.name in together}
 
     def decompose(name: str, iterations: int | None) -> Decomposed:
+        metric, basis = metrics[name] if name in sites else together[name], starts.get(name)
+        if basis is not None and iterations is not None:
+            metric = metric.starting_from(basis, iterations)
         if name in sites:
-            metric = _warmed(metrics[name], starts.get(name), iterations)
             return decompose_site(survey.model, sites[name], metric)
-        metric = _warmed(together[name], starts.get(name), iterations)
         return decompose_bundle(survey.model, bundles[name], metric)
 
     found: dict[str, Decomposed] = {}
@@ -235,25 +230,6 @@ def threshold(
     )  # fmt: skip
 
 
-def _stacked(bundle: SiteBundle, metrics: Metrics) -> Quadratic | None:
-    """The metric of a bundle; None if one of its sites has no influence."""
-    parts = [metrics[site.name] for site in bundle.sites]
-    if any(part.null for part in parts):
-        return None
-    return stacked(parts, [site.out_features for site in bundle.sites])
-
-
-def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> Quadratic:
-    """A metric that starts from a basis, or has forgotten the weight it was asked about before."""
-    if isinstance(metric, Grouped):
-        return Grouped(tuple(Kronecker(part.inputs, part.outputs) for part in metric.groups))
-    if not isinstance(metric, Kronecker):
-        return metric
-    if basis is None or iterations is None:
-        return Kronecker(metric.inputs, metric.outputs)
-    return Warm(metric.inputs, metric.outputs, {}, basis, iterations, tight=iterations > 1)
-
-
 def _analysis(
     survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics, bundles: Collection[str]
 ) -> Analysis:
@@ -261,12 +237,6 @@ def _analysis(
     joint = {name: each for name, each in found.items() if name in bundles}
     idle = tuple(name for name in sites if metrics[name].null)
     return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, idle))
-
-
-def _spectrum(decomposed: Decomposed) -> Spectrum | None:
-    """The components of a weight seen as one matrix, in a metric that has them."""
-    found = decomposed.target.views.get("matrix")
-    return found if isinstance(found, Spectrum) else None
 
 
 def _uncertain(
@@ -284,8 +254,8 @@ def _uncertain(
     ]
     out, excess = set(), {}
     for part, decomposed in parts:
-        spectrum = _spectrum(decomposed)
-        if not isinstance(spectrum, Partial):
+        certificate = decomposed.target.truncations().certificate
+        if certificate is None:
             continue
         ranks = {form: part.ranks(form) for form in part.forms}
         price = pricing.single if isinstance(part, Site) else pricing.joint
@@ -293,7 +263,7 @@ def _uncertain(
         found = (
             None
             if multiplier is None
-            else _excess(decomposed.losses, spectrum.found, ranks, costs, multiplier)
+            else _excess(decomposed.losses, certificate, ranks, costs, multiplier)
         )
         if found is None:
             out.add(part.name)
@@ -309,7 +279,7 @@ def _uncertain(
 
 def _excess(
     losses: Mapping[str, Losses],
-    own: Leading,
+    own: Certificate,
     ranks: Mapping[str, Ranks],
     costs: Mapping[str, Costs],
     multiplier: float,
@@ -343,15 +313,16 @@ def _excess(
 def _starts(
     analysis: Analysis, metrics: Metrics, solution: Solution
 ) -> Iterator[tuple[str, Tensor]]:
-    """Bases of all that was cut in the matrix view by a Kronecker metric."""
+    """Bases of all that was cut, in metrics that can start from one."""
     found = {**analysis.decomposed.sites, **analysis.decomposed.bundles}
     chosen = {**solution.allocation.choices, **solution.allocation.joint}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
-        choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]
-        if choice is None or spectrum is None or not isinstance(metric, Kronecker):
+        choice = chosen.get(name)
+        if choice is None or choice.form is None or not choice.rank:
             continue
         if name in grouped:  # one rank for several: no component is judged by itself
             continue
-        if choice.form is not None and choice.rank and choice.rank <= len(spectrum.sigma):
-            yield name, start(spectrum, metric, choice.rank)
+        basis = metrics[name].start(decomposed.target.truncations(), choice.rank)
+        if basis is not None:
+            yield name, basis

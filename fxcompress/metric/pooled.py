@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.metric.moments import is_root
-from fxcompress.metric.passes import SiteFacts
+from fxcompress.metric.visitor import SiteFacts
 from fxcompress.operators.shape import LinearShape
 
 PROBES = 64

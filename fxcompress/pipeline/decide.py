@@ -17,8 +17,7 @@ from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, ma
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
-from fxcompress.metric import METRICS, Metric
-from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.metric import METRICS
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.analysis import Analysis, Survey
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
@@ -90,7 +89,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: 
             "held back": len(analysis.estimate.held_back.batches),
             "seed": rules.metric.seed,
         },
-        damping=analysis.estimate.damping if _is_damped(METRICS[rules.metric.kind]) else (),
+        damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
@@ -133,7 +132,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
             module = analysis.model.get_submodule(entry.name)
             dense = canonical_weight(module).detach().to(torch.float64)
             change = _approximated(analysis, sites[entry.name], entry) - dense
-            loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
+            loss = metric.undamped_loss(sites[entry.name].shape, known[entry.name], change)
             entry = entry.model_copy(update={"predicted": loss})
         entries.append(entry)
     predicted = math.fsum(entry.predicted for entry in entries)
@@ -150,10 +149,6 @@ def _approximated(analysis: Analysis, site: Site, entry: SitePlan) -> Tensor:
     left, right = analysis.decomposed.bundles[entry.bundle].target.truncations().factors(rank)
     part = torch.split(left, [member.out_features for member in members])[members.index(site)]
     return part.to(torch.float64) @ right.to(torch.float64)
-
-
-def _is_damped(metric: Metric) -> bool:
-    return metric.factors is not None and bool(metric.needs)
 
 
 def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:

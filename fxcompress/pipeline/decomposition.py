@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Form, Target
-from fxcompress.forms.target import Losses, Quadratic
-from fxcompress.metric import Metric, Moments
-from fxcompress.metric.directions import Components, components, remeasured
-from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
+from fxcompress.forms.target import Components, Losses
+from fxcompress.metric import Metric, Moments, QuadraticForm
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, SiteBundle
 
@@ -73,7 +72,7 @@ def decompose_sites(
     model: nn.Module,
     sites: Sequence[Site],
     bundles: Sequence[SiteBundle],
-    metric_of: Callable[[Site], Quadratic],
+    metric_of: Callable[[Site], QuadraticForm],
     tick: Callable[[], None] = lambda: None,
 ) -> Decomposition:
     """Approximate every site and every bundle, and ask their forms what they would lose.
@@ -92,7 +91,7 @@ def decompose_sites(
     joint: dict[str, Decomposed] = {}
     idle: list[str] = []
     waiting = {site.name: bundle for bundle in bundles for site in bundle.sites}
-    parts: dict[str, Quadratic] = {}  # of sites whose bundle is not complete yet
+    parts: dict[str, QuadraticForm] = {}  # of sites whose bundle is not complete yet
     for site in sites:
         own = metric_of(site)
         found[site.name] = decompose_site(model, site, own)
@@ -102,17 +101,33 @@ def decompose_sites(
         if bundle is not None:
             parts[site.name] = own
             if all(member.name in parts for member in bundle.sites):
-                those = [parts.pop(member.name) for member in bundle.sites]
-                if not any(part.null for part in those):
-                    together = stacked(those, [member.out_features for member in bundle.sites])
+                together = stacked(bundle, parts)
+                if together is not None:
                     joint[bundle.name] = decompose_bundle(model, bundle, together)
+                for member in bundle.sites:
+                    del parts[member.name]
         tick()
     return Decomposition(found, joint, tuple(idle))
 
 
+def stacked(bundle: SiteBundle, metrics: Mapping[str, QuadraticForm]) -> QuadraticForm | None:
+    """The metric of the stacked weights of a bundle.
+
+    None if one of its sites has no influence, or the metric cannot be that of several weights.
+
+    Args:
+        bundle: of sites on one input.
+        metrics: by site name.
+    """
+    parts = [metrics[site.name] for site in bundle.sites]
+    if any(part.null for part in parts):
+        return None
+    return type(parts[0]).stacked(parts, [site.out_features for site in bundle.sites])
+
+
 def metric_from(
     moments: dict[str, Moments], metric: Metric, damping: tuple[float, float]
-) -> Callable[[Site], Quadratic]:
+) -> Callable[[Site], QuadraticForm]:
     """The metric at each site, made of its moments.
 
     Args:
@@ -122,13 +137,13 @@ def metric_from(
     """
     whiteners = Whiteners(damping)
 
-    def metric_of(site: Site) -> Quadratic:
-        return quadratic(metric, site.shape, moments.pop(site.name), whiteners)
+    def metric_of(site: Site) -> QuadraticForm:
+        return metric.quadratic(site.shape, moments.pop(site.name), whiteners)
 
     return metric_of
 
 
-def decompose_site(model: nn.Module, site: Site, metric: Quadratic) -> Decomposed:
+def decompose_site(model: nn.Module, site: Site, metric: QuadraticForm) -> Decomposed:
     """Approximate the weight of one site.
 
     Args:
@@ -147,13 +162,13 @@ def decompose_site(model: nn.Module, site: Site, metric: Quadratic) -> Decompose
     return Decomposed(target if again else target.without_metric(), losses)
 
 
-def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: Quadratic) -> Decomposed:
+def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: QuadraticForm) -> Decomposed:
     """Approximate the weights of a bundle, stacked.
 
     Args:
         model: has the weights.
         bundle: of the sites.
-        metric: of the stacked weight (:func:`fxcompress.metric.quadratic.stacked`).
+        metric: of the stacked weight (:func:`stacked`).
 
     Raises:
         ValueError: a weight is not finite.
@@ -163,7 +178,8 @@ def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: Quadratic) ->
     target = Target(torch.cat(weights), metric)
     found = target.truncations()
     losses = {name: found.losses(bundle.ranks(name)) for name in bundle.forms}
-    return Decomposed(target.without_metric(), losses, shares(metric, target, rows))
+    parts = metric.shares(target.weight, found, rows)
+    return Decomposed(target.without_metric(), losses, parts)
 
 
 def wanted_directions(
@@ -173,11 +189,11 @@ def wanted_directions(
     wanted: dict[str, dict[str, Components]] = {}
     for site in sites:
         views = decomposition.sites[site.name].target.views
-        found = {view: components(each) for view, each in views.items()}
+        found = {view: each.components() for view, each in views.items()}
         wanted[site.name] = {view: each for view, each in found.items() if each is not None}
     for bundle in bundles:
         if bundle.name in decomposition.bundles:
-            whole = components(decomposition.bundles[bundle.name].target.truncations())
+            whole = decomposition.bundles[bundle.name].target.truncations().components()
             assert whole is not None
             start = 0
             for site in bundle.sites:
@@ -203,7 +219,7 @@ def with_directions(
     for site in sites:
         before = found[site.name]
         views = {
-            view: remeasured(each, energies[site.name, view])
+            view: each.remeasured(energies[site.name, view])
             if (site.name, view) in energies
             else each
             for view, each in before.target.views.items()
@@ -223,7 +239,7 @@ def with_directions(
             # Operators are taken as independent, as they are for the choice of components.
             parts = [energies[site.name, bundle.name][0] for site in bundle.sites]
             order = torch.argsort(torch.stack(parts).sum(0), descending=True, stable=True)
-            measured = remeasured(before.target.truncations(), torch.stack(parts).sum(0)[None])
+            measured = before.target.truncations().remeasured(torch.stack(parts).sum(0)[None])
             target = Target(before.target.weight, None, {"matrix": measured})
             losses = {name: measured.losses(bundle.ranks(name)) for name in bundle.forms}
             shares = partial(_tails, torch.stack([part[order] for part in parts]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxcompress.forms import Target
 from fxcompress.metric import Loss, Metric, Moments
-from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
 
@@ -123,21 +123,10 @@ def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
     """Moments in float32: they are kept until the plan is made, and nothing is inverted in them."""
     known: dict[int, Tensor] = {}  # sites on one input share a tensor
 
-    def narrow(one: Tensor | None) -> Tensor | None:
-        if one is None:
-            return None
+    def narrow(one: Tensor) -> Tensor:
         return known.setdefault(id(one), one.to(torch.float32))
 
-    return {
-        name: replace(
-            each,
-            input=narrow(each.input),
-            output=narrow(each.output),
-            weight=narrow(each.weight),
-            entries=narrow(each.entries),
-        )
-        for name, each in moments.items()
-    }
+    return {name: each.changed(narrow) for name, each in moments.items()}
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -169,11 +158,10 @@ def choose_damping(
     """
     fallback = default_damping(given)
     usable = [site for site in sites if site.forms and site.name in held]
-    if metric.factors is None or not usable:
+    if not any(metric.damped) or not usable:
         return fallback
     places = sorted({len(usable) * at // PROBES for at in range(PROBES)})
     probes = [usable[place] for place in places]
-    needs = tuple(factor is not None for factor in metric.factors(moments[probes[0].name]))
 
     @cache
     def lost(damping: tuple[float, float]) -> float:
@@ -181,9 +169,9 @@ def choose_damping(
         return math.fsum(_lost(model, probe, metric, moments, held, whiteners) for probe in probes)
 
     inputs, outputs = fallback
-    if given[0] is None and needs[0]:
+    if given[0] is None and metric.damped[0]:
         inputs = min(INPUT_DAMPINGS, key=lambda each: lost((each, outputs)))
-    if given[1] is None and needs[1]:
+    if given[1] is None and metric.damped[1]:
         outputs = min(OUTPUT_DAMPINGS, key=lambda each: lost((inputs, each)))
     return inputs, outputs
 
@@ -198,7 +186,7 @@ def _lost(
 ) -> float:
     """Loss of a site on the data held back, at half of the ranks that it may have."""
     weight = canonical_weight(model.get_submodule(site.name)).detach()
-    target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
+    target = Target(weight, metric.quadratic(site.shape, moments[site.name], whiteners))
     form = next(iter(site.forms))
     ranks = site.ranks(form)
     if not len(ranks):
@@ -206,4 +194,4 @@ def _lost(
     rank = ranks[len(ranks) // 2]
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
     change = site.approximated(form, target, at) - weight.to(torch.float64)
-    return undamped_loss(metric, site.shape, held[site.name], change)
+    return metric.undamped_loss(site.shape, held[site.name], change)
