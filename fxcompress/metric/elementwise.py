@@ -91,8 +91,7 @@ class Elementwise(QuadraticForm):
         if self.null:
             return torch.zeros_like(wide)
         weights = self.entries.clamp_min(FLOOR * float(self.entries.mean())).reshape(wide.shape)
-        solved: Tensor = wide / self.unit / self.unit / weights
-        return solved
+        return wide / self.unit / self.unit / weights
 
     @classmethod
     def stacked(cls, parts: Sequence[Elementwise], rows: Sequence[int]) -> Elementwise:
@@ -139,7 +138,8 @@ class _Iterated(Truncations):
         w, f = self.weight, self.entries
         left, right = _scales(f, self.two)
         found = torch.linalg.svdvals(_flat(w * left * right)).square()
-        return (found * (f * w.square()).sum() / found.sum().clamp_min(1e-300)).sqrt()
+        whole: Tensor = found * (f * w.square()).sum() / found.sum().clamp_min(1e-300)
+        return whole.sqrt()
 
     def losses(self, ranks: Ranks) -> Losses:
         losses = np.full(len(ranks), np.inf)
