@@ -37,23 +37,21 @@ from fxcompress.plans.plan import (
     Unmatched,
     history,
 )
-from fxcompress.progress import Progress
 from fxcompress.rules.result import STEPS
 
 
-def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
+def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
     """Choose a form and a rank, or neither, for every site, within the budgets of the rules.
 
     Args:
         analysis: of the stages before.
         excluded: forms that failed, per site name; they are not chosen again.
-        show: told of the stage.
 
     Raises:
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
-    pricings = price(analysis, show)
-    tick = show.stage("budget", None)
+    pricings = price(analysis)
+    tick = analysis.request.show.stage("budget", None)
     rules = analysis.rules.rules
     solution = solve(analysis, pricings, excluded)
     allocation, (first, *more) = solution.allocation, solution.limits
@@ -151,24 +149,23 @@ def _approximated(analysis: Analysis, site: Site, entry: SitePlan) -> Tensor:
     return part.to(torch.float64) @ right.to(torch.float64)
 
 
-def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
+def price(analysis: Survey) -> dict[Unit, Pricing]:
     """What operators cost in the unit of every budget.
 
     Args:
         analysis: has the sites and the budgets.
-        show: told of the stage, if something has to be measured.
     """
     pricings: dict[Unit, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
         if budget.unit != "latency":
             pricings[budget.unit] = Counted(budget.unit)
         else:
-            tick = show.stage("latency", ROUNDS)
+            tick = analysis.request.show.stage("latency", ROUNDS)
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
-            if table.unkept and table.unkept not in analysis.notes:
-                analysis.notes.append(table.unkept)
+            if table.unkept:
+                analysis.request.notes.add(table.unkept)
     return pricings
 
 
