@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fxcompress.forms.target import Target as Target
     from fxcompress.forms.template import Template as Template
     from fxcompress.forms.words import form_words as form_words
-    from fxcompress.operators.shape import ConvShape as ConvShape
-    from fxcompress.operators.shape import EmbeddingShape as EmbeddingShape
-    from fxcompress.operators.shape import LinearShape as LinearShape
+    from fxcompress.operators.convolution import ConvShape as ConvShape
+    from fxcompress.operators.embedding import EmbeddingShape as EmbeddingShape
+    from fxcompress.operators.linear import LinearShape as LinearShape
     from fxcompress.operators.shape import Shape as Shape
 
 __all__, __getattr__, __dir__ = exported(
@@ -32,6 +32,9 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.forms.target": ("Rank", "Spectrum", "Target"),
         "fxcompress.forms.template": ("Template",),
         "fxcompress.forms.words": ("form_words",),
-        "fxcompress.operators.shape": ("ConvShape", "EmbeddingShape", "LinearShape", "Shape"),
+        "fxcompress.operators.convolution": ("ConvShape",),
+        "fxcompress.operators.embedding": ("EmbeddingShape",),
+        "fxcompress.operators.linear": ("LinearShape",),
+        "fxcompress.operators.shape": ("Shape",),
     },
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.target import Losses, Rank, Ranks, Target, View
-from fxcompress.operators.shape import LinearShape, Shape
+from fxcompress.operators.linear import LinearShape
+from fxcompress.operators.shape import Shape
 
 Counts = NDArray[np.int64]
 
@@ -35,7 +36,7 @@ class Form(ABC):
     body; what it shares with truncation to rank r (the loss, the product that it computes) is
     here already.  ``fxcompress.register_form(MyForm())`` makes it known to rule files.
 
-    The weight of a shape is in canonical layout throughout (:mod:`fxcompress.forms.shape`).
+    The weight of a shape is in canonical layout throughout (:mod:`fxcompress.operators.shape`).
     """
 
     name: str
@@ -242,6 +243,4 @@ def balanced_parts(lefts: Sequence[Tensor], right: Tensor) -> tuple[tuple[Tensor
 
 def linear(body: fx.GraphModule, name: str) -> nn.Linear:
     """A linear layer of a body."""
-    layer = body.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
+    return cast("nn.Linear", body.get_submodule(name))

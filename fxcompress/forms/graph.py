@@ -26,7 +26,7 @@ from fxcompress.forms.form import (
 from fxcompress.forms.target import Ranks
 from fxcompress.forms.template import Step, Template
 from fxcompress.forms.widths import size_of, source_shape
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "relu": F.relu,

@@ -30,14 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import LinearShape
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.moments import normalized, times_power
 from fxcompress.metric.passes import input_mask
-from fxcompress.metric.rows import input_rows
 from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.modules import canonical_weight
@@ -72,7 +70,7 @@ def correctable(
     return [
         site
         for site in sites
-        if isinstance(site.shape, LinearShape)
+        if site.shape.takes == "rows"
         and ranks.get(site.name) is not None
         and metrics[site.name].factors is not None
         and not metrics[site.name].null
@@ -183,7 +181,7 @@ def _inputs(
             value = args[0] if args else next(iter(kwargs.values()))
             with mask.paused():
                 real = input_mask(mask, site, value, value)
-                seen.setdefault(key, []).extend(input_rows(value, site.shape, real))
+                seen.setdefault(key, []).extend(site.shape.input_rows(value, real))
 
         return keep
 

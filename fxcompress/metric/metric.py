@@ -10,7 +10,7 @@ from fxcompress.metric.moments import Moments, Named
 from fxcompress.metric.quadratic import Grouped, QuadraticForm
 from fxcompress.metric.statistic import Statistic
 from fxcompress.metric.whiten import Whiteners
-from fxcompress.operators.shape import ConvShape, Shape
+from fxcompress.operators.shape import Shape, is_grouped
 
 Need = Named | Statistic
 """A statistic that :class:`Moments` has a name for, or another."""
@@ -89,4 +89,4 @@ class Metric(ABC):
 
 def by_group(shape: Shape) -> int:
     """How many groups a weight's layout has a dimension for; 0 if it is one matrix."""
-    return shape.groups if isinstance(shape, ConvShape) else 0
+    return shape.matrix[0] if is_grouped(shape) else 0

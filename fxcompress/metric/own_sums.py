@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.metric.moments import times_power
-from fxcompress.metric.rows import BLOCK, input_rows, output_rows, weight_gradients
 from fxcompress.metric.statistic import Statistic
 from fxcompress.metric.visitor import InputKey, SiteFacts, input_key, same_samples
-from fxcompress.operators.shape import ConvShape, EmbeddingShape
+from fxcompress.operators.rows import BLOCK
+from fxcompress.operators.shape import is_grouped
 
 Key = tuple[str, str | InputKey]
 """The name of a statistic, and of a site, or the input that several sites share."""
@@ -37,7 +37,7 @@ class OwnSums:
         if not statistics:
             return True
         finite = True
-        for part in input_rows(data, site.shape, mask):
+        for part in site.shape.input_rows(data, mask):
             for rows in _dense(part, site):
                 self.rows[key] += rows.shape[1]
                 finite = self._add(statistics, key, rows) and finite
@@ -63,12 +63,12 @@ class OwnSums:
         gradient = times_power(gradient, self._exponent)
         finite = bool(gradient.isfinite().all())
         if self._by_place["gradients"]:
-            rows = output_rows(gradient, site.shape, mask)
+            rows = site.shape.output_rows(gradient, mask)
             rows = rows if rows.dim() > 2 else rows[None]
             finite = self._add(self._by_place["gradients"], site.name, rows) and finite
         if data is None:
             return finite
-        parts = weight_gradients(data, gradient, site.shape)
+        parts = site.shape.weight_gradients(data, gradient)
         if site.calls == 1:
             for part in parts:
                 finite = self._add(self._by_place["weights"], site.name, part) and finite
@@ -88,10 +88,7 @@ class OwnSums:
     def finish(self, site: SiteFacts, predictions: int) -> dict[str, Tensor]:
         """The means at a site by the names of the statistics, with groups for a convolution."""
         found = {}
-        shape = site.shape
-        groups, m, n = 1, shape.out_features, shape.in_features
-        if isinstance(shape, ConvShape):
-            groups, m, n = shape.groups, shape.group_out, shape.group_in * shape.taps
+        groups, m, n = site.shape.matrix
         for reads, statistics in self._by_place.items():
             key: str | InputKey = input_key(site) if reads == "inputs" else site.name
             count = self.rows[input_key(site)] if reads == "inputs" else predictions
@@ -100,7 +97,7 @@ class OwnSums:
                 if total is None:
                     total = torch.zeros(groups, *each.size(m, n), dtype=torch.float64)
                 mean = total / max(count, 1)
-                found[each.name] = mean if isinstance(site.shape, ConvShape) else mean[0]
+                found[each.name] = mean if is_grouped(site.shape) else mean[0]
         return found
 
     def _add(self, statistics: Sequence[Statistic], key: str | InputKey, rows: Tensor) -> bool:
@@ -115,7 +112,7 @@ class OwnSums:
 
 def _dense(rows: Tensor, site: SiteFacts) -> Iterator[Tensor]:
     """Rows of inputs (g x rows x n); look-ups as one-hot vectors, some at a time."""
-    if not isinstance(site.shape, EmbeddingShape):
+    if site.shape.takes != "indices":
         yield rows if rows.dim() > 2 else rows[None]
         return
     width = site.shape.in_features

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
-from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
+from fxcompress.forms import FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
@@ -294,8 +295,7 @@ def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> 
     with torch.no_grad():
         operator.weight = nn.Parameter(site.shape.stored(weight))
         exact = operator(wide)
-    channels = -site.shape.dims - 1 if isinstance(site.shape, ConvShape) else -1
-    verify(body, exact, inputs, channels)
+    verify(body, exact, inputs, channels_of(site.shape))
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:
@@ -304,12 +304,7 @@ def _sample(analysis: Analysis, site: Site) -> Tensor:
     if met is not None and usable and len(met):
         return met
     # The recorded input had another type (autocast): any values of the right type will do.
-    generator = torch.Generator().manual_seed(0)
-    shape = site.shape
-    size: tuple[int, ...] = (16, shape.in_features)
-    if isinstance(shape, ConvShape):
-        size = (2, shape.in_channels, *shape.inputs[0][1:])
-    return torch.randn(size, generator=generator).to(shape.device, shape.dtype)
+    return site.shape.example()
 
 
 def _rerecord(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.budget import Allocation, Choice
-from fxcompress.forms import ConvShape, Rank, Template
+from fxcompress.forms import Rank, Template
 from fxcompress.forms.target import Ranks
 from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.operator import Operator
@@ -311,7 +311,7 @@ def _dense_reason(
     if "pivoted" in forms:
         full = site.shape.full_rank
         return f"left dense by the budget: every rank below {full} loses more than it saves"
-    if tuple(forms) == ("low_rank",) and not isinstance(site.shape, ConvShape):
+    if tuple(forms) == ("low_rank",) and site.shape.takes == "rows":
         return (
             f"left dense by the budget: low_rank saves below rank {m * n // (m + n)} only, and "
             "loses more than that is worth"

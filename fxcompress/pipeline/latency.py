@@ -25,10 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxcompress.forms import ConvShape, EmbeddingShape, Form, JointBody, JointForm, Shape
-from fxcompress.forms.form import bare_linear
+from fxcompress.forms import Form, JointBody, JointForm, Shape
 from fxcompress.forms.target import Rank, Ranks
-from fxcompress.operators.convolution import bare_convolution
 
 ROUNDS = 7
 """Times that every operator is measured."""
@@ -62,7 +60,7 @@ class Entry:
     def key(self) -> str:
         """What its time is kept under."""
         words: list[object] = [f"{s}{', bias' if s.bias else ''}" for s in self.shapes]
-        words += [str(self.shapes[0].dtype).removeprefix("torch."), _sizes(self.shapes[0])]
+        words += [str(self.shapes[0].dtype).removeprefix("torch."), self.shapes[0].counted]
         if self.form is not None:
             words += [self.form.name, self.rank]
         return " | ".join(map(str, words))
@@ -243,29 +241,11 @@ def _built(
         module = _Together(entry.form.empty(shapes, entry.rank))  # type: ignore[arg-type]
     elif entry.form is not None:
         module = entry.form.empty(shape, entry.rank)
-    elif isinstance(shape, ConvShape):
-        module = bare_convolution(shape)
-    elif isinstance(shape, EmbeddingShape):
-        module = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Embedding, shape.in_features, shape.out_features, dtype=shape.dtype, device=device
-        )
     else:
-        module = bare_linear(shape.in_features, shape.out_features, shape.bias, shape)
+        module = shape.bare()
     for parameter in module.parameters():
         parameter.normal_(std=0.02, generator=numbers)
-    return module.eval(), [_input(shape, size, numbers) for size in _sizes(shape)]
-
-
-def _sizes(shape: Shape) -> Sequence[tuple[int, ...]]:
-    return shape.inputs if isinstance(shape, ConvShape) else [(shape.rows,)]
-
-
-def _input(shape: Shape, size: tuple[int, ...], numbers: torch.Generator) -> Tensor:
-    device = numbers.device
-    if isinstance(shape, EmbeddingShape):
-        return torch.randint(shape.in_features, size, device=device, generator=numbers)
-    size = (size[0], shape.in_features, *size[1:])
-    return torch.randn(size, device=device, generator=numbers).to(shape.dtype)
+    return module.eval(), shape.examples(numbers)
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fxcompress.budget import permitted_ranks
 from fxcompress.forms import (
-    ConvShape,
     Form,
     JointBody,
     JointForm,
@@ -25,7 +24,7 @@ from fxcompress.forms import (
     find_joint_form,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.graph.recorder import Recording
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import ZERO, Size
 from fxcompress.rules import Match, MatchResult
@@ -237,7 +236,9 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=_measured(shape_of(model.get_submodule(operator.path)), facts),
+                shape=shape_of(model.get_submodule(operator.path)).counted_on(
+                    facts.rows, facts.inputs
+                ),
                 calls=len(facts.calls),
                 source=facts.source,
                 forms={name: find_form(name, operator.op, templates) for name in match.forms},
@@ -255,10 +256,3 @@ def gather_sites(
         for bundle in matched.bundles
     )
     return tuple(sites), bundles
-
-
-def _measured(shape: Shape, facts: Weight) -> Shape:
-    """A shape with the sizes of what the operator is applied to in the recorded example."""
-    if isinstance(shape, ConvShape):
-        return replace(shape, inputs=facts.inputs)
-    return replace(shape, rows=facts.rows)

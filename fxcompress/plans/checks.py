@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import add
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ from fxcompress.forms import (
     ConvShape,
     Form,
     JointForm,
-    LinearShape,
     Rank,
     Shape,
     find_form,
     find_joint_form,
 )
-from fxcompress.operators.shape import parse_shape
+from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import joint_layers, layers
 from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
@@ -165,12 +165,10 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Probl
     weights = int(found.parameters(shape, ranks)[0])
     stored = int(found.bytes(shape, ranks)[0]) + _bias(shape) * shape.dtype.itemsize
     yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
-    if isinstance(shape, LinearShape) and site.before.macs >= 0:
+    if shape.takes == "rows" and site.before.macs >= 0:
         rows = site.before.macs // shape.weights
         if rows < MOST_ROWS:
-            counted = LinearShape(
-                shape.in_features, shape.out_features, shape.bias, shape.dtype, META, rows=rows
-            )
+            counted = shape.counted_on(rows, ())
             if site.after.macs != int(found.macs(counted, ranks)[0]):
                 yield "after.macs", f"they are not those of {form} at rank {rank}"
 
@@ -191,7 +189,7 @@ def _size_problems(
         yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
     if size.macs < 0:
         yield f"{place}.macs", f"{size.macs}"
-    if place == "before" and isinstance(shape, LinearShape) and size.macs % shape.weights:
+    if place == "before" and shape.takes == "rows" and size.macs % shape.weights:
         yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
 
 
@@ -218,8 +216,8 @@ def _bundle_problems(
     if not isinstance(found, JointForm):
         yield "form", f"{form} is no form for several operators"
         return
-    linear = [shape for shape in own if isinstance(shape, LinearShape)]
-    if len(linear) < len(own) or not isinstance(rank, int):
+    linear: Any = own
+    if any(shape.op not in found.operators for shape in own) or not isinstance(rank, int):
         yield "op", f"{form} is for linear operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
@@ -258,7 +256,7 @@ def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, 
         return [layers(find_form(form, sites[0].op, plan.templates).empty(own[0], rank))]
     assert isinstance(rank, int)
     joint = find_joint_form(form, plan.templates)
-    return joint_layers(joint.empty([s for s in own if isinstance(s, LinearShape)], rank))
+    return joint_layers(joint.empty(cast("Any", own), rank))
 
 
 # ---- what is about several sites ------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxcompress.forms import ConvShape, JointBody
+from fxcompress.forms import JointBody
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Part
 
@@ -41,6 +41,5 @@ def _layer(path: str, module: nn.Module) -> Part:
         shape = shape_of(module)
     except ValueError:
         return Part(path=path, op=type(module).__name__)
-    kernel = shape.kernel_size if isinstance(shape, ConvShape) else ()
-    n, m = shape.in_features, shape.out_features
+    n, m, kernel = shape.in_features, shape.out_features, shape.kernel_size
     return Part(path=path, op=shape.op, in_features=n, out_features=m, kernel=kernel)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
 from fxcompress.graph.canonical import canonicalize
-from fxcompress.operators.modules import shape_of
+from fxcompress.operators.modules import kind_of, shape_of
 from fxcompress.plans.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.batch_norm import fold_batch_norms
@@ -168,10 +167,12 @@ def _foldable(modules: Mapping[str, nn.Module], pair: Folded) -> bool:
     """Whether both modules of a pair are there, and fit each other."""
     convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
     return (
-        isinstance(convolution, _ConvNd)
+        convolution is not None
+        and (kind := kind_of(convolution)) is not None
+        and kind.shape(convolution).takes == "patches"
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
-        and norm.num_features == convolution.out_channels
+        and norm.num_features == kind.shape(convolution).out_features
     )
 
 

@@ -19,7 +19,7 @@ from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.elementwise import Elementwise, approximate
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.whiten import Whitener, Whiteners
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 from tests.isvt.problems import Branches, Problem, mlp, rules
 
 

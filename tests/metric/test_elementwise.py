@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Target, find_form
-from fxcompress.forms.convolution import convolution_shape
 from fxcompress.metric import elementwise
 from fxcompress.metric.elementwise import ELEMENTWISE, Elementwise, approximate
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.whiten import Whiteners
+from fxcompress.operators.modules import shape_of
 from tests.convolutions import CASES, build
 
 
@@ -98,7 +98,7 @@ def test_two_ranks(pair: tuple[int, int]) -> None:
 def test_every_form_has_the_loss_that_it_says(name: str) -> None:
     torch.manual_seed(0)
     layer = build(CASES["2d, strided, dilated, groups"])
-    shape = convolution_shape(layer)
+    shape = shape_of(layer)
     weight = shape.canonical(layer.weight.detach())
     f = torch.rand(2, 4, 3 * 6, dtype=torch.float64) ** 4
     metric = ELEMENTWISE.quadratic(shape, Moments(entries=f), Whiteners((0.0, 0.0)))
