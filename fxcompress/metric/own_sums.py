@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxcompress.metric.moments import times_power
 from fxcompress.metric.statistic import Statistic
-from fxcompress.metric.visitor import InputKey, SiteFacts, input_key, same_samples
+from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key, same_samples
 from fxcompress.operators.rows import BLOCK
 from fxcompress.operators.shape import is_grouped
 
@@ -19,7 +19,7 @@ Key = tuple[str, str | InputKey]
 """The name of a statistic, and of a site, or the input that several sites share."""
 
 
-class OwnSums:
+class OwnSums(Visitor):
     """Running sums: a visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
 
     def __init__(self, statistics: Sequence[Statistic]) -> None:

@@ -64,7 +64,7 @@ class Visitor(Protocol):
         """A backward pass has ended."""
 
 
-class Several:
+class Several(Visitor):
     """Visitors that see one pass together."""
 
     def __init__(self, visitors: Sequence[Visitor]) -> None:
