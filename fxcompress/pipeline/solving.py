@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from fxcompress.budget import (
     Allocation,
     Bundle,
+    Choice,
     Option,
     Resource,
     allocate,
@@ -21,6 +22,7 @@ from fxcompress.budget import (
 from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.pricing import Pricing, Problem, problems
+from fxcompress.pipeline.sites import Group
 from fxcompress.plans.plan import Limit, Unit
 from fxcompress.report.quantities import amount
 from fxcompress.rules import Budget
@@ -39,6 +41,16 @@ class Solution:
     allocation: Allocation
     bound: float | None
     limits: tuple[Limit, ...]
+
+    def decided(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Choice]]:
+        """Groups with what was chosen for them: of every site either its own, or one of several."""
+        joint = self.allocation.joint
+        together = {site.name for g in groups if g.name in joint for site in g.sites}
+        for group in groups:
+            if group.name in joint:
+                yield group, joint[group.name]
+            elif group.name in self.allocation.choices and group.name not in together:
+                yield group, self.allocation.choices[group.name]
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,7 @@ def solve(
     """
     rules = analysis.rules.rules
     units = list(pricings)
-    found = problems(
-        analysis.sites, analysis.bundles, analysis.decomposed, [*pricings.values()], excluded
-    )
+    found = problems(analysis.groups, analysis.decomposed, [*pricings.values()], excluded)
     by_unit = dict(zip(units, found, strict=True))
     demands = [_demand(analysis, budget, by_unit[budget.unit]) for budget in rules.budgets]
     demands += [
