@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from fxcompress.metric.moments import Moments, Named
@@ -74,10 +75,11 @@ class Metric(ABC):
 
         Args:
             shape: of the operator.
-            moments: of the site.
+            moments: of the site, of any floating type.
             change: Δ (canonical layout), float64.
         """
-        return self.quadratic(shape, moments, Whiteners((0.0, 0.0))).loss(change)
+        wide = moments.changed(lambda each: each.to(torch.float64))
+        return self.quadratic(shape, wide, Whiteners((0.0, 0.0))).loss(change)
 
     @property
     def backward(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fxcompress.metric.metric import Metric
+from fxcompress.metric.statistic import Statistic
 from fxcompress.metric.words import BUILT_IN, add_metric_word
 
 _METRICS: dict[str, Metric] = {}
@@ -22,7 +23,7 @@ def register_metric(metric: Metric) -> None:
         metric: an instance of a subclass of :class:`Metric`.
 
     Raises:
-        ValueError: the name is taken, or no name.
+        ValueError: the name is taken, or no name; or two of its statistics have one name.
         TypeError: it is no metric.
     """
     if not isinstance(metric, Metric):
@@ -30,6 +31,10 @@ def register_metric(metric: Metric) -> None:
     name = getattr(metric, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"the name of a metric is an identifier, not {name!r}")
+    own = [each.name for each in metric.needs if isinstance(each, Statistic)]
+    for each in own:
+        if own.count(each) > 1:
+            raise ValueError(f"metric {name} needs two statistics named {each!r}")
     add_metric_word(name)
     _METRICS[name] = metric
 
