@@ -144,7 +144,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "transformers",
+    "jinja2", "networkx", "scipy", "transformers",
 }  # fmt: skip
 
 

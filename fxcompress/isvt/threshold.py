@@ -287,7 +287,9 @@ def _starts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Bases of all that was cut, in metrics that can start from one."""
     found = analysis.decomposed.groups
-    chosen = {**solution.allocation.choices, **solution.allocation.joint}
+    choices = solution.allocation.choices
+    joint = (group for group in analysis.several if group.name in choices)
+    chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
         choice = chosen.get(name)

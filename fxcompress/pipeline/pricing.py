@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxcompress.budget import Bundle as BudgetBundle
-from fxcompress.budget import Candidate, Option
+from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
@@ -86,26 +85,16 @@ def timed(
     return Timed(table.measure(entries, device, tick))
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Sites and bundles as the solver sees them, with their costs in one unit.
-
-    Attributes:
-        candidates: one per site, in their order.
-        bundles: one per bundle.
-    """
-
-    candidates: tuple[Candidate, ...]
-    bundles: tuple[BudgetBundle, ...]
-
-
 def problems(
     groups: Sequence[Group],
     decomposed: Decomposition,
     pricings: Sequence[Pricing],
     excluded: Mapping[str, Collection[str]],
-) -> list[Problem]:
-    """The same choices with their costs in each of several units.
+) -> list[tuple[Entity, ...]]:
+    """What the solver is to choose, with costs in each of several units.
+
+    Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
+    forms, which has the name of their group.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -133,27 +122,43 @@ def problems(
                 offers.append(_options(form, ranks, loss, costs, dense, group.match))
         offered.append((group, dense, offers))
     return [
-        Problem(
-            tuple(
-                Candidate(
-                    group.name,
-                    dense[at],
-                    _taken(offers, at),
-                    group.sites[0].match.group if measured(group) else None,
-                )
-                for group, dense, offers in offered
-                if len(group.sites) == 1
-            ),
-            tuple(
-                BudgetBundle(
-                    group.name, tuple(site.name for site in group.sites), _taken(offers, at)
-                )
-                for group, _, offers in offered
-                if len(group.sites) > 1
-            ),
+        tuple(
+            _entities(
+                {
+                    group.name: Candidate(
+                        group.name,
+                        dense[at],
+                        _taken(offers, at),
+                        group.sites[0].match.group if measured(group) else None,
+                    )
+                    for group, dense, offers in offered
+                    if len(group.sites) == 1
+                },
+                [
+                    (group, _taken(offers, at))
+                    for group, _, offers in offered
+                    if len(group.sites) > 1
+                ],
+            )
         )
         for at in range(len(pricings))
     ]
+
+
+def _entities(
+    candidates: Mapping[str, Candidate], joint: Sequence[tuple[Group, tuple[Option, ...]]]
+) -> Iterator[Entity]:
+    """Sites by themselves, and groups that a joint form is offered for, where their first is."""
+    offered = {site.name: pair for pair in joint if pair[1] for site in pair[0].sites}
+    for name, candidate in candidates.items():
+        if name not in offered:
+            yield candidate
+            continue
+        bundle, options = offered[name]
+        if name == bundle.sites[0].name:
+            single = Mode("single", tuple(candidates[site.name] for site in bundle.sites))
+            whole = Mode("joint", (Candidate(bundle.name, None, options),))
+            yield Alternatives(bundle.name, (single, whole))
 
 
 def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:
