@@ -66,7 +66,7 @@ MOST_KEEPS = 1000
 
 Modules = Annotated[
     list[str] | None,
-    typer.Option("--import", help="module or file.py to import first: it registers forms"),
+    typer.Option("--import", help="module or file.py to import first: it registers forms, metrics"),
 ]
 
 

@@ -167,6 +167,7 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
     decomposed = decompose_groups(work, surveyed.groups, metric_of, tick)
+    request.notes.add(*_apart(surveyed, decomposed))
     if metric.directions:
         wanted = wanted_directions(decomposed, surveyed.groups)
         tick = request.show.stage("directions", division.count)
@@ -177,6 +178,16 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
         )  # fmt: skip
         decomposed = with_directions(decomposed, surveyed.groups, energies)
     return Analysis.of(surveyed, estimated, decomposed)
+
+
+def _apart(found: Survey, decomposed: Decomposition) -> Iterator[str]:
+    """What cannot be rewritten together, though every part of it has an influence."""
+    kind = found.rules.rules.metric.kind
+    for group in found.several:
+        known = group.name in decomposed.groups
+        if not known and not any(site.name in decomposed.idle for site in group.sites):
+            names = ", ".join(site.name for site in group.sites)
+            yield f"{names}: metric {kind} cannot weigh them together, so no joint form is offered"
 
 
 def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estimate:

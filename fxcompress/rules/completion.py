@@ -13,6 +13,7 @@ from typing import Any
 
 from fxcompress.forms.template import OPERATORS as TEMPLATE_OPERATORS
 from fxcompress.forms.words import form_words
+from fxcompress.metric.words import metric_words
 from fxcompress.rules.case_graph import INPUT
 from fxcompress.rules.schema import PATTERN_KINDS, REWRITE_KINDS, RuleSet
 from fxcompress.rules.vocabulary import ALL_OPERATORS, OPERATORS, AttributeType
@@ -37,7 +38,7 @@ _EXACTLY_ONE = {
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a rule file, with the forms that are registered.
+    """The JSON Schema of a rule file, with the forms and metrics that are registered.
 
     >>> sorted(json_schema()["required"])
     ['budget', 'rules']
@@ -57,6 +58,7 @@ def json_schema() -> dict[str, Any]:
     _name_attributes(models["Exclusion"], OPERATORS, True)
     shares = models["Exclusion"]["properties"]["shares_weight_with"]
     _restrict(shares, OPERATORS)
+    models["Metric"]["properties"]["kind"]["enum"] = list(metric_words())
     rewrite = models["Rewrite"]["properties"]
     _restrict(rewrite["form"], form_words())
     rewrite["any_of"]["anyOf"][0]["items"] = {"type": "string", "enum": list(form_words())}

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fxcompress.graph.operator import AttributeValue
+from fxcompress.metric.words import metric_words
 from fxcompress.plans.units import UNITS, CountedUnit, UnitWord
 
 
@@ -104,10 +105,18 @@ class Damping(_Model):
     """For the second moments of the gradients of the outputs."""
 
 
+def _known_metric(value: Any) -> Any:
+    known = metric_words()
+    if isinstance(value, str) and value in known:
+        return value
+    expected = ", ".join(f"'{name}'" for name in known)
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
+
 class Metric(_Model):
     """The distance that decides which components of a weight count."""
 
-    kind: Literal["euclidean", "diagonal", "elementwise", "activation", "kfac", "ekfac"] = "kfac"
+    kind: Annotated[str, BeforeValidator(_known_metric)] = "kfac"
     """Which distance; kfac is the Fisher metric in its Kronecker form."""
     damping: Damping = Damping()
     """Added to each factor's eigenvalues, relative to their mean."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fxcompress.forms import Body, ConvShape, Target
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
-from fxcompress.metric.quadratic import Grouped, Kronecker
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import whitener
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
