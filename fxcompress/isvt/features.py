@@ -25,6 +25,7 @@ from fxcompress.graph.padding import NONE, Padding
 from fxcompress.metric.passes import output_marks
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.whiten import Whitener
+from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.sites import Site
 
 Outputs = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -86,7 +87,7 @@ class Features:
             return keep
 
         handles = [
-            model.get_submodule(site.name).register_forward_hook(hook(site)) for site in self.sites
+            operator_at(model, site.name).register_forward_hook(hook(site)) for site in self.sites
         ]
         try:
             yield seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.operators import rows
-from fxcompress.operators.kind import Application, Call, Kind
+from fxcompress.operators.calls import Application, Call, same
+from fxcompress.operators.kind import Kind
 from fxcompress.operators.shape import CPU, Shape, Sizes
 from fxcompress.operators.words import AttributeValue, Takes
 
@@ -98,6 +98,13 @@ class LinearShape(Shape):
         """The inverse of :meth:`canonical`."""
         return canonical.T if self.transposed else canonical
 
+    @property
+    def is_mirrored(self) -> bool:
+        return self.transposed
+
+    def mirrored(self) -> LinearShape:
+        return replace(self, transposed=not self.transposed)
+
     def bare(self) -> nn.Linear:
         """An uninitialized ``nn.Linear``."""
         layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
@@ -109,6 +116,9 @@ class LinearShape(Shape):
             device=self.device,
         )
         return layer
+
+    def applying(self, weight: nn.Parameter) -> nn.Module:
+        return Product(weight) if self.transposed else super().applying(weight)
 
     def counted_on(self, rows: int, inputs: tuple[Sizes, ...]) -> LinearShape:
         return replace(self, rows=rows)
@@ -222,13 +232,6 @@ class _Linear(Kind):
         scaled = any(call.kwargs.get(word, 1) != 1 for word in ("alpha", "beta"))
         return None if scaled else _product(args[1], args[2], args[0], transposed=True)
 
-    def applying(self, shape: LinearShape, weight: nn.Parameter) -> nn.Module:
-        if shape.transposed:
-            return Product(weight)
-        layer = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
-        layer.weight = weight
-        return layer
-
 
 # Functions that multiply by a matrix (n x m), and where it stands.
 _MATRIX = {"matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
@@ -239,12 +242,8 @@ def _product(data: Any, weight: Any, bias: Any, *, transposed: bool) -> Applicat
         return None
     n, m = weight.shape if transposed else weight.shape[::-1]
     shape = LinearShape(n, m, False, weight.dtype, weight.device, transposed)
-    after = partial(torch.add, bias) if bias is not None else _same
+    after = partial(torch.add, bias) if bias is not None else same
     return Application(shape, weight, data, after=after, bias=bias)
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
 
 
 def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Application | None:
@@ -274,8 +273,8 @@ def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Applicat
     before, after = _place(of_data, contracted), _place(of_out, free)
     return replace(
         made,
-        before=_same if before == -1 else partial(torch.movedim, source=before, destination=-1),
-        after=_same if after == -1 else partial(torch.movedim, source=-1, destination=after),
+        before=same if before == -1 else partial(torch.movedim, source=before, destination=-1),
+        after=same if after == -1 else partial(torch.movedim, source=-1, destination=after),
     )
 
 
@@ -294,14 +293,8 @@ def linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
     >>> linear_arguments(("x",), {"bias": "b", "weight": "w"})
     ('x', 'w', 'b')
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    return given["input"], given["weight"], given.get("bias")
 
-
-def _signature(input: Any, weight: Any, bias: Any = None) -> None: ...
-
-
-_SIGNATURE = inspect.signature(_signature)
 
 KIND = _Linear()

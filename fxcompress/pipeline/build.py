@@ -15,6 +15,7 @@ from fxcompress.forms import FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
@@ -243,7 +244,7 @@ def _build(
 
 
 def _module(analysis: Analysis, site: Site) -> nn.Module:
-    return analysis.model.get_submodule(site.name)
+    return operator_at(analysis.model, site.name)
 
 
 def _fill_joint(
@@ -290,7 +291,7 @@ def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
 def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
     """Compare a body with its operator given the weight that the body stands for."""
     inputs = _sample(analysis, site)
-    operator = copy.deepcopy(analysis.model.get_submodule(site.name)).double()
+    operator = copy.deepcopy(operator_at(analysis.model, site.name)).double()
     wide = inputs.double() if inputs.is_floating_point() else inputs
     with torch.no_grad():
         operator.weight = nn.Parameter(site.shape.stored(weight))

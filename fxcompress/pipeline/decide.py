@@ -19,6 +19,7 @@ from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.operators.applied import PRODUCT, applied_by, operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.analysis import Analysis, Survey
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
@@ -128,7 +129,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
     entries = []
     for entry in planned.sites:
         if entry.form is not None and entry.name in known:
-            module = analysis.model.get_submodule(entry.name)
+            module = operator_at(analysis.model, entry.name)
             dense = canonical_weight(module).detach().to(torch.float64)
             change = _approximated(analysis, sites[entry.name], entry) - dense
             loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
@@ -272,9 +273,11 @@ def _site_plan(
     forms = tuple(site.forms) if bundle is None else (*bundle.forms, *site.forms)
     names = (site.name,) if bundle is None else (site.name, bundle.name)
     out = {form for name in names for form in excluded.get(name, ())}
+    held = applied_by(analysis.model, site.name)
     return SitePlan(
         name=site.name,
-        weight=site.weight,
+        weight=site.weight if held is None else site.weight.removesuffix(f".{PRODUCT}.weight"),
+        applied="" if held is None else "transposed" if site.shape.is_mirrored else "as stored",
         op=site.op,
         operator=str(site.shape),
         in_features=site.in_features,

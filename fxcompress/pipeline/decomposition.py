@@ -18,6 +18,7 @@ from fxcompress.forms.target import Losses, Quadratic
 from fxcompress.metric import Metric, Moments
 from fxcompress.metric.directions import Components, components, remeasured
 from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, SiteBundle
 
@@ -139,7 +140,7 @@ def decompose_site(model: nn.Module, site: Site, metric: Quadratic) -> Decompose
     Raises:
         ValueError: the weight is not finite.
     """
-    weight = canonical_weight(model.get_submodule(site.name)).detach()
+    weight = canonical_weight(operator_at(model, site.name)).detach()
     target = Target(weight, metric)
     losses = {name: form.losses(target, site.ranks(name)) for name, form in site.forms.items()}
     target.truncations()  # for reports, whatever view the forms have
@@ -158,7 +159,7 @@ def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: Quadratic) ->
     Raises:
         ValueError: a weight is not finite.
     """
-    weights = [canonical_weight(model.get_submodule(s.name)).detach() for s in bundle.sites]
+    weights = [canonical_weight(operator_at(model, s.name)).detach() for s in bundle.sites]
     rows = [len(weight) for weight in weights]
     target = Target(torch.cat(weights), metric)
     found = target.truncations()

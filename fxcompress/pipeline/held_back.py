@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
 from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
 
@@ -195,7 +196,7 @@ def _lost(
     whiteners: Whiteners,
 ) -> float:
     """Loss of a site on the data held back, at half of the ranks that it may have."""
-    weight = canonical_weight(model.get_submodule(site.name)).detach()
+    weight = canonical_weight(operator_at(model, site.name)).detach()
     target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
     form = next(iter(site.forms))
     ranks = site.ranks(form)

@@ -25,6 +25,7 @@ from fxcompress.forms import (
 )
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import ZERO, Size
 from fxcompress.rules import Match, MatchResult
@@ -236,7 +237,7 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=shape_of(model.get_submodule(operator.path)).counted_on(
+                shape=shape_of(operator_at(model, operator.path)).counted_on(
                     facts.rows, facts.inputs
                 ),
                 calls=len(facts.calls),

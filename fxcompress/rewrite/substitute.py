@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress.forms import Form, JointBody, JointForm, Rank
+from fxcompress.operators.applied import operator_at
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
@@ -71,7 +72,7 @@ def substitute(
     Nodes of an fx graph keep the metadata of the node they replace (the last one also its
     value's), and all carry their :class:`Provenance`.
     """
-    original = model.get_submodule(origin.site)
+    original = operator_at(model, origin.site)
     _take_over(body, [original])
     calls = places.calls.get(origin.site)
     if not calls:
@@ -96,7 +97,7 @@ def substitute_joint(
 
     The shared part hangs below the first operator, as ``shared``; each head as ``body``.
     """
-    originals = [model.get_submodule(origin.site) for origin in origins]
+    originals = [operator_at(model, origin.site) for origin in origins]
     _take_over(body.shared, originals)
     for original, head in zip(originals, body.heads, strict=True):
         _take_over(head, [original])
