@@ -39,15 +39,19 @@ _PRODUCTS = {
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module becomes one node.
 
-    Operators of the vocabulary do, and modules that nothing is seen of: childless and scripted
-    ones.  Not one whose class has a forward of its own: what that makes of the weight is seen.
+    Operators of the vocabulary do, and modules that nothing is seen of: scripted ones, those of
+    torch, and any without children.  Not one whose own forward applies a matrix: what that makes
+    of it is seen.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return True
     kind = kind_of(module)
     if kind is not None:
         return kind.is_plain(module)
-    return next(module.children(), None) is None
+    if next(module.children(), None) is not None:
+        return False
+    torchs = type(module).__module__.startswith("torch.")
+    return torchs or all(each is None or each.dim() < 2 for each in module._parameters.values())
 
 
 def canonicalize(

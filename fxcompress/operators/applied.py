@@ -65,7 +65,7 @@ class _Weight:
 
     @property
     def T(self) -> Any:
-        return run(Tensor.t, (self,), {}) if self.ndim == 2 else self.dense().T
+        return _transpose(self) if self.ndim == 2 else self.dense().permute(*range(self.ndim)[::-1])
 
     @property
     def mT(self) -> Any:
@@ -298,5 +298,8 @@ def _view(name: str, weight: Any, args: Any, kwargs: Any) -> Any:
     }
     if not swaps.get(name, False):
         return None
-    applied = weight.stands_for
-    return applied if weight.transposed else _Transpose(applied)
+    return _transpose(weight)
+
+
+def _transpose(weight: _Weight) -> _Weight:
+    return weight.stands_for if weight.transposed else _Transpose(weight.stands_for)

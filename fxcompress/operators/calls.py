@@ -30,6 +30,10 @@ def function_name(function: Any) -> str:
     return name
 
 
+# torch.compile need not look into it.
+function_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def same(value: Tensor) -> Tensor:
     """The value itself."""
     return value

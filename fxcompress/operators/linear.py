@@ -251,26 +251,24 @@ def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Applicat
     if not args or not isinstance(args[0], str):
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    found = _EINSUM.fullmatch(args[0].replace(" ", ""))
-    if found is None or len(operands) != 2 or not any(map(is_weight, operands)):
+    letters = _letters(args[0])
+    if letters is None or len(operands) != 2 or not any(map(is_weight, operands)):
         return None
-    first, second, out = found.groups()
     data, weight = operands
+    of_data, of_weight, out = letters
     if not is_weight(weight):
-        (data, weight), (first, second) = (weight, data), (second, first)
-    of_data, of_out = first.replace("...", "."), out.replace("...", ".")
-    if "." in second or len({*second}) != 2 or len(second) != 2 or len({*of_data}) < len(of_data):
+        data, weight, of_data, of_weight = weight, data, of_weight, of_data
+    if "." in of_weight or len(of_weight) != 2:
         return None
-    contracted = next((c for c in second if c in of_data and c not in of_out), None)
-    free = next((c for c in second if c not in of_data and c in of_out), None)
-    if contracted is None or free is None:
+    summed, free = of_weight if of_weight[0] in of_data else of_weight[::-1]
+    if summed not in of_data or of_data.replace(summed, "") != out.replace(free, ""):
         return None
-    if of_data.replace(contracted, "") != of_out.replace(free, ""):
+    if summed in out or free not in out or free in of_data:
         return None
-    made = _product(data, weight, None, transposed=second[0] == contracted)
+    made = _product(data, weight, None, transposed=of_weight[0] == summed)
     if made is None:
         return None
-    before, after = _place(of_data, contracted), _place(of_out, free)
+    before, after = _place(of_data, summed), _place(out, free)
     return replace(
         made,
         before=same if before == -1 else partial(torch.movedim, source=before, destination=-1),
@@ -278,7 +276,19 @@ def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Applicat
     )
 
 
+def _letters(equation: str) -> tuple[str, str, str] | None:
+    """The letters of two operands and of what is made of them, ``.`` for an ellipsis.
+
+    None if a letter stands twice in one of them.
+    """
+    found = _EINSUM.fullmatch(equation.replace(" ", "").replace("...", "."))
+    if found is None or any(len({*each}) < len(each) for each in found.groups()):
+        return None
+    return found[1], found[2], found[3]
+
+
 _EINSUM = re.compile(r"([A-Za-z.]+),([A-Za-z.]+)->([A-Za-z.]+)")
+_letters._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _place(letters: str, letter: str) -> int:
