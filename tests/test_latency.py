@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form
+from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form, fit
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline import latency
 from fxcompress.pipeline.latency import (
@@ -49,8 +49,9 @@ def test_the_operator_that_is_timed_is_the_real_one() -> None:
     body, _ = latency._built(
         Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU, torch.Generator()
     )
-    assert body(inputs[1]).shape == conv(inputs[1]).shape
-    joint = Entry((LINEAR, LINEAR), fxcompress.forms.find_joint_form("joint"), 5)
+    (out,) = body(inputs[1])
+    assert out.shape == conv(inputs[1]).shape
+    joint = Entry((LINEAR, LINEAR), find_form("joint"), 5)
     module, (x,) = latency._built(joint, CPU, torch.Generator())
     assert [tuple(out.shape) for out in module(x)] == [(10, 48), (10, 48)]
 
@@ -82,9 +83,11 @@ def test_times_between_measured_ranks_are_interpolated() -> None:
     assert {1, 41} <= set(grid.tolist())
     times = {
         entry.key: 3.0 + 0.5 * float(str(entry.rank))
-        for entry in entries_for((LINEAR,), form, ranks)
+        for entry in entries_for(fit(form, (LINEAR,)), ranks)
     }
-    np.testing.assert_allclose(interpolated(times, (LINEAR,), form, ranks, ranks), 3 + 0.5 * ranks)
+    np.testing.assert_allclose(
+        interpolated(times, fit(form, (LINEAR,)), ranks, ranks), 3 + 0.5 * ranks
+    )
 
 
 def test_pairs_of_ranks_are_interpolated_too() -> None:
@@ -93,11 +96,11 @@ def test_pairs_of_ranks_are_interpolated_too() -> None:
     shape = shape_of(nn.Conv2d(16, 32, 3))
     form = find_form("tucker2", "conv2d")
     times = {}
-    for entry in entries_for((shape,), form, pairs):
+    for entry in entries_for(fit(form, (shape,)), pairs):
         assert isinstance(entry.rank, tuple)
         first, second = entry.rank
         times[entry.key] = 1.0 + 2 * first + 3 * second + 0.25 * first * second
-    found = interpolated(times, (shape,), form, pairs, pairs)
+    found = interpolated(times, fit(form, (shape,)), pairs, pairs)
     a, b = pairs.T
     np.testing.assert_allclose(found, 1 + 2 * a + 3 * b + 0.25 * a * b)  # bilinear: exact
 

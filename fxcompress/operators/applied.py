@@ -217,18 +217,6 @@ def operator_at(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(operator_path(model, name))
 
 
-def applied_by(model: nn.Module, name: str) -> Applied | None:
-    """The object in which an operator is; None if it is a module by itself.
-
-    Args:
-        model: that has it.
-        name: what the operator is called (:func:`displayed`).
-    """
-    holder = operator_path(model, name).removesuffix(f".{PRODUCT}")
-    found = model.get_submodule(holder)
-    return found if isinstance(found, Applied) else None
-
-
 def hold(model: nn.Module, weight: str, shape: Shape) -> None:
     """Put an object in the place of a parameter; changes ``model``.
 

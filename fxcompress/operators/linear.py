@@ -260,7 +260,8 @@ def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Applicat
         data, weight, of_data, of_weight = weight, data, of_weight, of_data
     if "." in of_weight or len(of_weight) != 2:
         return None
-    summed, free = of_weight if of_weight[0] in of_data else of_weight[::-1]
+    first = of_weight[0] in of_data
+    summed, free = of_weight[not first], of_weight[first]
     if summed not in of_data or of_data.replace(summed, "") != out.replace(free, ""):
         return None
     if summed in out or free not in out or free in of_data:

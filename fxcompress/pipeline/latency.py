@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxcompress.forms import Form, JointBody, JointForm, Shape
+from fxcompress.forms import Body, Fitted, Form, JointForm, Shape, fit
 from fxcompress.forms.target import Rank, Ranks
 
 ROUNDS = 7
@@ -167,23 +167,19 @@ def _few(ranks: Ranks) -> Ranks:
     return cast("Ranks", ranks[np.unique(places)])
 
 
-def entries_for(shapes: tuple[Shape, ...], form: Form | JointForm, ranks: Ranks) -> list[Entry]:
+def entries_for(form: Fitted, ranks: Ranks) -> list[Entry]:
     """What has to be measured for a form of one operator, or of several."""
-    return [Entry(shapes, form, _rank(row)) for row in rank_grid(ranks)]
+    return [Entry(form.shapes, form.form, _rank(row)) for row in rank_grid(ranks)]
 
 
 def interpolated(
-    times: Mapping[str, float],
-    shapes: tuple[Shape, ...],
-    form: Form | JointForm,
-    permitted: Ranks,
-    ranks: Ranks,
+    times: Mapping[str, float], form: Fitted, permitted: Ranks, ranks: Ranks
 ) -> Seconds:
     """Seconds at some of the permitted ranks, linear between those that were measured."""
     if not len(permitted):
         return np.empty(0)
     grid = rank_grid(permitted)
-    measured = np.array([times[entry.key] for entry in entries_for(shapes, form, permitted)])
+    measured = np.array([times[entry.key] for entry in entries_for(form, permitted)])
     if ranks.ndim == 1:
         return cast("Seconds", np.interp(ranks, grid, measured))
     firsts, seconds = np.unique(grid[:, 0]), np.unique(grid[:, 1])
@@ -217,15 +213,15 @@ def _measured(
 
 
 class _Together(nn.Module):
-    """All operators of a joint body, one after the other."""
+    """All operators of a body, one after the other."""
 
-    def __init__(self, body: JointBody) -> None:
+    def __init__(self, body: Body) -> None:
         super().__init__()
         self.shared = body.shared
         self.heads = nn.ModuleList(body.heads)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        values = self.shared(x)
+        values = () if self.shared is None else self.shared(x)
         return [head(x, *values) for head in self.heads]
 
 
@@ -236,11 +232,9 @@ def _built(
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
-    if isinstance(entry.form, JointForm):
-        assert isinstance(entry.rank, int)
-        module = _Together(entry.form.empty(shapes, entry.rank))  # type: ignore[arg-type]
-    elif entry.form is not None:
-        module = entry.form.empty(shape, entry.rank)
+    if entry.form is not None:
+        assert entry.rank is not None
+        module = _Together(fit(entry.form, shapes).empty(entry.rank))
     else:
         module = shape.bare()
     for parameter in module.parameters():

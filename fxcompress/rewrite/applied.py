@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -77,6 +77,23 @@ def _held(
     for name in idle:
         release(model, name)
     return record(model, examples, forward=forward) if idle else recording
+
+
+AppliedAs = Literal["", "as stored", "transposed"]
+
+
+def planned_weight(model: nn.Module, weight: str) -> tuple[str, AppliedAs]:
+    """What a plan says of a weight: its name in the model as it was given, and how it is applied.
+
+    Args:
+        model: with objects in the places of weights.
+        weight: its name there.
+    """
+    holder = weight.removesuffix(f".{PRODUCT}.weight")
+    held = model.get_submodule(holder) if holder != weight else None
+    if not isinstance(held, Applied):
+        return weight, ""
+    return holder, "transposed" if held.applies.is_mirrored else "as stored"
 
 
 def hold_planned(
