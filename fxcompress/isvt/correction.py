@@ -38,6 +38,7 @@ from fxcompress.metric.moments import normalized, times_power
 from fxcompress.metric.passes import input_mask
 from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
 
@@ -156,8 +157,8 @@ def fitted(
         inputs = moments.roots[key]
         if inputs.null:
             continue
-        old = canonical_weight(dense.get_submodule(site.name)).double()
-        now = canonical_weight(model.get_submodule(site.name)).double()
+        old = canonical_weight(operator_at(dense, site.name)).double()
+        now = canonical_weight(operator_at(model, site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
         target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
@@ -186,7 +187,7 @@ def _inputs(
         return keep
 
     for key, site in {input_key(site): site for site in reversed(sites)}.items():
-        module = model.get_submodule(site.name)
+        module = operator_at(model, site.name)
         handles.append(module.register_forward_pre_hook(hook(key, site), with_kwargs=True))
     try:
         yield seen

@@ -24,6 +24,7 @@ from fxcompress.graph.padding import NONE, Padding
 from fxcompress.metric.passes import output_marks
 from fxcompress.metric.quadratic import QuadraticForm
 from fxcompress.metric.whiten import BlockWhitener, Whitener
+from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.sites import Site
 
 Outputs = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -87,7 +88,7 @@ class Features:
             return keep
 
         handles = [
-            model.get_submodule(site.name).register_forward_hook(hook(site)) for site in self.sites
+            operator_at(model, site.name).register_forward_hook(hook(site)) for site in self.sites
         ]
         try:
             yield seen

@@ -41,6 +41,7 @@ from fxcompress.graph.physical import (
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
 from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.shape import channels_of, extents_of
 
 
@@ -294,7 +295,7 @@ class _Session:
         try:
             self.model.eval()
             for site in self.sites:
-                module = self.model.get_submodule(site.name)
+                module = operator_at(self.model, site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
                 ran = partial(self._see_run, name)

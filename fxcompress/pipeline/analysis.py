@@ -38,7 +38,13 @@ from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
 from fxcompress.progress import Progress
-from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
+from fxcompress.rewrite import (
+    Factorized,
+    find_batch_norms,
+    fold_batch_norms,
+    prepared,
+    record_operators,
+)
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 
 
@@ -302,7 +308,7 @@ def survey(
 
     tick = request.show.stage("record", None)
     examples = examples or [first]
-    recording = record(work, examples, forward=request.forward)
+    recording = record_operators(work, examples, forward=request.forward)
     tick()
 
     request.show.stage("match", None)

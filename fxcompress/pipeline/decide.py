@@ -32,6 +32,7 @@ from fxcompress.plans.plan import (
     total_size,
 )
 from fxcompress.plans.units import UNITS, CountedUnit
+from fxcompress.rewrite import planned_weight
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
@@ -233,9 +234,11 @@ def _site_plan(
     mine = analysis.groups_of(site.name)
     forms = tuple(form for group in mine for form in group.forms)
     out = {form for group in mine for form in excluded.get(group.name, ())}
+    weight, applied = planned_weight(analysis.model, site.weight)
     return SitePlan(
         name=site.name,
-        weight=site.weight,
+        weight=weight,
+        applied=applied,
         op=site.op,
         operator=str(site.shape),
         in_features=site.in_features,

@@ -23,6 +23,7 @@ from fxcompress.forms import (
 )
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Match, MatchResult
@@ -62,7 +63,7 @@ class Site:
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
-        return canonical_weight(model.get_submodule(self.name)).detach()
+        return canonical_weight(operator_at(model, self.name)).detach()
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=shape_of(model.get_submodule(operator.path)).counted_on(
+                shape=shape_of(operator_at(model, operator.path)).counted_on(
                     facts.rows, facts.inputs
                 ),
                 calls=len(facts.calls),
