@@ -32,6 +32,7 @@ from fxcompress.loading import read_plan
 from fxcompress.report import diff_plan
 from fxcompress.report.summary import held_back_line
 from fxcompress.rules import (
+    Case,
     LoadedRules,
     MatchResult,
     json_schema,
@@ -40,7 +41,6 @@ from fxcompress.rules import (
     preset_path,
     run_cases,
 )
-from fxcompress.rules.schema import Case
 from fxcompress.saving import check_directory
 
 app = typer.Typer(

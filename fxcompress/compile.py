@@ -25,8 +25,7 @@ from fxcompress.plan import Plan, attach_plan
 from fxcompress.planning import foreseen, make_plan
 from fxcompress.report.progress import stages
 from fxcompress.rewriting import rewrite
-from fxcompress.rules import Explanation, Rules, read_rules, with_keep
-from fxcompress.rules.diagnostics import choices, suggest
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
 from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)

@@ -18,8 +18,7 @@ from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Calibration
 from fxcompress.metric.capture import UNANSWERED
 from fxcompress.modules import shape_of
-from fxcompress.rules.globs import compile_globs
-from fxcompress.rules.schema import GraphNode, NodePattern, RuleSet
+from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
 from fxcompress.sites import Site
 
 NAMED = 8

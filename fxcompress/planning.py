@@ -37,7 +37,7 @@ from fxcompress.plan import (
 )
 from fxcompress.pricing import Counted, Pricing, timed
 from fxcompress.report.progress import Progress
-from fxcompress.rules.result import STEPS
+from fxcompress.rules import STEPS
 from fxcompress.sites import Site, SiteBundle, decoded, on_meta
 from fxcompress.solving import solve
 

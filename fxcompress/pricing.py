@@ -15,8 +15,7 @@ from fxcompress.budget import Candidate, Option
 from fxcompress.decomposition import Decomposition
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.latency import Entry, Table, entries_for, interpolated
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match
 from fxcompress.sites import CountUnit, Site, SiteBundle, encoded
 
 Costs = NDArray[np.float64]

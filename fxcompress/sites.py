@@ -28,8 +28,7 @@ from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording, Weight
 from fxcompress.modules import shape_of
 from fxcompress.plan import ZERO, Size
-from fxcompress.rules import Match, MatchResult
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match, MatchResult
 
 CountUnit = Literal["parameters", "macs", "bytes"]
 

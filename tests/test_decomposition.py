@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
 from fxcompress.forms import Form, LinearShape, Target, find_form, find_joint_form
 from fxcompress.metric import METRICS, Moments
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match
 from fxcompress.sites import Site, SiteBundle
 from tests.full_rank import random_spd
 

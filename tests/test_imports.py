@@ -74,7 +74,7 @@ ALL = set(modules())
 
 
 def part(name: str) -> str:
-    """``fxcompress.rules.loader`` belongs to ``rules``."""
+    """``fxcompress.rules.language`` belongs to ``rules``."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -96,6 +96,13 @@ def test_imports_point_one_way(name: str) -> None:
             assert here == "cli", f"{name} imports the package itself"
             continue
         assert DEPTH[there] < DEPTH[here], f"{name} imports {target}, which stands above it"
+
+
+def test_the_rule_language_knows_nothing_of_matching() -> None:
+    language = {name for name in ALL if name.startswith("fxcompress.rules.language")}
+    assert len(language) > 5
+    for name in language:
+        assert not [t for t, _ in imports(name) if t.startswith("fxcompress.rules.matching")], name
 
 
 def test_no_cycles_inside_a_part() -> None:

@@ -27,7 +27,7 @@ from fxcompress.report.summary import (
     totals_lines,
 )
 from fxcompress.report.unchanged import Unchanged, site_text, unchanged
-from fxcompress.rules.folding import fold
+from fxcompress.rules.matching.folding import fold
 
 LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"

@@ -23,9 +23,7 @@ from fxcompress.metric.quadratic import Grouped, Kronecker
 from fxcompress.metric.whiten import whitener
 from fxcompress.modules import canonical_weight
 from fxcompress.rewrite import Bodies, Factorized, apply_plan, own_parameters, prepared, skeleton
-from fxcompress.rules import match_rules
-from fxcompress.rules.loader import load_rules
-from fxcompress.rules.schema import RuleSet
+from fxcompress.rules import RuleSet, load_rules, match_rules
 from fxcompress.sites import Site, gather_sites
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for

@@ -8,8 +8,7 @@ import pytest
 
 from fxcompress.errors import RuleError
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import Miss, match_rules, parse_rules
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import MatchResult, Miss, match_rules, parse_rules
 from tests.rules.graphs import conv2d, decoder, embedding, linear, plain
 
 

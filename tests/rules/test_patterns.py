@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import match_rules, parse_rules
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import MatchResult, match_rules, parse_rules
 from tests.rules.graphs import blocks, linear, plain, siblings
 
 QKV = """\

@@ -14,8 +14,8 @@ import yaml
 
 from fxcompress.forms.words import FormWord, add_word, form_words
 from fxcompress.rules import RuleSet, json_schema, parse_rules
-from fxcompress.rules.completion import SHIPPED
-from fxcompress.rules.vocabulary import ALL_OPERATORS, OPERATORS
+from fxcompress.rules.language.completion import SHIPPED
+from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS
 from tests.rules.fuzz import EVERYTHING, ROOT
 
 FILES = sorted([*ROOT.glob("rules/*.yaml"), *ROOT.glob("examples/*.yaml")])

@@ -9,8 +9,7 @@ import pytest
 
 from fxcompress.errors import RuleError
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import match_rules, parse_rules
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import MatchResult, match_rules, parse_rules
 from tests.rules.graphs import blocks, linear, siblings
 
 
