@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from smollm2 import CALIBRATION, LENGTH, batches, load_model, sequences
 from torch import Tensor, nn
 
-from fxcompress.analysis import analyse
-from fxcompress.rewriting import rewrite
+from fxcompress.pipeline.analysis import analyse
+from fxcompress.pipeline.build import rewrite
 from fxcompress.rules import load_rules
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,7 +19,7 @@ import torch
 from smollm2 import CALIBRATION, HELD_OUT, Reference, batches, load_model, sequences
 
 import fxcompress
-from fxcompress.held_back import DAMPING
+from fxcompress.pipeline.held_back import DAMPING
 from fxcompress.rules import Damping, LoadedRules, read_rules
 
 LENGTHS = {256: 64, 1024: 128}

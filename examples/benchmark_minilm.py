@@ -37,12 +37,12 @@ from minilm import (
 )
 from torch import Tensor, nn
 
-from fxcompress.analysis import Analysis, analyse
-from fxcompress.decomposition import Decomposed, Decomposition
 from fxcompress.metric import METRICS
-from fxcompress.plan import Plan
+from fxcompress.pipeline.analysis import Analysis, analyse
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decomposition import Decomposed, Decomposition
+from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
-from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, parse_rules
 
 RESULTS = Path(__file__).parent / "results"

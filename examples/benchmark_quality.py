@@ -31,14 +31,14 @@ from smollm2 import (
 )
 from torch import nn
 
-from fxcompress.analysis import Analysis, analyse, match_model
-from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
 from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
-from fxcompress.plan import Plan
+from fxcompress.pipeline.analysis import Analysis, analyse, match_model
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.sites import gather_sites
+from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
-from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, parse_rules
-from fxcompress.sites import gather_sites
 
 RESULTS = Path(__file__).parent / "results"
 EVERYTHING = Metric(

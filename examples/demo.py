@@ -20,7 +20,7 @@ from smollm2 import CALIBRATION, HELD_OUT, LENGTH, Reference, batches, load_mode
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.latency import machine
+from fxcompress.pipeline.latency import machine
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.forms.target import arrange
-from fxcompress.modules import canonical_weight
+from fxcompress.operators.modules import canonical_weight
 from fxcompress.rules import LoadedRules, parse_rules
 
 HERE = Path(__file__).parent

@@ -5,55 +5,60 @@
 >>> fxcompress.save(small, "out/")
 """
 
-from fxcompress.compare import diff
-from fxcompress.compile import compile, explain, plan
-from fxcompress.errors import (
-    BudgetError,
-    CalibrationError,
-    FxcompressError,
-    FxcompressWarning,
-    LoadError,
-    RecordError,
-    RewriteError,
-    RuleError,
-    SaveError,
-    TrainingError,
-)
-from fxcompress.forms import register_form
-from fxcompress.isvt import ISVT
-from fxcompress.late import import_after
-from fxcompress.loading import load
-from fxcompress.measure import measure
-from fxcompress.plan import Plan, plan_of
-from fxcompress.saving import save
-from fxcompress.sweep import sweep
+from typing import TYPE_CHECKING
 
-# So that from_pretrained knows compressed models, whichever of both is imported first.
-import_after("transformers.quantizers.auto", "fxcompress.hf")
+from fxcompress.late import exported, import_after
+
+if TYPE_CHECKING:
+    from fxcompress.errors import BudgetError as BudgetError
+    from fxcompress.errors import CalibrationError as CalibrationError
+    from fxcompress.errors import FxcompressError as FxcompressError
+    from fxcompress.errors import FxcompressWarning as FxcompressWarning
+    from fxcompress.errors import LoadError as LoadError
+    from fxcompress.errors import RecordError as RecordError
+    from fxcompress.errors import RewriteError as RewriteError
+    from fxcompress.errors import RuleError as RuleError
+    from fxcompress.errors import SaveError as SaveError
+    from fxcompress.errors import TrainingError as TrainingError
+    from fxcompress.forms.registry import register_form as register_form
+    from fxcompress.isvt import ISVT as ISVT
+    from fxcompress.pipeline.compare import diff as diff
+    from fxcompress.pipeline.compile import compile as compile
+    from fxcompress.pipeline.compile import explain as explain
+    from fxcompress.pipeline.compile import plan as plan
+    from fxcompress.pipeline.measure import measure as measure
+    from fxcompress.pipeline.sweep import sweep as sweep
+    from fxcompress.plans.plan import Plan as Plan
+    from fxcompress.plans.plan import plan_of as plan_of
+    from fxcompress.saved.load import load as load
+    from fxcompress.saved.save import save as save
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 (as sorted() has them)
-    "BudgetError",
-    "CalibrationError",
-    "FxcompressError",
-    "FxcompressWarning",
-    "ISVT",
-    "LoadError",
-    "Plan",
-    "RecordError",
-    "RewriteError",
-    "RuleError",
-    "SaveError",
-    "TrainingError",
-    "compile",
-    "diff",
-    "explain",
-    "load",
-    "measure",
-    "plan",
-    "plan_of",
-    "register_form",
-    "save",
-    "sweep",
-]
+__all__, __getattr__, __dir__ = exported(
+    __name__,
+    {
+        "fxcompress.errors": (
+            *("BudgetError", "CalibrationError", "FxcompressError", "FxcompressWarning"),
+            *("LoadError", "RecordError", "RewriteError", "RuleError", "SaveError"),
+            "TrainingError",
+        ),
+        "fxcompress.forms": (),
+        "fxcompress.forms.registry": ("register_form",),
+        "fxcompress.isvt": ("ISVT",),
+        "fxcompress.metric": (),
+        "fxcompress.operators": (),
+        "fxcompress.pipeline.compare": ("diff",),
+        "fxcompress.pipeline.compile": ("compile", "explain", "plan"),
+        "fxcompress.pipeline.measure": ("measure",),
+        "fxcompress.pipeline.sweep": ("sweep",),
+        "fxcompress.plans": (),
+        "fxcompress.plans.plan": ("Plan", "plan_of"),
+        "fxcompress.rules": (),
+        "fxcompress.saved.load": ("load",),
+        "fxcompress.saved.save": ("save",),
+    },
+)
+
+# So that from_pretrained knows compressed models, whichever of both is imported first.
+import_after("transformers.quantizers.auto", "fxcompress.saved.hf")

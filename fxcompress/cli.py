@@ -3,7 +3,8 @@
 A model is a Hugging Face directory, or ``module:function`` / ``file.py:function`` for a
 function without arguments that returns one.  Data are a text file (for a Hugging Face
 language model: its tokenizer cuts it into sequences), or again ``file.py:function``,
-returning an iterable of batches.
+returning an iterable of batches.  What takes seconds to import (torch) is imported by the commands
+that need it: help and ``check`` do not.
 """
 
 from __future__ import annotations
@@ -18,19 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 import fxcompress
-from fxcompress.analysis import match_model, working_copy
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.files import try_directory
-from fxcompress.graph.recorder import record
-from fxcompress.loading import read_plan
-from fxcompress.report import diff_plan
-from fxcompress.report.summary import held_back_line
 from fxcompress.rules import (
     Case,
     LoadedRules,
@@ -41,7 +36,9 @@ from fxcompress.rules import (
     preset_path,
     run_cases,
 )
-from fxcompress.saving import check_directory
+
+if TYPE_CHECKING:
+    from torch import nn
 
 app = typer.Typer(
     name="fxcompress",
@@ -104,6 +101,9 @@ def compile(
     length: Length = 512,
 ) -> None:
     """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
+    from fxcompress.report.summary import held_back_line
+    from fxcompress.saved.save import check_directory
+
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
@@ -225,6 +225,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what was changed in a saved model."""
+    from fxcompress.report import diff_plan
+    from fxcompress.saved.load import read_plan
+
     difference = diff_plan(read_plan(directory))
     if html is not None:
         html.write_text(difference.to_html(), encoding="utf-8")
@@ -303,6 +306,8 @@ def _count(number: int, what: str) -> str:
 
 def _match_case(loaded: LoadedRules, case: Case, directory: Path) -> MatchResult:
     """What the rules match in the model of a test; its files stand next to the rules."""
+    from fxcompress.graph.recorder import record
+    from fxcompress.pipeline.analysis import match_model, working_copy
 
     def beside(source: str) -> str:
         place = source.rpartition(":")[0] or source
@@ -336,6 +341,8 @@ def main() -> None:
 
 def load_model(source: str) -> nn.Module:
     """A Hugging Face model from a directory, or whatever a function returns."""
+    from torch import nn
+
     if Path(source).is_dir():
         transformers = _transformers()
         with _reading(f"a model from {source}"):

@@ -1,14 +1,41 @@
-"""Import a module of this package once a module of another one has been imported."""
+"""Imports that wait: for a module of another package, or until a public name is asked for."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+def exported(
+    package: str, places: Mapping[str, tuple[str, ...]]
+) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
+    """``__all__``, ``__getattr__`` and ``__dir__`` of a package that imports its names on demand.
+
+    What checks rule files does without torch, which takes seconds to import.
+
+    Args:
+        package: its ``__name__``.
+        places: public names by the module that has them; a package that is public has no names.
+    """
+    place_of = {name: place for place, names in places.items() for name in names}
+    packages = {place.rpartition(".")[2]: place for place, names in places.items() if not names}
+    public = sorted(place_of)
+
+    def get(name: str) -> object:
+        if name in packages:
+            return importlib.import_module(packages[name])
+        if name not in place_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(place_of[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return public, get, lambda: [*vars(sys.modules[package]), *public, *packages]
 
 
 def import_after(trigger: str, name: str) -> None:

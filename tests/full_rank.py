@@ -18,8 +18,9 @@ from fxcompress.forms import JointBody, find_form, find_joint_form
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
-from fxcompress.modules import canonical_weight
-from fxcompress.plan import ZERO, BudgetOutcome, Plan, SitePlan
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.sites import Site, gather_sites
+from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
 from fxcompress.rewrite import (
     Bodies,
     Factorized,
@@ -30,7 +31,6 @@ from fxcompress.rewrite import (
     skeleton,
 )
 from fxcompress.rules import MatchResult, load_rules, match_rules
-from fxcompress.sites import Site, gather_sites
 
 
 @dataclass(frozen=True, eq=False)

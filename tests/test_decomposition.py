@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.decomposition import Decomposition, decompose_sites, metric_from
 from fxcompress.forms import Form, LinearShape, Target, find_form, find_joint_form
 from fxcompress.metric import METRICS, Moments
+from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.sites import Site, SiteBundle
 from fxcompress.rules import Bundle, Match
-from fxcompress.sites import Site, SiteBundle
 from tests.full_rank import random_spd
 
 N, WIDTHS = 7, (6, 3, 4)

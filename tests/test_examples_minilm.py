@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxcompress
-from fxcompress.analysis import analyse
+from fxcompress.pipeline.analysis import analyse
 from fxcompress.report import stages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

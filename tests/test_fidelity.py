@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress import CalibrationError, FxcompressWarning, RewriteError, plan_of
-from fxcompress.fidelity import assess, units
-from fxcompress.measure import measure
-from fxcompress.plan import Fidelity
+from fxcompress.pipeline.agreement import assess, units
+from fxcompress.pipeline.measure import measure
+from fxcompress.plans.plan import Fidelity
 from tests.report.plans import plan, site
 from tests.small import Net, data, net, rules, unchanged
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.fidelity import parted
-from fxcompress.forms.shape import ConvShape
-from fxcompress.held_back import DAMPING, Division
 from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.quadratic import undamped_loss
-from fxcompress.modules import shape_of
-from fxcompress.plan import HeldBack, Plan, plan_of
+from fxcompress.operators.modules import shape_of
+from fxcompress.operators.shape import ConvShape
+from fxcompress.pipeline.agreement import parted
+from fxcompress.pipeline.held_back import DAMPING, Division
+from fxcompress.plans.plan import HeldBack, Plan, plan_of
 from tests.small import data, net, rules
 
 HELD = {"kind": "kfac", "held_back": 0.25}

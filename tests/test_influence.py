@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fxcompress
 from fxcompress.errors import CalibrationError
 from fxcompress.metric import METRICS
-from fxcompress.plan import Plan, plan_of
+from fxcompress.plans.plan import Plan, plan_of
 from fxcompress.rules import LoadedRules, parse_rules
 
 GRADIENTS = ["diagonal", "elementwise", "kfac", "ekfac"]

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress import RuleError
-from fxcompress.forms import find_form
+from fxcompress.forms import find_form, registry, words
 from fxcompress.rewrite import Factorized, JointMember
 from fxcompress.rules import LoadedRules, parse_rules
 from tests.small import unchanged
@@ -395,8 +395,8 @@ def monarch() -> Iterator[Any]:
     sys.modules["monarch"] = module
     spec.loader.exec_module(module)
     yield module
-    fxcompress.forms._FORMS.pop(("monarch4", "linear"))
-    fxcompress.forms.words._WORDS.pop("monarch4")
+    registry._FORMS.pop(("monarch4", "linear"))
+    words._WORDS.pop("monarch4")
 
 
 def test_the_example_is_short_and_uses_the_public_interface_only() -> None:

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import latency
 from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form
 from fxcompress.forms.convolution import convolution_shape
-from fxcompress.latency import Entry, Table, entries_for, interpolated, rank_grid, table_path
+from fxcompress.pipeline import latency
+from fxcompress.pipeline.latency import (
+    Entry,
+    Table,
+    entries_for,
+    interpolated,
+    rank_grid,
+    table_path,
+)
 
 CPU = torch.device("cpu")
 LINEAR = LinearShape(64, 48, True, rows=10)

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from fxcompress.forms import LinearShape, find_form, find_joint_form
-from fxcompress.parts import layers
-from fxcompress.plan import Part
+from fxcompress.plans.layers import layers
+from fxcompress.plans.plan import Part
 from tests.report.plans import parts
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import LoadError, RecordError, RewriteError, SaveError, plan_of
+from fxcompress.saved.load import read_plan
 from tests.small import Net, data, net, rules
 
 
@@ -26,7 +28,7 @@ def two_saves() -> tuple[Net, Net]:
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.mul_(3)
-    from fxcompress.plan import update_plan
+    from fxcompress.plans.plan import update_plan
 
     update_plan(new, plan_of(new).model_copy(update={"warnings": ("the new one",)}))
     return old, new
@@ -42,7 +44,7 @@ def which(path: Path, old: nn.Module, new: nn.Module) -> str:
             for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
         )
         found.append((same, plan_of(loaded) == plan_of(model)))
-    assert fxcompress.loading.read_plan(path).warnings == plan_of(loaded).warnings
+    assert read_plan(path).warnings == plan_of(loaded).warnings
     return {((True, True), (False, False)): "old", ((False, False), (True, True)): "new"}[
         (found[0], found[1])
     ]
@@ -81,7 +83,7 @@ def test_killed_at_every_file_operation(tmp_path: Path, monkeypatch: pytest.Monk
             for name in ("fsync", "replace", "open", "unlink", "close"):
                 monkeypatch.setattr(os, name, dying(getattr(os, name)))
             monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
-            monkeypatch.setattr("fxcompress.saving.save_file", dying(fxcompress.saving.save_file))
+            monkeypatch.setattr("fxcompress.saved.save.save_file", dying(save_file))
             fxcompress.save(new, path)
 
         status = in_a_child(save)

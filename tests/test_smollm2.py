@@ -14,7 +14,7 @@ import torch
 
 import fxcompress
 from fxcompress.graph.recorder import record
-from fxcompress.plan import plan_of
+from fxcompress.plans.plan import plan_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GENERATE = """

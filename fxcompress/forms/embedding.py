@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.form import Counts, Form, assign, balanced, bare_linear, linear
-from fxcompress.forms.shape import EmbeddingShape
 from fxcompress.forms.target import Ranks
+from fxcompress.operators.shape import EmbeddingShape
 
 
 class _Embedding(Form):

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from fxcompress.forms.shape import LinearShape, Shape
 from fxcompress.forms.target import Losses, Rank, Ranks, Target, View
+from fxcompress.operators.shape import LinearShape, Shape
 
 Counts = NDArray[np.int64]
 

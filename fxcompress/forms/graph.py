@@ -23,10 +23,10 @@ from fxcompress.forms.form import (
     bare_linear,
     linear,
 )
-from fxcompress.forms.shape import LinearShape
 from fxcompress.forms.target import Ranks
 from fxcompress.forms.template import Step, Template
 from fxcompress.forms.widths import size_of, source_shape
+from fxcompress.operators.shape import LinearShape
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "relu": F.relu,

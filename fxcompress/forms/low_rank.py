@@ -24,8 +24,8 @@ from fxcompress.forms.form import (
     bare_linear,
     linear,
 )
-from fxcompress.forms.shape import LinearShape
 from fxcompress.forms.target import Ranks
+from fxcompress.operators.shape import LinearShape
 
 
 class _LowRank(Form):

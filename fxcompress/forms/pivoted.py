@@ -36,8 +36,8 @@ from fxcompress.forms.form import (
     bare_linear,
     linear,
 )
-from fxcompress.forms.shape import LinearShape
 from fxcompress.forms.target import Ranks
+from fxcompress.operators.shape import LinearShape
 
 LARGEST_ENTRY = 4.0
 """Largest entry of the combination matrix that is left in place."""

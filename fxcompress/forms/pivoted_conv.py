@@ -23,18 +23,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.forms.convolution import (
-    ConvForm,
-    bare_convolution,
-    class_name,
-    convolution,
-    convolution_shape,
-)
+from fxcompress.forms.convolution import ConvForm, class_name, convolution
 from fxcompress.forms.form import Counts, Form, assign
 from fxcompress.forms.pivoted import choose_pivots, complement
 from fxcompress.forms.separable import CHANNEL
-from fxcompress.forms.shape import ConvShape
 from fxcompress.forms.target import Ranks
+from fxcompress.operators.convolution import bare_convolution, convolution_shape
+from fxcompress.operators.shape import ConvShape
 
 
 class _PivotedConvolution(Form):

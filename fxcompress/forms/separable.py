@@ -29,10 +29,11 @@ of the pair in A, no approximation (:mod:`fxcompress.metric.split`).
 
 from __future__ import annotations
 
-from fxcompress.forms.convolution import CONVOLUTIONS, ConvForm
+from fxcompress.forms.convolution import ConvForm
 from fxcompress.forms.form import Counts
-from fxcompress.forms.shape import ConvShape
 from fxcompress.forms.target import Ranks, View, row_dims
+from fxcompress.operators.shape import ConvShape
+from fxcompress.operators.words import CONVOLUTIONS
 
 
 class _Separable(ConvForm):

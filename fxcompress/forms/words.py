@@ -1,7 +1,7 @@
 """The names of forms that rule files may use, and what each applies to.
 
 Apart from the forms themselves, so that rules can be checked without torch.
-:func:`fxcompress.forms.register` keeps both in step.
+:mod:`fxcompress.forms.registry` holds both in step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+
+from fxcompress.operators.words import CONVOLUTIONS, TRANSPOSED
 
 GROUP = "fxcompress.forms"
 """Entry points of this group name modules that register forms when they are imported."""
@@ -30,6 +32,23 @@ class FormWord:
     operators: frozenset[str]
     joint: bool = False
 
+
+_CONVOLUTIONS = frozenset(CONVOLUTIONS)
+_BOTH_WAYS = _CONVOLUTIONS | frozenset(TRANSPOSED)
+
+BUILT_IN: Mapping[str, FormWord] = {
+    "fxcompress.forms.low_rank:LOW_RANK": FormWord("low_rank", frozenset({"linear"})),
+    "fxcompress.forms.separable:POINTWISE": FormWord("low_rank", _CONVOLUTIONS),
+    "fxcompress.forms.pivoted:PIVOTED": FormWord("pivoted", frozenset({"linear"})),
+    "fxcompress.forms.pivoted_conv:PIVOTED_CONVOLUTION": FormWord("pivoted", _BOTH_WAYS),
+    "fxcompress.forms.joint:JOINT": FormWord("joint", frozenset({"linear"}), joint=True),
+    "fxcompress.forms.separable:CHANNEL": FormWord("channel", _BOTH_WAYS),
+    "fxcompress.forms.separable:CHANNEL_INPUT": FormWord("channel_input", _BOTH_WAYS),
+    "fxcompress.forms.separable:SPATIAL": FormWord("spatial", _BOTH_WAYS),
+    "fxcompress.forms.tucker2:TUCKER2": FormWord("tucker2", _BOTH_WAYS),
+    "fxcompress.forms.embedding:EMBEDDING": FormWord("embedding", frozenset({"embedding"})),
+}
+"""The forms of this package by their place: a module, and the form's name in it."""
 
 _WORDS: dict[str, FormWord] = {}
 
@@ -71,6 +90,10 @@ def joint_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
     """Those of ``forms`` that rewrite several operators together, in the order given."""
     words = form_words()
     return tuple(form for form in forms if form in words and words[form].joint)
+
+
+for _word in BUILT_IN.values():
+    add_word(_word)
 
 
 @cache

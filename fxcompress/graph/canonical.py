@@ -8,7 +8,6 @@ its weight transposed), as ``F.linear`` or as a matrix product with a parameter.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from fxcompress.graph.names import (
     is_reflected,
     module_operator,
 )
+from fxcompress.operators.modules import is_hf_conv1d
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -45,12 +45,6 @@ _PRODUCTS = {
     *("conv1d", "conv2d", "conv3d", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
-
-
-def is_hf_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's ``Conv1D``: a linear layer with an (in, out) weight."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fxcompress.graph.canonical import is_hf_conv1d
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.operators.modules import is_hf_conv1d
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

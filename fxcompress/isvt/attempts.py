@@ -18,9 +18,9 @@ from fxcompress.isvt.objective import Objective
 from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.task import State, Task, recorded, softened
 from fxcompress.isvt.threshold import Thresholded, threshold
-from fxcompress.report.progress import Progress, stages
-from fxcompress.rewriting import Student, student
-from fxcompress.sites import Site
+from fxcompress.pipeline.build import Student, student
+from fxcompress.pipeline.sites import Site
+from fxcompress.progress import Progress, stages
 
 LEARNING_RATE = 2.5e-4
 """At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""

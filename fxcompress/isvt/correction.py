@@ -39,8 +39,8 @@ from fxcompress.metric.passes import InputKey, input_key, input_mask
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import input_rows
 from fxcompress.metric.whiten import Whitener, whitener
-from fxcompress.modules import canonical_weight
-from fxcompress.sites import Site
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

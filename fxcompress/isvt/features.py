@@ -26,7 +26,7 @@ from fxcompress.metric.passes import output_marks
 from fxcompress.metric.quadratic import Kronecker
 from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
-from fxcompress.sites import Site
+from fxcompress.pipeline.sites import Site
 
 Outputs = dict[str, list[tuple[Tensor, Tensor | None]]]
 """What every layer returned, call by call, and which of its rows count (None for all)."""

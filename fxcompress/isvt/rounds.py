@@ -24,7 +24,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import (
+from fxcompress.errors import CalibrationError, RuleError
+from fxcompress.graph.inputs import Forward
+from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
+from fxcompress.isvt.objective import Objective, fitting, references
+from fxcompress.isvt.saved import fingerprint, read, write
+from fxcompress.isvt.task import State, Task, softened
+from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
+from fxcompress.metric import METRICS, Loss
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.analysis import (
     Estimate,
     Survey,
     calibrated_on,
@@ -33,23 +42,14 @@ from fxcompress.analysis import (
     limited,
     survey,
 )
-from fxcompress.errors import CalibrationError, RuleError
-from fxcompress.graph.inputs import Forward
-from fxcompress.held_back import Division
-from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
-from fxcompress.isvt.objective import Objective, fitting, references
-from fxcompress.isvt.saved import fingerprint, read, write
-from fxcompress.isvt.task import State, Task, softened
-from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
-from fxcompress.measure import measure_whole
-from fxcompress.metric import METRICS, Loss
-from fxcompress.modules import canonical_weight
-from fxcompress.plan import Plan
-from fxcompress.planning import price
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.held_back import Division
+from fxcompress.pipeline.measure import measure_whole
+from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
-from fxcompress.report.progress import Progress
+from fxcompress.progress import Progress
 from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
-from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules
 
 M = TypeVar("M", bound=nn.Module)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey
 from fxcompress.errors import TrainingError
-from fxcompress.plan import Round
+from fxcompress.pipeline.analysis import Survey
+from fxcompress.plans.plan import Round
 from fxcompress.processes import digest_of
 
 FORMAT = 2

@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey
 from fxcompress.graph.inputs import Forward
-from fxcompress.held_back import DAMPING
 from fxcompress.isvt.objective import Objective
 from fxcompress.isvt.saved import Standing
 from fxcompress.isvt.schedule import share
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric import Calibration, Loss
-from fxcompress.plan import Round, Unit
-from fxcompress.pricing import Pricing
+from fxcompress.pipeline.analysis import Survey
+from fxcompress.pipeline.held_back import DAMPING
+from fxcompress.pipeline.pricing import Pricing
+from fxcompress.pipeline.sites import Site
+from fxcompress.plans.plan import Round, Unit
 from fxcompress.rules import LoadedRules, at_progress
-from fxcompress.sites import Site
 
 Kind = Literal["factors", "whitened", "correction"]
 

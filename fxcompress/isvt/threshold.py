@@ -25,14 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.analysis import Analysis, Estimate, Survey
-from fxcompress.decomposition import (
-    Decomposed,
-    Decomposition,
-    decompose_bundle,
-    decompose_site,
-    metric_from,
-)
 from fxcompress.errors import RuleError
 from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
 from fxcompress.isvt.subspace import Leading
@@ -41,11 +33,19 @@ from fxcompress.metric import METRICS, Calibration
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.quadratic import Grouped, Kronecker, stacked
 from fxcompress.metric.whiten import Whitener
-from fxcompress.plan import Unit
-from fxcompress.pricing import Costs, Pricing
+from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
+from fxcompress.pipeline.decomposition import (
+    Decomposed,
+    Decomposition,
+    decompose_bundle,
+    decompose_site,
+    metric_from,
+)
+from fxcompress.pipeline.pricing import Costs, Pricing
+from fxcompress.pipeline.sites import Site, SiteBundle, decoded
+from fxcompress.pipeline.solving import Solution, solve
+from fxcompress.plans.plan import Unit
 from fxcompress.rules import LoadedRules
-from fxcompress.sites import Site, SiteBundle, decoded
-from fxcompress.solving import Solution, solve
 
 Metrics = Mapping[str, Quadratic]
 """The metric at every site, by its name."""

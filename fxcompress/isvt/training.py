@@ -26,10 +26,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Estimate, Survey, estimate, limited, survey
 from fxcompress.errors import FxcompressWarning, RewriteError, RuleError, TrainingError
 from fxcompress.graph.inputs import Forward
-from fxcompress.held_back import Division
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.schedule import Schedule, share
 from fxcompress.isvt.threshold import (
     Metrics,
@@ -39,12 +38,13 @@ from fxcompress.isvt.threshold import (
     threshold,
 )
 from fxcompress.metric import Loss, Moments
-from fxcompress.plan import attach_plan
-from fxcompress.planning import price
-from fxcompress.report.progress import Progress, stages
-from fxcompress.rewriting import rewrite
+from fxcompress.pipeline.analysis import Estimate, Survey, estimate, limited, survey
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.held_back import Division
+from fxcompress.plans.plan import attach_plan
+from fxcompress.progress import Progress, stages
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
-from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import (
@@ -33,6 +32,7 @@ from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
 from fxcompress.metric.pooled import Traces
 from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
+from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
 
 
 @dataclass(frozen=True, eq=False)

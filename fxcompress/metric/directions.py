@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.forms.target import Spectrum, Truncations
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric.capture import same_samples
@@ -25,6 +24,7 @@ from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
 from fxcompress.metric.rows import BLOCK, conv_rows
 from fxcompress.metric.split import SplitTruncations
+from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
 
 
 @dataclass(frozen=True, eq=False)

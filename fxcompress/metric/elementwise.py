@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.forms.shape import ConvShape, Shape
 from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, View, arrange, stack
 from fxcompress.metric.metric import Metric
+from fxcompress.operators.shape import ConvShape, Shape
 
 ELEMENTWISE = Metric("elementwise", frozenset({"entries"}), "nats per prediction", None)
 

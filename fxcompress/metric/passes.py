@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms.shape import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -41,6 +40,7 @@ from fxcompress.graph.physical import (
 )
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
+from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
 
 
 class SiteFacts(Protocol):

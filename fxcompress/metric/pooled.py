@@ -39,9 +39,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxcompress.forms.shape import LinearShape
 from fxcompress.metric.moments import is_root
 from fxcompress.metric.passes import SiteFacts
+from fxcompress.operators.shape import LinearShape
 
 PROBES = 64
 """Pairs of random vectors, drawn anew for every batch."""

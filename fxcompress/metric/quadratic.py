@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxcompress.forms.shape import ConvShape, Shape
 from fxcompress.forms.target import (
     Losses,
     Quadratic,
@@ -32,6 +31,7 @@ from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
 from fxcompress.metric.split import SplitTruncations
 from fxcompress.metric.tucker import TuckerTruncations
 from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
+from fxcompress.operators.shape import ConvShape, Shape
 
 
 class Whiteners:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcompress.forms.shape import ConvShape, EmbeddingShape, LinearShape, Shape
+from fxcompress.operators.shape import ConvShape, EmbeddingShape, LinearShape, Shape
 
 BLOCK = 1 << 24
 """Entries of patches at a time (64 MiB in float32)."""

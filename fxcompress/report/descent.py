@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxcompress.plan import Plan, Round
+from fxcompress.plans.plan import Plan, Round
 from fxcompress.report.quantities import loss
 
 PLOT = WIDTH, HEIGHT = 560, 240

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from fxcompress.plan import Fidelity, Plan, SitePlan
+from fxcompress.plans.plan import Fidelity, Plan, SitePlan
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import Group, Row, child_name, fold_blocks
 from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.plan import SitePlan
+from fxcompress.plans.plan import SitePlan
 from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 Structure = tuple[tuple[object, ...], ...]

@@ -11,7 +11,7 @@ from operator import add
 
 from jinja2 import Environment, StrictUndefined
 
-from fxcompress.plan import ZERO, MeasuredSite, Plan, SitePlan, Size
+from fxcompress.plans.plan import ZERO, MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import summary
 from fxcompress.report.descent import PLOT, descent, rounds_lines
 from fxcompress.report.quantities import count, loss, loss_label, percent, short, with_error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.plan import Plan
+from fxcompress.plans.plan import Plan
 from fxcompress.report.quantities import LOSS_IN_NATS, loss, with_error
 
 SIDE = 380

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Literal
 
-from fxcompress.plan import ZERO, BudgetOutcome, HeldBack, Limit, Plan, Size
+from fxcompress.plans.plan import ZERO, BudgetOutcome, HeldBack, Limit, Plan, Size
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
     amount,

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from fxcompress.plan import Plan, Size
+from fxcompress.plans.plan import Plan, Size
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
     amount,

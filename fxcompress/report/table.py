@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxcompress.plan import Fidelity, Plan
+from fxcompress.plans.plan import Fidelity, Plan
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.diff import group_title, measured_text, ranks_of, unchanged_lines
 from fxcompress.report.fold import Row, fold_blocks

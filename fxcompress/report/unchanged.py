@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.plan import Plan, SitePlan
+from fxcompress.plans.plan import Plan, SitePlan
 from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 # A number that stands alone: not part of a path, a name or a version.

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
 from fxcompress.graph.canonical import canonicalize
-from fxcompress.modules import shape_of
-from fxcompress.plan import Folded, Plan, SitePlan
+from fxcompress.operators.modules import shape_of
+from fxcompress.plans.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.batch_norm import fold_batch_norms
 from fxcompress.rewrite.facade import Factorized

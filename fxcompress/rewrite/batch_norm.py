@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.plan import Folded
+from fxcompress.plans.plan import Folded
 
 
 def find_batch_norms(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxcompress.forms import Form, JointForm, Rank
-from fxcompress.modules import shape_of
+from fxcompress.operators.modules import shape_of
 from fxcompress.rewrite.lazy import lazy, read_only
 
 _OWN = {*nn.Module().__dict__, "training"}

@@ -21,10 +21,10 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
 from fxcompress.metric.quadratic import Grouped, Kronecker
 from fxcompress.metric.whiten import whitener
-from fxcompress.modules import canonical_weight
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.rewrite import Bodies, Factorized, apply_plan, own_parameters, prepared, skeleton
 from fxcompress.rules import RuleSet, load_rules, match_rules
-from fxcompress.sites import Site, gather_sites
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress.forms import Form, Target, find_form
 from fxcompress.forms.convolution import convolution_shape
-from fxcompress.forms.shape import ConvShape
 from fxcompress.forms.target import Rank
 from fxcompress.metric.quadratic import Grouped, Kronecker
 from fxcompress.metric.whiten import Whitener, whitener
+from fxcompress.operators.shape import ConvShape
 from tests.convolutions import CASES, build, data, dense_loss, factors
 
 NAMES = ("channel", "channel_input", "spatial", "tucker2", "pivoted", "low_rank")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Survey, draws, survey
-from fxcompress.held_back import default_damping
 from fxcompress.isvt.threshold import Thresholded, metrics_of, threshold
 from fxcompress.metric import METRICS, calibrate
-from fxcompress.planning import price
+from fxcompress.pipeline.analysis import Survey, draws, survey
+from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.held_back import default_damping
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
 

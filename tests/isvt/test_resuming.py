@@ -23,7 +23,7 @@ from fxcompress import CalibrationError, TrainingError
 from fxcompress.isvt import rounds as running
 from fxcompress.isvt.objective import Objective, fitting
 from fxcompress.isvt.saved import fingerprint
-from fxcompress.plan import plan_of
+from fxcompress.plans.plan import plan_of
 from fxcompress.rules import LoadedRules
 from tests.isvt.problems import Problem, rules
 

@@ -13,14 +13,14 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress import CalibrationError, RuleError, TrainingError
-from fxcompress.held_back import Division
 from fxcompress.isvt import attempts
 from fxcompress.isvt import rounds as module
 from fxcompress.isvt.correction import correctable, cross_moments, fitted
 from fxcompress.isvt.descent import gradient
 from fxcompress.isvt.objective import Objective, fitting, pieces, references
 from fxcompress.metric.output import divergence
-from fxcompress.plan import Plan, Round
+from fxcompress.pipeline.held_back import Division
+from fxcompress.plans.plan import Plan, Round
 from fxcompress.rules import LoadedRules
 from tests.isvt.problems import Problem, mlp, rules
 from tests.small import unchanged

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.shape import LinearShape
 from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.threshold import Thresholded
 from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.elementwise import Elementwise, approximate
 from fxcompress.metric.quadratic import Kronecker, Whiteners, quadratic
 from fxcompress.metric.whiten import Whitener
+from fxcompress.operators.shape import LinearShape
 from tests.isvt.problems import Branches, Problem, mlp, rules
 
 

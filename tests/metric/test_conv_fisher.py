@@ -19,7 +19,7 @@ from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.directions import components, measure_directions
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.quadratic import Whiteners, quadratic
-from fxcompress.modules import canonical_weight, shape_of
+from fxcompress.operators.modules import canonical_weight, shape_of
 from tests.convolutions import CASES, build, data
 
 EVERYTHING = Metric(

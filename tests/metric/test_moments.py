@@ -23,7 +23,7 @@ from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import GramSum, RowSum, finish_together
 from fxcompress.metric.passes import run_pass
 from fxcompress.metric.starts import backward_starts
-from fxcompress.modules import shape_of
+from fxcompress.operators.modules import shape_of
 from fxcompress.rules import parse_rules
 
 ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))

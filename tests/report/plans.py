@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxcompress.fidelity import assess, units
-from fxcompress.plan import (
+from fxcompress.pipeline.agreement import assess, units
+from fxcompress.plans.plan import (
     BudgetOutcome,
     HeldBack,
     NodeSummary,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fxcompress.plan import Plan
+from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
 

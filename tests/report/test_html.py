@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fxcompress.plan import Plan
+from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
 from fxcompress.report.html import DECADES, HEIGHT, WIDTH, spectrum_plot, tree_lines
 from fxcompress.report.scatter import SIDE, fidelity_scatter

@@ -1,6 +1,6 @@
 import json
 
-from fxcompress.plan import Fidelity, SitePlan
+from fxcompress.plans.plan import Fidelity, SitePlan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, plan, site
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fxcompress.plan import Plan
+from fxcompress.plans.plan import Plan
 from fxcompress.report.sweep import HEIGHT, WIDTH, Curve, Point, Sweep
 from tests.report.plans import llama
 from tests.report.test_html import Page

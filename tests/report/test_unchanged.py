@@ -1,6 +1,6 @@
 import pytest
 
-from fxcompress.plan import NodeSummary
+from fxcompress.plans.plan import NodeSummary
 from fxcompress.report.unchanged import fold_reasons, unchanged
 from tests.report.plans import plan, site, unmatched
 

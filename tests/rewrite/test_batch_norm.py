@@ -52,7 +52,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_same_function(case: str, bias: bool, affine: bool) -> None:
-    from fxcompress.plan import Folded
+    from fxcompress.plans.plan import Folded
     from fxcompress.rewrite import fold_batch_norms
 
     torch.manual_seed(0)

@@ -169,7 +169,7 @@ def test_attention(frozen: str) -> None:
 def test_a_folded_norm_leaves_the_bias_free() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
     model[0].weight.requires_grad_(False)
-    from fxcompress.plan import Folded
+    from fxcompress.plans.plan import Folded
     from fxcompress.rewrite import fold_batch_norms
 
     fold_batch_norms(model, [Folded(convolution="0", norm="1")])

@@ -25,9 +25,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis import iterate, working_copy
 from fxcompress.errors import CalibrationError, FxcompressWarning, RewriteError
-from fxcompress.fidelity import assess, mean_with_error, units
 from fxcompress.graph.inputs import (
     Forward,
     device_of,
@@ -35,6 +33,7 @@ from fxcompress.graph.inputs import (
     to_device,
 )
 from fxcompress.graph.padding import follow_padding, settle
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.metric.output import (
     SEVERAL,
     Family,
@@ -45,11 +44,12 @@ from fxcompress.metric.output import (
     heads,
     loss_sum,
 )
-from fxcompress.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
-from fxcompress.report.progress import Progress, stages
+from fxcompress.pipeline.agreement import assess, mean_with_error, units
+from fxcompress.pipeline.analysis import iterate, working_copy
+from fxcompress.plans.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
+from fxcompress.progress import Progress, stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
-from fxcompress.wrappers import unwrapped
 
 Exchange = Sequence[tuple[nn.Module, nn.Module]]
 """Modules of the dense model, each with what takes its place."""

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.analysis import Analysis, analyse
 from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.metric import Loss
-from fxcompress.plan import attach_plan
-from fxcompress.planning import foreseen, make_plan
-from fxcompress.report.progress import stages
+from fxcompress.pipeline.analysis import Analysis, analyse
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decide import foreseen, make_plan
+from fxcompress.plans.plan import attach_plan
+from fxcompress.progress import stages
 from fxcompress.report.sweep import Point, Sweep
-from fxcompress.rewriting import rewrite
 from fxcompress.rules import LoadedRules, Rules, read_rules, with_keep
-from fxcompress.wrappers import unwrapped
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 

@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fxcompress.analysis import analyse, match_model, working_copy
 from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import record
+from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
-from fxcompress.plan import Plan, attach_plan
-from fxcompress.planning import foreseen, make_plan
-from fxcompress.report.progress import stages
-from fxcompress.rewriting import rewrite
+from fxcompress.pipeline.analysis import analyse, match_model, working_copy
+from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.decide import foreseen, make_plan
+from fxcompress.plans.plan import Plan, attach_plan
+from fxcompress.progress import stages
 from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
-from fxcompress.wrappers import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxcompress.analysis import Analysis
 from fxcompress.budget import (
     Allocation,
     Bundle,
@@ -20,8 +19,9 @@ from fxcompress.budget import (
     least_cost,
 )
 from fxcompress.errors import BudgetError
-from fxcompress.plan import Limit, Unit
-from fxcompress.pricing import Pricing, Problem, problems
+from fxcompress.pipeline.analysis import Analysis
+from fxcompress.pipeline.pricing import Pricing, Problem, problems
+from fxcompress.plans.plan import Limit, Unit
 from fxcompress.report.quantities import amount
 from fxcompress.rules import Budget
 

@@ -30,10 +30,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxcompress.errors import LoadError, RewriteError, SaveError
-from fxcompress.loading import METHOD, PLAN, parse_plan, rewrite_empty
-from fxcompress.plan import Plan, attach_plan, plan_of
-from fxcompress.pretrained import SAVE_ID
-from fxcompress.saving import require_unchanged, save_id, storable
+from fxcompress.plans.plan import Plan, attach_plan, plan_of
+from fxcompress.saved.load import METHOD, PLAN, parse_plan, rewrite_empty
+from fxcompress.saved.pretrained import SAVE_ID
+from fxcompress.saved.save import require_unchanged, save_id, storable
 
 MARKER = 1
 """Entries of a marker: no weight of a layer has this shape, for all of them are matrices."""

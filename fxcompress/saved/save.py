@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcompress.errors import LoadError, SaveError
 from fxcompress.files import one_at_a_time, replace_files, try_directory
-from fxcompress.loading import METHOD, PLAN, WEIGHTS, rebuilt
-from fxcompress.plan import FORMAT, Plan, plan_of, rewritten_structure
-from fxcompress.pretrained import CONFIGS, SAVE_ID
-from fxcompress.structure import changes, structure_of
-from fxcompress.wrappers import unwrapped
+from fxcompress.graph.wrappers import unwrapped
+from fxcompress.plans.plan import FORMAT, Plan, plan_of, rewritten_structure
+from fxcompress.plans.structure import changes, structure_of
+from fxcompress.saved.load import METHOD, PLAN, WEIGHTS, rebuilt
+from fxcompress.saved.pretrained import CONFIGS, SAVE_ID
 
 FOREIGN = (
     "model.safetensors",

@@ -18,8 +18,8 @@ from fxcompress.forms.target import Losses, Quadratic
 from fxcompress.metric import Metric, Moments
 from fxcompress.metric.directions import Components, components, remeasured
 from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
-from fxcompress.modules import canonical_weight
-from fxcompress.sites import Site, SiteBundle
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.sites import Site, SiteBundle
 
 
 @dataclass(frozen=True, eq=False)

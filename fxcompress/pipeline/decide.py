@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis import Analysis, Survey
 from fxcompress.budget import Allocation, Choice
 from fxcompress.forms import ConvShape, Rank, Template
 from fxcompress.forms.target import Ranks
@@ -18,12 +17,16 @@ from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, ma
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
-from fxcompress.latency import ROUNDS, Table, table_path
 from fxcompress.metric import METRICS, Metric
 from fxcompress.metric.quadratic import undamped_loss
-from fxcompress.modules import canonical_weight
-from fxcompress.parts import joint_layers, layers
-from fxcompress.plan import (
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.analysis import Analysis, Survey
+from fxcompress.pipeline.latency import ROUNDS, Table, table_path
+from fxcompress.pipeline.pricing import Counted, Pricing, timed
+from fxcompress.pipeline.sites import Site, SiteBundle, decoded, on_meta
+from fxcompress.pipeline.solving import solve
+from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.plan import (
     ZERO,
     BudgetOutcome,
     NodeSummary,
@@ -35,11 +38,8 @@ from fxcompress.plan import (
     Unmatched,
     history,
 )
-from fxcompress.pricing import Counted, Pricing, timed
-from fxcompress.report.progress import Progress
+from fxcompress.progress import Progress
 from fxcompress.rules import STEPS
-from fxcompress.sites import Site, SiteBundle, decoded, on_meta
-from fxcompress.solving import solve
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:

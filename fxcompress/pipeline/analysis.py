@@ -14,31 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxcompress.decomposition import (
-    Decomposition,
-    decompose_sites,
-    metric_from,
-    wanted_directions,
-    with_directions,
-)
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
-from fxcompress.influence import reach_notes, require_influence, unrecorded
+from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.output import Family, declared_by
-from fxcompress.plan import Folded, Size, history
+from fxcompress.pipeline.decomposition import (
+    Decomposition,
+    decompose_sites,
+    metric_from,
+    wanted_directions,
+    with_directions,
+)
+from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
+from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
+from fxcompress.pipeline.sites import Site, SiteBundle, gather_sites
+from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
-from fxcompress.report.progress import Progress
+from fxcompress.progress import Progress
 from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
-from fxcompress.sites import Site, SiteBundle, gather_sites
-from fxcompress.wrappers import replaced_forward, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from fxcompress.errors import RewriteError
-from fxcompress.plan import plan_of
+from fxcompress.graph.wrappers import unwrapped
+from fxcompress.plans.plan import plan_of
 from fxcompress.report import Diff, diff_plan
 from fxcompress.rewrite import mismatches
-from fxcompress.wrappers import unwrapped
 
 
 def diff(before: nn.Module, after: nn.Module) -> Diff:

@@ -17,9 +17,9 @@ from fxcompress.forms import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Calibration
 from fxcompress.metric.capture import UNANSWERED
-from fxcompress.modules import shape_of
+from fxcompress.operators.modules import shape_of
+from fxcompress.pipeline.sites import Site
 from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
-from fxcompress.sites import Site
 
 NAMED = 8
 """Layers that a note names; more of them are counted."""

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from fxcompress.budget import Bundle as BudgetBundle
 from fxcompress.budget import Candidate, Option
-from fxcompress.decomposition import Decomposition
 from fxcompress.forms.target import Losses, Ranks
-from fxcompress.latency import Entry, Table, entries_for, interpolated
+from fxcompress.pipeline.decomposition import Decomposition
+from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
+from fxcompress.pipeline.sites import CountUnit, Site, SiteBundle, encoded
 from fxcompress.rules import Bundle, Match
-from fxcompress.sites import CountUnit, Site, SiteBundle, encoded
 
 Costs = NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class Timed:
     """Seconds, as measured on this machine.
 
     Attributes:
-        times: by the keys of :class:`fxcompress.latency.Entry`.
+        times: by the keys of :class:`fxcompress.pipeline.latency.Entry`.
     """
 
     times: Mapping[str, float]

@@ -26,8 +26,8 @@ from fxcompress.forms import (
 )
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording, Weight
-from fxcompress.modules import shape_of
-from fxcompress.plan import ZERO, Size
+from fxcompress.operators.modules import shape_of
+from fxcompress.plans.plan import ZERO, Size
 from fxcompress.rules import Bundle, Match, MatchResult
 
 CountUnit = Literal["parameters", "macs", "bytes"]

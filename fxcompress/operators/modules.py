@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor, nn
 
-from fxcompress.forms.convolution import convolution_shape
-from fxcompress.forms.shape import EmbeddingShape, LinearShape, Shape
-from fxcompress.graph.canonical import is_hf_conv1d
+from fxcompress.operators.convolution import convolution_shape
+from fxcompress.operators.shape import EmbeddingShape, LinearShape, Shape
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's ``Conv1D``: a linear layer with an (in, out) weight."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
 
 
 def shape_of(module: nn.Module) -> Shape:

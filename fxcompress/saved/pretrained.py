@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress.errors import LoadError
-from fxcompress.plan import Plan
+from fxcompress.plans.plan import Plan
 
 CONFIGS = ("config.json", "generation_config.json")
 """Of Hugging Face models."""

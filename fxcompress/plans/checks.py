@@ -17,7 +17,6 @@ from operator import add
 import numpy as np
 import torch
 
-from fxcompress.fidelity import units
 from fxcompress.forms import (
     ConvShape,
     Form,
@@ -28,9 +27,10 @@ from fxcompress.forms import (
     find_form,
     find_joint_form,
 )
-from fxcompress.forms.shape import parse_shape
-from fxcompress.parts import joint_layers, layers
-from fxcompress.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
+from fxcompress.operators.shape import parse_shape
+from fxcompress.pipeline.agreement import units
+from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
 
 Problem = tuple[str, str]
 """Where (``"sites[3].rank"``), and what is wrong there."""

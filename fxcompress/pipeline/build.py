@@ -10,18 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.analysis import Analysis
 from fxcompress.errors import BudgetError, RecordError, RewriteError
-from fxcompress.fidelity import parted
 from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
-from fxcompress.measure import measure_whole
-from fxcompress.plan import Plan, SitePlan
-from fxcompress.planning import foreseen, make_plan, summarize
-from fxcompress.report.progress import Progress
+from fxcompress.pipeline.agreement import parted
+from fxcompress.pipeline.analysis import Analysis
+from fxcompress.pipeline.decide import foreseen, make_plan, summarize
+from fxcompress.pipeline.measure import measure_whole
+from fxcompress.pipeline.sites import Site, SiteBundle
+from fxcompress.plans.plan import Plan, SitePlan
+from fxcompress.progress import Progress
 from fxcompress.rewrite import (
     Bodies,
     ProjectedAttention,
@@ -30,7 +31,6 @@ from fxcompress.rewrite import (
     skeleton,
     verify,
 )
-from fxcompress.sites import Site, SiteBundle
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxcompress.forms import ConvShape, EmbeddingShape, Form, JointBody, JointForm, Shape
-from fxcompress.forms.convolution import bare_convolution
 from fxcompress.forms.form import bare_linear
 from fxcompress.forms.target import Rank, Ranks
+from fxcompress.operators.convolution import bare_convolution
 
 ROUNDS = 7
 """Times that every operator is measured."""

@@ -15,8 +15,8 @@ from torch import fx, nn
 from fxcompress.errors import RewriteError, printable
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
-from fxcompress.structure import Structure, structure_of
-from fxcompress.wrappers import unwrapped
+from fxcompress.graph.wrappers import unwrapped
+from fxcompress.plans.structure import Structure, structure_of
 
 FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
@@ -500,7 +500,7 @@ def attach_plan(model: nn.Module, plan: Plan) -> None:
     _carry(model, _PLAN, plan)
     _carry(model, _STRUCTURE, structure_of(model))
     if "transformers.modeling_utils" in sys.modules:
-        from fxcompress.hf import watch
+        from fxcompress.saved.hf import watch
 
         watch(model)
 

@@ -32,17 +32,10 @@ from torch import Tensor, nn
 
 from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
-from fxcompress.parts import joint_layers, layers
-from fxcompress.plan import FORMAT, Plan, attach_plan, history
-from fxcompress.plan_checks import Problem, body_problems, plan_problems
-from fxcompress.pretrained import (
-    CONFIGS,
-    SAVE_ID,
-    build_pretrained,
-    from_config,
-    model_class,
-    require_harmless,
-)
+from fxcompress.graph.wrappers import replaced_forward, unwrapped
+from fxcompress.plans.checks import Problem, body_problems, plan_problems
+from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import (
     Bodies,
     ProjectedAttention,
@@ -51,13 +44,20 @@ from fxcompress.rewrite import (
     mismatches,
     skeleton,
 )
-from fxcompress.wrappers import replaced_forward, unwrapped
+from fxcompress.saved.pretrained import (
+    CONFIGS,
+    SAVE_ID,
+    build_pretrained,
+    from_config,
+    model_class,
+    require_harmless,
+)
 
 WEIGHTS = "model.fxcompress.safetensors"
 """Its metadata have copies of the files below, under their names."""
 PLAN = "plan.json"
 METHOD = "fxcompress"
-"""``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.hf`)."""
+"""``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.saved.hf`)."""
 
 MOST_BYTES = 256 * 2**20
 """Of ``plan.json``; a plan of a thousand layers has a few millions."""

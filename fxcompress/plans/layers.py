@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fxcompress.forms import ConvShape, JointBody
-from fxcompress.modules import shape_of
-from fxcompress.plan import Part
+from fxcompress.operators.modules import shape_of
+from fxcompress.plans.plan import Part
 
 
 def layers(body: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fxcompress.forms import Target
 from fxcompress.metric import Loss, Metric, Moments
 from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
-from fxcompress.modules import canonical_weight
-from fxcompress.sites import Site
+from fxcompress.operators.modules import canonical_weight
+from fxcompress.pipeline.sites import Site
 
 DAMPING = (1e-3, 1e-1)
 """Of the input and the output factor, where there is nothing to choose them on."""

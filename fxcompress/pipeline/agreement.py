@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxcompress.plan import Fidelity, HeldBack, MeasuredSite, Plan
+from fxcompress.plans.plan import Fidelity, HeldBack, MeasuredSite, Plan
 from fxcompress.report.quantities import LOSS_IN_NATS, loss
 
 Numbers = NDArray[np.float64]

@@ -1,0 +1,78 @@
+"""Forms by name and operator, those that were registered from outside among them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fxcompress.forms.form import Form, JointForm
+from fxcompress.forms.graph import template_form
+from fxcompress.forms.template import Template
+from fxcompress.forms.words import BUILT_IN, FormWord, add_word, form_words
+
+_FORMS: dict[tuple[str, str], Form | JointForm] = {}
+
+
+def register_form(form: Form | JointForm) -> None:
+    """Make a form known by its name, to rule files too.
+
+    Args:
+        form: an instance of a subclass of :class:`Form` or :class:`JointForm`.  Two forms may
+            have one name if they are for different operators.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: it is no form.
+    """
+    if not isinstance(form, Form | JointForm):
+        raise TypeError(f"an instance of Form or JointForm is registered, not {form!r}")
+    add_word(_word_of(form))
+    _FORMS.update({(form.name, op): form for op in form.operators})
+
+
+def find_form(
+    name: str, op: str = "linear", templates: Mapping[str, Template] = MappingProxyType({})
+) -> Form:
+    """The form of one operator that has a name.
+
+    Args:
+        name: registered, or that of a template.
+        op: the operator.
+        templates: by the names of the forms that they stand for.
+
+    Raises:
+        KeyError: there is none.
+    """
+    form = _find(name, op, templates)
+    if not isinstance(form, Form):
+        raise KeyError(name)
+    return form
+
+
+def find_joint_form(
+    name: str, templates: Mapping[str, Template] = MappingProxyType({})
+) -> JointForm:
+    """The form of several linear operators that has a name; arguments as :func:`find_form`."""
+    form = _find(name, "linear", templates)
+    if not isinstance(form, JointForm):
+        raise KeyError(name)
+    return form
+
+
+def _find(name: str, op: str, templates: Mapping[str, Template]) -> Form | JointForm:
+    if name in templates:
+        return template_form(templates[name])
+    form_words()  # imports what plug-ins register
+    return _FORMS[name, op]
+
+
+def _word_of(form: Form | JointForm) -> FormWord:
+    return FormWord(form.name, frozenset(form.operators), isinstance(form, JointForm))
+
+
+for _place, _word in BUILT_IN.items():
+    _module, _, _name = _place.partition(":")
+    _form: Form | JointForm = getattr(importlib.import_module(_module), _name)
+    assert _word_of(_form) == _word, f"{_place} is {_word_of(_form)}, not {_word}"
+    _FORMS.update({(_form.name, op): _form for op in _form.operators})

@@ -1,0 +1,1 @@
+"""Operators with a weight that can be rewritten: their shapes and modules."""
