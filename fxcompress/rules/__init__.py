@@ -13,6 +13,7 @@ from fxcompress.rules.language.presets import preset_names, preset_path
 from fxcompress.rules.language.schema import (
     Budget,
     Case,
+    CaseNode,
     Damping,
     Defaults,
     GraphNode,
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "Bundle",
     "Case",
+    "CaseNode",
     "CaseResult",
     "Damping",
     "Defaults",

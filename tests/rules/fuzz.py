@@ -76,8 +76,10 @@ rules:
     rewrite:
       graph:
         down: {op: linear, input: $x, weight: fc.right}
-        act: {op: gelu, input: $down}
-        up: {op: linear, inputs: [$act], weight: fc.left, bias: fc.bias}
+        less: {op: sub, inputs: [$down, $gate]}
+        gate: {op: sigmoid, input: $down}
+        same: {op: add, inputs: [$less, $gate]}
+        up: {op: linear, inputs: [$same], weight: fc.left, bias: fc.bias}
       outputs: {fc: up}
       cost: "r * (fc.in_features + fc.out_features)"
 tests:

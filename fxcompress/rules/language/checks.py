@@ -1,27 +1,25 @@
 """What the schema cannot check: operators, attributes, forms, globs, expressions, ids.
 
-The checks read the plain data, not the models, so that they still find every problem of a
-rule whose shape is wrong elsewhere.  Values of the wrong type are left to the schema.
+The checks see validated rules only; in a file whose shape is wrong somewhere, what is right of it
+key by key, so that all problems show at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from fxcompress.forms.template import Template
-from fxcompress.rules.language.case_checks import check_cases
+from fxcompress.rules.language.case_checks import check_case
 from fxcompress.rules.language.diagnostics import Diagnostic
 from fxcompress.rules.language.document import Document, KeyPath
 from fxcompress.rules.language.expressions import Expression, ExpressionError, parse_expression
-from fxcompress.rules.language.findings import EnoughError, Findings
-from fxcompress.rules.language.match_checks import Bindings, check_match
-from fxcompress.rules.language.rewrite_checks import check_rewrite
-from fxcompress.rules.language.vocabulary import ALL_OPERATORS
-
-_EXCLUSION_KEYS = frozenset({"name", "scope", "node", "shares_weight_with"})
+from fxcompress.rules.language.findings import EnoughError, Findings, shared_attributes
+from fxcompress.rules.language.match_checks import check_match
+from fxcompress.rules.language.rewrite_checks import check_protection, check_rewrite
+from fxcompress.rules.language.schema import Exclusion, Rewrite, Rule
+from fxcompress.rules.language.validation import Valid
 
 
 @dataclass(frozen=True)
@@ -39,99 +37,80 @@ class Checked:
     templates: Mapping[str, Template]
 
 
-def check_rules(document: Document) -> Checked:
-    """Check a document that may have any shape."""
-    findings = Findings(document)
-    expressions: dict[str, tuple[Expression, ...]] = {}
-    templates: dict[str, Template] = {}
+def check_rules(document: Document, valid: Valid) -> Checked:
+    """Check the rules and tests of a document."""
+    checks = _Checks(Findings(document))
     with suppress(EnoughError):
-        _check(findings, expressions, templates)
-    return Checked(tuple(findings.diagnostics), expressions, templates)
+        for index, rule in enumerate(valid.rules):
+            checks.rule(rule, ("rules", index))
+        ids = None if any(rule.id is None for rule in valid.rules) else [*checks.first_lines]
+        first_lines: dict[str, int] = {}
+        for index, case in enumerate(valid.tests):
+            check_case(checks.findings, case, ("tests", index), first_lines, ids)
+    return Checked(tuple(checks.findings.diagnostics), checks.expressions, checks.templates)
 
 
-def _check(
-    findings: Findings,
-    expressions: dict[str, tuple[Expression, ...]],
-    templates: dict[str, Template],
-) -> None:
-    document = findings.document
-    data = document.data if isinstance(document.data, dict) else {}
-    first_lines: dict[str, int] = {}
-    for rule, path in _mappings(data.get("rules"), ("rules",)):
-        name = rule.get("id")
-        patterns = check_match(findings, rule.get("match"), (*path, "match"))
-        _check_exclusions(findings, rule.get("unless"), (*path, "unless"), patterns)
-        found = _check_where(findings, rule.get("where"), (*path, "where"), patterns)
-        place = (*path, "rewrite")
-        template = check_rewrite(findings, rule.get("rewrite"), place, str(name), patterns)
-        if not isinstance(name, str):
-            continue
-        line = findings.line((*path, "id"))
-        if name in first_lines:
-            message = f"rule id '{name}' is used twice (first on line {first_lines[name]})"
-            findings.report((*path, "id"), "duplicate-id", message, value=True)
-        first_lines.setdefault(name, line)
-        expressions[name] = found
+@dataclass
+class _Checks:
+    """Checks rule by rule."""
+
+    findings: Findings
+    expressions: dict[str, tuple[Expression, ...]] = field(default_factory=dict)
+    templates: dict[str, Template] = field(default_factory=dict)
+    first_lines: dict[str, int] = field(default_factory=dict)
+
+    def rule(self, rule: Rule, path: KeyPath) -> None:
+        findings = self.findings
+        patterns = check_match(findings, rule.match, path) if rule.match is not None else ()
+        bound: dict[str, tuple[str, ...]] = {}
+        for pattern in patterns:
+            for name, each in pattern.names.items():
+                bound[name] = (*bound.get(name, ()), *each.ops)
+        for index, entry in enumerate(rule.unless):
+            self.exclusion(entry, (*path, "unless", index), bound)
+        expressions = self.where(rule.where, (*path, "where"), bound)
+        template: Template | None = None
+        if isinstance(rule.rewrite, Rewrite):
+            place = (*path, "rewrite")
+            template = check_rewrite(findings, rule.rewrite, place, str(rule.id), patterns)
+        elif rule.rewrite is not None:
+            check_protection(findings, patterns)
+        if rule.id is None:
+            return
+        what = f"rule id '{rule.id}' is used"
+        findings.once(rule.id, (*path, "id"), self.first_lines, "duplicate-id", what)
+        self.expressions[rule.id] = expressions
         if template is not None:
-            templates[name] = template
-    check_cases(findings, data.get("tests"), first_lines)
+            self.templates[rule.id] = template
 
-
-def _check_exclusions(
-    findings: Findings, unless: Any, path: KeyPath, patterns: Sequence[Bindings]
-) -> None:
-    bound: dict[str, tuple[str, ...]] = {}
-    for pattern in patterns:
-        for name, each in pattern.names.items():
-            bound[name] = (*bound.get(name, ()), *each.ops)
-    for entry, here in _mappings(unless, path):
-        for key in ("name", "scope"):
-            findings.globs(entry.get(key), (*here, key))
-        shares, node = entry.get("shares_weight_with"), entry.get("node")
-        if isinstance(shares, str):
-            findings.operator(shares, (*here, "shares_weight_with"), rewritable=True)
-        if isinstance(node, str):
-            node = node.removeprefix("$")  # the schema tells of it
-        if isinstance(node, str) and bound and node not in bound:
+    def exclusion(
+        self, entry: Exclusion, path: KeyPath, bound: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """One entry of ``unless``; its attributes are of the operators that it is about."""
+        findings, node = self.findings, entry.node
+        findings.globs(entry.name, (*path, "name"))
+        findings.globs(entry.scope, (*path, "scope"))
+        if entry.shares_weight_with is not None:
+            place = (*path, "shares_weight_with")
+            findings.operator(entry.shares_weight_with, place, rewritable=True)
+        if node is not None and bound and node not in bound:
             message = f"the pattern binds no '{node}'"
-            findings.unknown((*here, "node"), "unknown-node", message, node, list(bound))
-            continue
-        own = bound.get(node, ()) if isinstance(node, str) else tuple(sum(bound.values(), ()))
-        for key in entry.keys() - _EXCLUSION_KEYS:
-            having = [op for op in own if key in ALL_OPERATORS[op]]
-            if having:
-                findings.literals(entry[key], (*here, key), having)
-            elif own:
-                findings.attributes({key: entry[key]}, here, own, _EXCLUSION_KEYS)
+            findings.unknown((*path, "node"), "unknown-node", message, node, list(bound))
+            return
+        ops = sum(bound.values(), ()) if node is None else bound.get(node, ())
+        findings.attributes(entry, path, ops, some=True)
 
-
-def _check_where(
-    findings: Findings, where: Any, path: KeyPath, patterns: Sequence[Bindings]
-) -> tuple[Expression, ...]:
-    ops: dict[str, list[str]] = {}
-    for pattern in patterns:
-        for name, each in pattern.names.items():
-            ops.setdefault(name, []).extend(each.ops)
-    if not isinstance(where, list) or not ops or not all(ops.values()):
-        return ()
-    # In every match, an attribute has to be one of the operator that is bound there.
-    scope = {
-        name: sorted(set.intersection(*(set(ALL_OPERATORS[op]) for op in own)))
-        for name, own in ops.items()
-    }
-    found: list[Expression] = []
-    for index, text in enumerate(where):
-        if not isinstance(text, str):
-            continue
-        try:
-            found.append(parse_expression(text, scope))
-        except ExpressionError as error:
-            findings.expression(error, text, (*path, index), len(where))
-    return tuple(found)
-
-
-def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[dict[str, Any], KeyPath]]:
-    """The mappings among the items of a list, with their places."""
-    for index, item in enumerate(value if isinstance(value, list) else []):
-        if isinstance(item, dict):
-            yield item, (*path, index)
+    def where(
+        self, where: Sequence[str], path: KeyPath, bound: Mapping[str, tuple[str, ...]]
+    ) -> tuple[Expression, ...]:
+        if not bound or not all(bound.values()):
+            return ()
+        # In every match, an attribute has to be one of the operator that is bound there.
+        scope = {name: sorted(shared_attributes(ops)) for name, ops in bound.items()}
+        found: list[Expression] = []
+        for index, text in enumerate(where):
+            try:
+                found.append(parse_expression(text, scope))
+            except ExpressionError as error:
+                self.findings.expression(error, text, (*path, index), len(where))
+        return tuple(found)

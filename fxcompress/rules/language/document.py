@@ -23,8 +23,6 @@ DEEPEST = 50
 _MOST_MENDS = 20
 _MOST_READ = 100_000
 """Characters that are read before mending is given up: each mend reads the text once more."""
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z")
-_YES_NO = re.compile(r"(?i)(y|n|yes|no|on|off)\Z")
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,17 @@ class Document:
     entries: Mapping[KeyPath, Entry]
     diagnostics: tuple[Diagnostic, ...]
     complete: bool = True
+
+    def nearest(self, path: KeyPath) -> KeyPath:
+        """The path itself, or that of what is around a value which the document leaves out."""
+        return nearest(self.entries, path)
+
+
+def nearest(entries: Mapping[KeyPath, Entry], path: KeyPath) -> KeyPath:
+    """The longest part of a path that has an entry."""
+    while path not in entries:
+        path = path[:-1]
+    return path
 
 
 def read_document(text: str) -> Document:
@@ -193,17 +202,14 @@ class _Builder:
         one_line = end.column - start.column if end.line == start.line else rest_of_line
         span = Span(start.line + 1, start.column + 1, max(1, one_line))
         plain = event.style is None and event.implicit[0]
-        value = resolve_scalar(event.value) if plain else event.value
         top = self.stack[-1] if self.stack else None
         if top is not None and isinstance(top.data, dict) and top.key is None:
-            self.key(top, event.value, value, span)
+            self.key(top, event.value, span)
         else:
+            value = resolve_scalar(event.value) if plain else event.value
             self.place(value, Entry(None, span, event.value, style))
 
-    def key(self, top: _Open, raw: str, value: Any, span: Span) -> None:
-        if isinstance(value, bool) and _YES_NO.match(raw):
-            message = f"'{raw}' is a boolean in YAML 1.1, not a name"
-            self.diagnostics.append(Diagnostic("yaml-boolean", message, span, f'quote it: "{raw}"'))
+    def key(self, top: _Open, raw: str, span: Span) -> None:
         top.key, top.key_span, top.drop = raw, span, raw in top.lines
         if top.drop:
             top.repeats += 1
@@ -263,52 +269,46 @@ def _known(mark: Position | None) -> Position:
     return mark
 
 
-_CONSTRUCTOR = yaml.constructor.SafeConstructor()
-_RESOLVER = yaml.resolver.Resolver()
-_TAGS = ("bool", "int", "float", "null")
+class Core(yaml.resolver.BaseResolver):
+    """What a scalar without quotes is, by the core schema of YAML 1.2, section 10.3.2."""
+
+
+_FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+_CORE_SCHEMA = {
+    # tag -> what it looks like, and its first characters
+    "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    "float": (
+        rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
+}
+for _tag, (_pattern, _firsts) in _CORE_SCHEMA.items():
+    Core.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _firsts
+    )
+_CORE = Core()
 
 
 def resolve_scalar(raw: str) -> bool | int | float | str | None:
-    """The value of an unquoted scalar by the rules of YAML 1.1.
+    """The value of a scalar without quotes by the core schema of YAML 1.2.
 
-    >>> resolve_scalar("0.8"), resolve_scalar("no"), resolve_scalar("1e-3")
-    (0.8, False, '1e-3')
+    >>> resolve_scalar("1e-3"), resolve_scalar("no"), resolve_scalar("0o17"), resolve_scalar("1:30")
+    (0.001, 'no', 15, '1:30')
     """
-    tag: str = _RESOLVER.resolve(yaml.ScalarNode, raw, (True, False))  # type: ignore[no-untyped-call]
-    if tag.rpartition(":")[2] not in _TAGS:
-        return raw  # dates too: the language has none
-    try:
-        value: bool | int | float | None = _CONSTRUCTOR.construct_object(yaml.ScalarNode(tag, raw))
-    except (ValueError, OverflowError):  # "0x_", and integers of thousands of digits
-        return raw
-    # Python cannot even print integers of some size; nothing in a rule file is that large.
-    return raw if isinstance(value, int) and value.bit_length() > 64 else value
-
-
-def misread(
-    entry: Entry, value: Any, wanted: Literal["string", "number", "whole"] | None
-) -> Diagnostic | None:
-    """The trap of YAML 1.1 that a value without quotes has fallen into, if any.
-
-    Args:
-        entry: where it stands.
-        value: what YAML made of it.
-        wanted: what it was to be.
-    """
-    if entry.style != "plain":
-        return None
-    if wanted == "string" and isinstance(value, bool):
-        message = f"'{entry.raw}' is a boolean in YAML 1.1, not a string"
-        return Diagnostic("yaml-boolean", message, entry.value, f'quote it: "{entry.raw}"')
-    if wanted in ("number", "whole") and isinstance(value, str) and _EXPONENT.match(value):
-        message = f"'{value}' is a string in YAML 1.1, not a number"
-        mantissa, _, exponent = value.lower().partition("e")
-        mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
-        better = f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
-        if wanted == "whole":
-            better = f"{float(value):.15g}"
-        return Diagnostic("yaml-number", message, entry.value, f"write {better}")
-    return None
+    tag: str = _CORE.resolve(yaml.ScalarNode, raw, (True, False))  # type: ignore[no-untyped-call]
+    match tag.rpartition(":")[2]:
+        case "null":
+            return None
+        case "bool":
+            return raw.lower() == "true"
+        case "int":
+            # Nothing in a rule file is larger; Python cannot even print integers of some size.
+            return int(raw, 0 if raw[:2] in ("0o", "0x") else 10) if len(raw) < 20 else raw
+        case "float":
+            return float(raw.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return raw
 
 
 def _explain(error: yaml.MarkedYAMLError, text: str) -> tuple[Diagnostic, str | None]:

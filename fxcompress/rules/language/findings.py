@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
-from fxcompress.rules.language.attribute_values import value_hint, wrong_value
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
-from fxcompress.rules.language.document import Document, Entry, KeyPath, misread
+from fxcompress.rules.language.document import Document, Entry, KeyPath
 from fxcompress.rules.language.expressions import ExpressionError
 from fxcompress.rules.language.globs import GlobError, expand
-from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS
+from fxcompress.rules.language.schema import CaseNode, GraphNode, WithAttributes
+from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS, AttributeType
 
-_TRAPS: Mapping[str, Literal["string", "number", "whole"]] = {
-    "str": "string",
-    "int": "whole",
-    "float": "number",
-}
 _MOST_GLOBS = 4096
 _MOST = 200
 
@@ -50,9 +46,7 @@ class Findings:
 
     def entry(self, path: KeyPath) -> Entry:
         """Where a value stands, or what is around one that was left out."""
-        while path not in self.document.entries:
-            path = path[:-1]
-        return self.document.entries[path]
+        return self.document.entries[self.document.nearest(path)]
 
     def line(self, path: KeyPath) -> int:
         """The line of a value."""
@@ -73,20 +67,32 @@ class Findings:
         hint = suggest(word, known) or (choices(known) if known else "")
         self.report(path, code, message, hint, value=True)
 
-    def globs(self, value: Any, path: KeyPath) -> None:
-        """Check one glob or a list of them."""
-        for item, item_path in one_or_many(value, path):
+    def once(
+        self, name: str, path: KeyPath, first_lines: dict[str, int], code: str, what: str
+    ) -> None:
+        """Check that a name is given once in a file; ``first_lines`` gains its line."""
+        if name in first_lines:
+            message = f"{what} twice (first on line {first_lines[name]})"
+            self.report(path, code, message, value=True)
+        first_lines.setdefault(name, self.line(path))
+
+    def globs(self, globs: Sequence[str] | None, path: KeyPath) -> None:
+        """Check some globs."""
+        for index, glob in enumerate(globs or ()):
             try:
-                self.plain_globs += len(expand(item))
+                self.plain_globs += len(expand(glob))
                 if self.plain_globs > _MOST_GLOBS:
                     raise GlobError(f"the globs of a file stand for more than {_MOST_GLOBS:,}")
             except GlobError as error:
-                self.report(item_path, "bad-glob", str(error), value=True)
+                self.report((*path, index), "bad-glob", str(error), value=True)
 
-    def operators(self, value: Any, path: KeyPath, *, rewritable: bool) -> tuple[str, ...]:
-        """The operators of a value that exist (and have a weight, if they have to)."""
-        given = one_or_many(value, path)
-        return tuple(op for op, place in given if self.operator(op, place, rewritable=rewritable))
+    def operators(self, ops: Sequence[str], path: KeyPath, *, rewritable: bool) -> tuple[str, ...]:
+        """The operators that exist (and have a weight, if they have to)."""
+        return tuple(
+            op
+            for index, op in enumerate(ops)
+            if self.operator(op, (*path, index), rewritable=rewritable)
+        )
 
     def operator(self, op: str, path: KeyPath, *, rewritable: bool) -> bool:
         """Whether an operator exists (and has a weight, if it has to)."""
@@ -101,42 +107,50 @@ class Findings:
         return False
 
     def attributes(
-        self,
-        mapping: Mapping[str, Any],
-        path: KeyPath,
-        ops: Sequence[str],
-        keys: Collection[str],
+        self, node: WithAttributes, path: KeyPath, ops: Sequence[str], *, some: bool = False
     ) -> None:
-        """Check every key of a matcher but ``keys`` as an attribute that all of ``ops`` have."""
-        for key, value in mapping.items():
-            if key in keys:
-                continue
+        """Check the attributes of a matcher: all of some operators have them, or ``some`` do."""
+        for key, value in node.attributes.items() if ops else ():
             lacking = [op for op in dict.fromkeys(ops) if key not in ALL_OPERATORS[op]]
-            if lacking:
-                known = [
-                    n for n in ALL_OPERATORS[ops[0]] if all(n in ALL_OPERATORS[o] for o in ops)
-                ]
-                hint = suggest(key, [*known, *keys]) or choices(known or sorted(keys))
+            if lacking and not (some and len(lacking) < len({*ops})):
+                known = shared_attributes(ops)
+                hint = suggest(key, [*known, *node.keys()]) or choices(known or node.keys())
                 message = f"{' and '.join(lacking)} has no attribute '{key}'"
                 self.report((*path, key), "unknown-attribute", message, hint)
             else:
-                self.literals(value, (*path, key), ops)
+                self.literal(value, (*path, key), ops)
 
-    def literals(self, value: Any, path: KeyPath, ops: Collection[str]) -> None:
+    def literal(self, value: Any, path: KeyPath, ops: Collection[str]) -> None:
         """Check the value of an attribute for each operator that has it."""
         attribute = str(path[-1])
         for op in dict.fromkeys(ops):
             kind = ALL_OPERATORS[op].get(attribute)
             wrong = wrong_value(value, kind) if kind is not None else ""
-            if kind is None or not wrong:
-                continue
-            entry = self.entry(path)
-            trap = misread(entry, value, _TRAPS.get(kind.kind))
-            message = f"{op}'s {attribute} {wrong}"
-            self.add(
-                trap or Diagnostic("bad-attribute-value", message, entry.value, value_hint(kind))
-            )
-            return
+            if kind is not None and wrong:
+                message = f"{op}'s {attribute} {wrong}"
+                self.report(path, "bad-attribute-value", message, _value_hint(kind), value=True)
+                return
+
+    def one_source(self, name: str, node: GraphNode | CaseNode, path: KeyPath) -> None:
+        """Check that a node has one of the two keys for what it reads."""
+        if node.input is not None and node.inputs is not None:
+            message = f"'{name}' takes one of 'input' and 'inputs'; it has both"
+            self.report((*path, "inputs"), "both-inputs", message)
+
+    def order(self, reads: Mapping[str, Sequence[str | None]], path: KeyPath, code: str) -> bool:
+        """Check that no node reads itself, directly or through others."""
+        inside = {name: [v for v in values if v in reads] for name, values in reads.items()}
+        try:
+            TopologicalSorter(inside).prepare()
+        except CycleError as error:
+            cycle: Sequence[str] = error.args[1]
+            if len(set(cycle)) == 1:
+                message = f"'{cycle[0]}' reads itself"
+            else:
+                message = f"nodes read one another in a circle: {' -> '.join(cycle)}"
+            self.report((*path, next(name for name in reads if name in cycle)), code, message)
+            return False
+        return True
 
     def expression(
         self, error: ExpressionError, text: str, path: KeyPath, siblings: int = 1
@@ -163,9 +177,63 @@ class Findings:
         self.add(Diagnostic(error.code, error.message, span, hint))
 
 
-def one_or_many(value: Any, path: KeyPath) -> list[tuple[str, KeyPath]]:
-    """The strings of a value that is one string or a list of them, with their places."""
-    if isinstance(value, str):
-        return [(value, path)]
-    items = value if isinstance(value, list) else []
-    return [(item, (*path, i)) for i, item in enumerate(items) if isinstance(item, str)]
+def shared_attributes(ops: Sequence[str]) -> list[str]:
+    """Attributes that all of some operators have."""
+    return [name for name in ALL_OPERATORS[ops[0]] if all(name in ALL_OPERATORS[op] for op in ops)]
+
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+}
+
+
+def wrong_value(value: Any, kind: AttributeType) -> str:
+    """What is wrong with a value, as the end of a sentence; empty if nothing is.
+
+    A tuple of values is an "or", except for attributes that are tuples themselves.
+
+    >>> wrong_value((3, 3, 3), AttributeType("ints", 2))
+    'has 2 numbers, not 3'
+    >>> wrong_value((3, 5), AttributeType("int"))
+    ''
+    """
+    if kind.kind in ("ints", "ints|str"):
+        if isinstance(value, str) and kind.kind == "ints|str":
+            return ""
+        if not isinstance(value, tuple):
+            return "" if _is(value, "int") else f"is a number or a list of numbers, not {value!r}"
+        if value and all(isinstance(item, tuple) for item in value):
+            return next((w for w in (wrong_value(item, kind) for item in value) if w), "")
+        if not all(_is(item, "int") for item in value):
+            return f"is a list of whole numbers, not {_thawed(value)!r}"
+        if len(value) != kind.length:
+            return f"has {kind.length} number{'s' * (kind.length > 1)}, not {len(value)}"
+        return ""
+    items = value if isinstance(value, tuple) else (value,)
+    if not items:
+        return "is one of nothing: the list is empty"
+    wrong = [item for item in items if not _is(item, kind.kind)]
+    return f"is {_WORDS[kind.kind]}, not {_thawed(wrong[0])!r}" if wrong else ""
+
+
+def _thawed(value: Any) -> Any:
+    """A value with lists where the file has lists."""
+    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _value_hint(kind: AttributeType) -> str:
+    """An example, or where such a condition goes."""
+    if kind.kind == "ints" and kind.length > 1:
+        return f"for example [{', '.join(['3'] * kind.length)}]"
+    return "conditions on numbers go into 'where'" if kind.kind in ("int", "float") else ""
+
+
+def _is(value: Any, kind: str) -> bool:
+    # A boolean is an integer to Python, and never what was meant here.
+    if isinstance(value, bool):
+        return kind == "bool"
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    return isinstance(value, types.get(kind, ()))

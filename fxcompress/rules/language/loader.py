@@ -26,7 +26,14 @@ from fxcompress.errors import RuleError
 from fxcompress.forms.template import Template
 from fxcompress.rules.language.checks import check_rules
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, render, suggest
-from fxcompress.rules.language.document import Document, Entry, KeyPath, read_document
+from fxcompress.rules.language.document import (
+    Core,
+    Document,
+    Entry,
+    KeyPath,
+    nearest,
+    read_document,
+)
 from fxcompress.rules.language.expressions import Expression, ExpressionError
 from fxcompress.rules.language.presets import preset_names, preset_path
 from fxcompress.rules.language.schema import RuleSet
@@ -34,6 +41,12 @@ from fxcompress.rules.language.validation import validate
 
 _MOST_BYTES = 64_000
 """What PyYAML reads in about half a second; rule files have a few thousand."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would not read as a string, and nothing else."""
+
+    yaml_implicit_resolvers = Core.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,7 @@ class LoadedRules:
         ...             "rewrite: none}]", "r.yaml").place("budget", "keep")
         'r.yaml:1:16'
         """
-        found: KeyPath = ()
-        for key in keys:
-            if (*found, key) not in self.entries:
-                break
-            found = (*found, key)
-        span = self.entries[found].value
+        span = self.entries[nearest(self.entries, keys)].value
         return f"{self.filename}:{span.line}:{span.column}"
 
     def failed(self, rule_id: str, index: int, error: ExpressionError, operator: str) -> RuleError:
@@ -112,7 +120,9 @@ def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:
     """
     if isinstance(source, RuleSet):
         plain = source.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=_MOST_BYTES)
+        text = yaml.dump(
+            plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_MOST_BYTES
+        )
         return parse_rules(text, "<RuleSet>")
     name = os.fspath(source)
     preset = preset_path(name) if isinstance(source, str) else None
@@ -144,8 +154,8 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
     document = read_document(text)
     if not isinstance(document.data, dict):
         raise _not_a_mapping(document, filename, text)
-    rules, shape = validate(document)
-    checked = check_rules(document)
+    valid, shape = validate(document)
+    checked = check_rules(document, valid)
     # A line that YAML itself misread, and characters that the reader has complained about, are
     # not worth a second complaint.
     told = {item.span for item in document.diagnostics}
@@ -160,10 +170,10 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
         if item.span is None or not (item.span in told or item.span.line in misread)
     ]
     diagnostics = [*document.diagnostics, *new]
-    if diagnostics or rules is None:
+    if diagnostics or valid.whole is None:
         raise RuleError(render(diagnostics, filename, text))
     return LoadedRules(
-        rules,
+        valid.whole,
         filename,
         text,
         MappingProxyType(dict(document.entries)),

@@ -198,7 +198,7 @@ class Defaults(_Model):
     """The share of an operator's cost that a rewrite has to save to be made."""
 
 
-class _WithAttributes(BaseModel):
+class WithAttributes(BaseModel):
     """A matcher whose further keys are operator attributes."""
 
     model_config = ConfigDict(
@@ -211,8 +211,13 @@ class _WithAttributes(BaseModel):
         """The attributes asked for: ``{"kernel_size": (3, 3)}``."""
         return cast("Mapping[str, AttributeValue]", self.model_extra or {})
 
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Its keys that are no attributes."""
+        return tuple(field.alias or name for name, field in cls.model_fields.items())
 
-class NodePattern(_WithAttributes):
+
+class NodePattern(WithAttributes):
     """One operator: ``{op: conv2d, as: c, name: "*.conv1", kernel_size: [3, 3]}``."""
 
     op: Ops
@@ -238,7 +243,7 @@ class GroupPattern(NodePattern):
         return self
 
 
-class GraphNode(_WithAttributes):
+class GraphNode(WithAttributes):
     """One of several operators: ``{op: linear, input: $x, name: "*.q_proj"}``."""
 
     op: Ops
@@ -319,6 +324,13 @@ class Pattern(Alternative):
         return (self,) if self.any_of is None else self.any_of
 
     @property
+    def keyed(self) -> tuple[tuple[tuple[str | int, ...], Alternative], ...]:
+        """The alternatives, each behind the keys in the rule that lead to it."""
+        if self.any_of is None:
+            return ((("match",), self),)
+        return tuple((("match", "any_of", index), one) for index, one in enumerate(self.any_of))
+
+    @property
     def node_count(self) -> int:
         """Number of nodes in the pattern: larger patterns win an overlap."""
         return max(
@@ -327,7 +339,7 @@ class Pattern(Alternative):
         )
 
 
-class Exclusion(_WithAttributes):
+class Exclusion(WithAttributes):
     """One entry of ``unless``; all of its keys together exclude an operator."""
 
     name: Globs | None = None
@@ -487,7 +499,7 @@ class Rule(_Model):
     """How many sites the rule has to match."""
 
 
-class CaseNode(_WithAttributes):
+class CaseNode(WithAttributes):
     """One operator of a test's graph: ``{op: linear, path: layers.0.fc, input: $x}``.
 
     Attributes that are left out: of operators with a weight, 64 for widths, 3 for kernel sizes,
@@ -547,6 +559,12 @@ class Case(_Model):
             message = "a test expects something: it needs 'matches' or 'misses'"
             raise PydanticCustomError("nothing-expected", message)
         return self
+
+
+def reads(node: GraphNode | TemplateNode | CaseNode) -> tuple[str | None, ...]:
+    """Names of the values that a node reads, in order; None for one that may be any."""
+    given = (node.input,) if node.input is not None else node.inputs or ()
+    return tuple(None if reference is None else reference[1:] for reference in given)
 
 
 class RuleSet(_Model):

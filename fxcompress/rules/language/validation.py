@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from fxcompress.rules.language import schema
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
-from fxcompress.rules.language.document import Document, Entry, KeyPath, misread
+from fxcompress.rules.language.document import Document, Entry, KeyPath
 from fxcompress.rules.language.vocabulary import LATER_KEYS, LATER_VALUES
 
+_Model = TypeVar("_Model", bound=BaseModel)
 _MOST = 200
 _ONE_OR_MANY = frozenset({"op", "name", "scope"})
 _UNKNOWN_VALUES = {"kind": "unknown-metric"}
@@ -35,24 +40,89 @@ _WANTED = {
 }
 
 
-_TRAPS: Mapping[str, Literal["string", "number", "whole"]] = {
-    "string_type": "string",
-    "int_type": "whole",
-    "float_type": "number",
-}
+@dataclass(frozen=True)
+class Valid:
+    """What of a document has the right shape.
+
+    Attributes:
+        whole: all of it; None if anything is wrong.
+        rules: its rules.  Of one with mistakes in it, all keys whose values are right; the others
+            are as if left out, and None if they are required.
+        tests: its tests, likewise.
+    """
+
+    whole: schema.RuleSet | None
+    rules: tuple[schema.Rule, ...]
+    tests: tuple[schema.Case, ...]
 
 
-def validate(document: Document) -> tuple[schema.RuleSet | None, list[Diagnostic]]:
-    """The rule set, or None and what is wrong with the shape of the document."""
-    if not document.complete:
-        return None, []  # what looks missing may stand in the part that was not read
+def validate(document: Document) -> tuple[Valid, list[Diagnostic]]:
+    """The rules of a document, and what is wrong with its shape."""
     try:
-        return schema.RuleSet.model_validate(document.data), []
+        whole = schema.RuleSet.model_validate(document.data)
     except ValidationError as error:
+        data = document.data if isinstance(document.data, dict) else {}
+        valid = Valid(
+            None,
+            tuple(_salvaged(schema.Rule, data.get("rules"))),
+            tuple(_salvaged(schema.Case, data.get("tests"))),
+        )
+        if not document.complete:
+            return valid, []  # what looks missing may stand in the part that was not read
         details = error.errors(include_url=False)
         # pydantic calls a list too short whose items are all wrong; the items say enough.
         told = [d for d in details if d["type"] != "too_short" or not d["input"]]
-        return None, [_diagnostic(document, detail) for detail in told[:_MOST]]
+        return valid, [_diagnostic(document, detail) for detail in told[:_MOST]]
+    return Valid(whole, whole.rules, whole.tests), []
+
+
+_REFERRED_TO = frozenset({"op", "as", "input", "inputs", "outputs", "weight", "bias"})
+"""Keys that cannot be left out without other parts of a rule looking wrong."""
+
+
+def _salvaged(model: type[_Model], items: Any) -> Iterator[_Model]:
+    """What is right of each item of a list: keys as they are, or without what is wrong in them."""
+    for item in items if isinstance(items, list) else ():
+        given = item if isinstance(item, dict) else {}
+        found: dict[str, Any] = {}
+        for name, field in model.model_fields.items():
+            required = field.is_required()
+            found[name] = None if required else field.get_default(call_default_factory=True)
+            if name in given:
+                with suppress(ValidationError):
+                    found[name] = _without_mistakes(_validator(model, name), given[name])
+        yield model.model_construct(**found)
+
+
+@cache
+def _validator(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
+    field = model.model_fields[name]
+    kind: Any = Annotated[field.annotation, field]
+    return TypeAdapter(kind)
+
+
+def _without_mistakes(validator: TypeAdapter[Any], value: Any) -> Any:
+    """A value validated, without the keys in it that are wrong by themselves."""
+    try:
+        return validator.validate_python(value)
+    except ValidationError as error:
+        value = copy.deepcopy(value)
+        for detail in error.errors(include_url=False):
+            _leave_out(value, detail["loc"])
+        return validator.validate_python(value)
+
+
+def _leave_out(value: Any, loc: tuple[int | str, ...]) -> None:
+    """Take what stands at a place out of a mapping; without effect if more hangs on it."""
+    for part in loc[:-1]:
+        # Some parts are pydantic's own, as in :func:`_resolve`.
+        with suppress(KeyError, IndexError, TypeError):
+            value = value[part]
+    key = loc[-1] if loc else None
+    if not isinstance(value, dict) or isinstance(value.get(key), dict | list):
+        return
+    if key not in _REFERRED_TO:
+        value.pop(key, None)
 
 
 def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
@@ -123,44 +193,26 @@ def _unknown_key(path: KeyPath, entry: Entry) -> Diagnostic:
     if key in LATER_KEYS.get(parent, ()):
         message = f"'{key}' is not supported by this version"
         return Diagnostic("not-supported", message, entry.best)
-    fields = model.model_fields if model is not None else {}
-    known = [field.alias or name for name, field in fields.items()]
+    known = [field.alias or name for name, field in model.model_fields.items()]
     message = f"unknown key '{key}'"
     return Diagnostic("unknown-key", message, entry.best, suggest(key, known) or choices(known))
 
 
-def _model_at(path: KeyPath) -> type[BaseModel] | None:
-    """What a mapping without free keys holds, by the keys that lead to it."""
-    match [part for part in path if isinstance(part, str)]:
-        case []:
-            return schema.RuleSet
-        case ["metric", "damping"]:
-            return schema.Damping
-        case ["rules", "match"]:
-            return schema.Pattern
-        case ["rules", "match", "any_of"]:
-            return schema.Alternative
-        case ["rules", "rewrite", "graph", _]:
-            return schema.TemplateNode
-        case ["rules", "expect", "matches"]:
-            return schema.Range
-        case ["rules", "rewrite"]:
-            return schema.Rewrite
-        case ["rules", "expect"]:
-            return schema.Expect
-        case [key]:
-            return _SECTIONS.get(key)
-    return None
+def _model_at(path: KeyPath) -> type[BaseModel]:
+    """What a mapping holds, by the keys that lead to it."""
+    model: type[BaseModel] = schema.RuleSet
+    for part in path:
+        # Indices and free keys, such as the names of nodes, lead no deeper.
+        for name, field in model.model_fields.items():
+            if part == (field.alias or name):
+                model = _model_in(field.annotation) or model
+    return model
 
 
-_SECTIONS: Mapping[str, type[BaseModel]] = {
-    "budget": schema.Budget,
-    "metric": schema.Metric,
-    "solver": schema.Solver,
-    "defaults": schema.Defaults,
-    "rules": schema.Rule,
-    "tests": schema.Case,
-}
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
@@ -199,10 +251,6 @@ def _bad_name(path: KeyPath, value: str, entry: Entry) -> Diagnostic:
 
 
 def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
-    wanted = _TRAPS.get(kind)
-    trap = misread(entry, value, wanted) if wanted is not None else None
-    if trap is not None:
-        return trap
     hint = ""
     if kind == "tuple_type" and isinstance(value, str):
         hint = 'put it into a list: ["..."]'

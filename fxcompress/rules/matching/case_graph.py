@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from types import MappingProxyType
 
 from fxcompress.graph.operator import AttributeValue, Operator
-from fxcompress.rules.language.schema import CaseNode
+from fxcompress.rules.language.schema import CaseNode, reads
 from fxcompress.rules.language.vocabulary import INPUT, OPERATORS, AttributeType
 
 _WIDTH = 64
@@ -36,26 +36,21 @@ def build_operators(graph: Mapping[str, CaseNode]) -> tuple[Operator, ...]:
     [('x', ('fc',)), ('fc', ('output',)), ('output', ())]
     """
     graph = {name: node for name, node in graph.items() if node.op != INPUT}
-    reads = {name: _reads(node) for name, node in graph.items()}
+    sources = {name: tuple(filter(None, reads(node))) for name, node in graph.items()}
     users: dict[str, list[str]] = {}
-    for name, values in reads.items():
+    for name, values in sources.items():
         for value in dict.fromkeys(values):
             users.setdefault(value, []).append(name)
     ends = [name for name in graph if name not in users]
     users.update({name: ["output"] for name in ends})
-    order = TopologicalSorter({name: dict.fromkeys(values) for name, values in reads.items()})
+    order = TopologicalSorter({name: dict.fromkeys(values) for name, values in sources.items()})
     found = [
-        _operator(name, graph[name], reads[name], tuple(users[name]))
+        _operator(name, graph[name], sources[name], tuple(users[name]))
         if name in graph
         else Operator(name, INPUT, "", "", {}, (), tuple(users[name]), None)
         for name in order.static_order()
     ]
     return (*found, Operator("output", "output", "", "", {}, tuple(ends), (), None))
-
-
-def _reads(node: CaseNode) -> tuple[str, ...]:
-    given = (node.input,) if node.input is not None else node.inputs or ()
-    return tuple(reference.removeprefix("$") for reference in given)
 
 
 def _operator(

@@ -23,7 +23,7 @@ from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, L
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
 from fxcompress.rules.matching.search import SearchLimit
 from fxcompress.rules.matching.sites import Site, SiteIndex
-from fxcompress.rules.matching.steps import JointLegality, SiteCheck, node_steps, pattern_keys
+from fxcompress.rules.matching.steps import JointLegality, SiteCheck, node_steps
 from fxcompress.rules.matching.terms import Claim, Offer
 
 
@@ -79,7 +79,7 @@ class GraphRun(Run):
         self._shared: dict[int, Lost] = {}  # position -> why a match that it was in is lost
         self._names: dict[str, None] = {}
         self._ops: dict[str, None] = {}
-        for alternative, keys in zip(rule.match.alternatives, pattern_keys(rule), strict=True):
+        for keys, alternative in rule.match.keyed:
             places = places_of(
                 alternative, keys, index, graph, lambda at: loaded.location(rule.id, *at)
             )

@@ -13,7 +13,13 @@ from itertools import combinations
 
 from fxcompress.graph.operator import AttributeValue, Operator
 from fxcompress.rules.language.globs import compile_globs
-from fxcompress.rules.language.schema import MOST_OPTIONAL, Alternative, GraphNode, NodePattern
+from fxcompress.rules.language.schema import (
+    MOST_OPTIONAL,
+    Alternative,
+    GraphNode,
+    NodePattern,
+    reads,
+)
 from fxcompress.rules.language.vocabulary import COMMUTATIVE, OPERATORS
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.literals import matches_literal, show
@@ -136,9 +142,9 @@ class GraphPattern:
             raise ValueError(f"{len(optional)} optional nodes; at most {MOST_OPTIONAL}")
         required = [name for name in nodes if name not in optional]
         anchor = _anchor({name: test for name, test in tests.items() if name in required}, graph)
-        reads = {name: _reads(node) for name, node in nodes.items()}
+        sources = {name: reads(node) for name, node in nodes.items()}
         variants = tuple(
-            _variant(absent, reads, alternative.outputs, anchor, tests, optional)
+            _variant(absent, sources, alternative.outputs, anchor, tests, optional)
             for count in range(len(optional) + 1)
             for absent in combinations(optional, count)
             if never.issubset(absent)
@@ -181,11 +187,6 @@ def _anchor(tests: Mapping[str, NodeTest], graph: Dataflow) -> str:
     )
     rarest = min(left, key=left.__getitem__)
     return rarest if 0 < left[rarest] * RARE < left[first] else first
-
-
-def _reads(node: GraphNode) -> tuple[str | None, ...]:
-    given = (node.input,) if node.input is not None else node.inputs or ()
-    return tuple(None if reference is None else reference[1:] for reference in given)
 
 
 def _variant(

@@ -75,13 +75,6 @@ def has_weight(site: Site) -> Lost | None:
     return None if site.first.weight is not None else Lost("legal", "reads no weight parameter")
 
 
-def pattern_keys(rule: Rule) -> list[Keys]:
-    """Where each alternative of a rule stands in it."""
-    if rule.match.any_of is None:
-        return [("match",)]
-    return [("match", "any_of", number) for number in range(len(rule.match.any_of))]
-
-
 # ---- positive matchers ------------------------------------------------------------------
 
 
@@ -89,7 +82,7 @@ def _positives(rule: Rule, loaded: LoadedRules) -> list[Step]:
     """The positive matchers: a site has to pass those of one alternative."""
     found = [
         (alternative, _alternative(alternative, rule, loaded, keys))
-        for alternative, keys in zip(rule.match.alternatives, pattern_keys(rule), strict=True)
+        for keys, alternative in rule.match.keyed
     ]
     if rule.match.any_of is None:
         return found[0][1]
