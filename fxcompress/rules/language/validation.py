@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fxcompress.rules.language import schema
@@ -76,29 +75,33 @@ def validate(document: Document) -> tuple[Valid, list[Diagnostic]]:
     return Valid(whole, whole.rules, whole.tests), []
 
 
-_REFERRED_TO = frozenset({"op", "as", "input", "inputs", "outputs", "weight", "bias"})
-"""Keys that cannot be left out without other parts of a rule looking wrong."""
-
-
 def _salvaged(model: type[_Model], items: Any) -> Iterator[_Model]:
     """What is right of each item of a list: keys as they are, or without what is wrong in them."""
     for item in items if isinstance(items, list) else ():
-        given = item if isinstance(item, dict) else {}
-        found: dict[str, Any] = {}
-        for name, field in model.model_fields.items():
-            required = field.is_required()
-            found[name] = None if required else field.get_default(call_default_factory=True)
-            if name in given:
-                with suppress(ValidationError):
-                    found[name] = _without_mistakes(_validator(model, name), given[name])
+        found = {
+            # Not get_default(), which copies: these are frozen.
+            name: None if field.is_required() else {} if field.default_factory else field.default
+            for name, field in model.model_fields.items()
+        }
+        for name in found.keys() & item.keys() if isinstance(item, dict) else ():
+            with suppress(ValidationError):
+                found[name] = _without_mistakes(_FIELDS[model][name], item[name])
         yield model.model_construct(**found)
 
 
-@cache
-def _validator(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
-    field = model.model_fields[name]
+def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     kind: Any = Annotated[field.annotation, field]
     return TypeAdapter(kind)
+
+
+_FIELDS: Mapping[type[BaseModel], Mapping[str, TypeAdapter[Any]]] = {
+    model: {name: _adapter(field) for name, field in model.model_fields.items()}
+    for model in (schema.Rule, schema.Case)
+}
+"""Validators of rules and tests, key by key."""
+
+_REFERRED_TO = frozenset({"op", "as", "input", "inputs", "outputs", "weight", "bias"})
+"""Keys that cannot be left out without other parts of a rule looking wrong."""
 
 
 def _without_mistakes(validator: TypeAdapter[Any], value: Any) -> Any:
@@ -106,23 +109,28 @@ def _without_mistakes(validator: TypeAdapter[Any], value: Any) -> Any:
     try:
         return validator.validate_python(value)
     except ValidationError as error:
-        value = copy.deepcopy(value)
         for detail in error.errors(include_url=False):
-            _leave_out(value, detail["loc"])
+            value = _without(value, detail["loc"])
         return validator.validate_python(value)
 
 
-def _leave_out(value: Any, loc: tuple[int | str, ...]) -> None:
-    """Take what stands at a place out of a mapping; without effect if more hangs on it."""
-    for part in loc[:-1]:
-        # Some parts are pydantic's own, as in :func:`_resolve`.
-        with suppress(KeyError, IndexError, TypeError):
-            value = value[part]
-    key = loc[-1] if loc else None
-    if not isinstance(value, dict) or isinstance(value.get(key), dict | list):
-        return
-    if key not in _REFERRED_TO:
-        value.pop(key, None)
+def _without(value: Any, loc: tuple[int | str, ...]) -> Any:
+    """A value without what stands at a place in a mapping; as it is if more hangs on that."""
+    if not loc or not isinstance(value, dict | list):
+        return value
+    part: Any = loc[0]
+    rest = loc[1:]
+    try:
+        inner = value[part]
+    except (KeyError, IndexError, TypeError):
+        return _without(value, rest)  # a part of pydantic's own, as in _resolve()
+    if rest:
+        changed = value.copy()
+        changed[part] = _without(inner, rest)
+        return changed
+    if isinstance(inner, dict | list) or isinstance(value, list) or part in _REFERRED_TO:
+        return value
+    return {key: each for key, each in value.items() if key != part}
 
 
 def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
