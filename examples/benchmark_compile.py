@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fxcompress.pipeline.analysis import analyse
 from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.request import Request
 from fxcompress.rules import load_rules
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,8 +105,8 @@ def main() -> None:
         passes(model, data)
 
     meter = Meter()
-    analysis = analyse(model, load_rules("decoder"), data, None, None, None, meter)
-    _, plan = rewrite(model, analysis, None, meter)
+    analysis = analyse(model, load_rules("decoder"), Request(meter, data))
+    _, plan = rewrite(model, analysis)
     meter.stop()
 
     generator = torch.Generator().manual_seed(0)

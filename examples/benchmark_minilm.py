@@ -41,6 +41,7 @@ from fxcompress.metric import METRICS
 from fxcompress.pipeline.analysis import Analysis, analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposed, Decomposition
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
@@ -149,7 +150,7 @@ def compress(
         decomposed=relative(found) if method.relative else found,
     )
     with stages(False) as silent:
-        return rewrite(model, analysis, embed, silent)
+        return rewrite(model, analysis.showing(silent))
 
 
 def measure(
@@ -167,7 +168,9 @@ def measure(
         if key not in analysis:
             forms = sorted({m.form for m in methods if (m.metric, m.words) == key})
             with stages(True) as show:
-                found = analyse(model, rules(method, 1.0, forms), data, None, None, embed, show)
+                found = analyse(
+                    model, rules(method, 1.0, forms), Request(show, data, forward=embed)
+                )
             analysis = {key: found}  # the one before is not needed again
         for keep in keeps:
             small, plan = compress(model, analysis[key], method, keep)

@@ -35,6 +35,7 @@ from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse, match_model
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import gather_sites
 from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
@@ -141,7 +142,7 @@ def measure(
                 decomposed=decomposed,
             )
             with stages(False) as silent:
-                small, plan = rewrite(model, analysis, None, silent)
+                small, plan = rewrite(model, analysis.showing(silent))
             fidelity = reference.compare(small)
             rows.append(Row(metric, allocation, form, keep, plan, fidelity))
             print(
@@ -210,7 +211,7 @@ def main() -> None:
     reference = Reference(model, sequences(tokenizer, HELD_OUT, options.evaluate))
     with stages(True) as show:
         # Only to record and match: the euclidean metric reads no data.
-        base = analyse(model, rules("euclidean", *BASELINE[1:], 0.8), data, None, None, None, show)
+        base = analyse(model, rules("euclidean", *BASELINE[1:], 0.8), Request(show, data))
         tick = show.stage("calibrate", len(data))
         calibration = calibrate(
             base.model, base.sites, data, EVERYTHING, drawn=Draws("categorical"), tick=tick

@@ -12,6 +12,7 @@ import torch
 
 import fxcompress
 from fxcompress.pipeline.analysis import analyse
+from fxcompress.pipeline.request import Request
 from fxcompress.report import stages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -79,7 +80,7 @@ def test_a_row_of_the_benchmark_is_what_compile_does(examples: Any, material: An
     method = benchmark.Method("kfac", "global", "low_rank")
     with stages(False) as silent:
         both = benchmark.rules(method, 1.0, ["low_rank", "pivoted"])
-        analysis = analyse(model, both, data, None, None, minilm.embed, silent)
+        analysis = analyse(model, both, Request(silent, data, forward=minilm.embed))
     small, plan = benchmark.compress(model, analysis, method, 0.8)
     rules = benchmark.rules(method, 0.8, ["low_rank"])
     direct = fxcompress.compile(model, rules, data, forward=minilm.embed, progress=False)
@@ -106,7 +107,7 @@ def test_balf_sees_shares(examples: Any, material: Any) -> None:
     method = benchmark.Method("activation", "global", "low_rank", relative=True)
     with stages(False) as silent:
         rules = benchmark.rules(method, 1.0, ["low_rank"])
-        analysis = analyse(model, rules, data, None, None, minilm.embed, silent)
+        analysis = analyse(model, rules, Request(silent, data, forward=minilm.embed))
     shares = benchmark.relative(analysis.decomposed).sites
     assert list(shares) == list(analysis.decomposed.sites)
     for name, site in analysis.decomposed.sites.items():

@@ -24,7 +24,7 @@ LAYERS = [
     {"graph", "forms"},
     {"rules", "metric", "plans.plan"},
     {"plans.layers", "progress"},
-    {"report", "rewrite", "pipeline.sites", "pipeline.latency"},
+    {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
     {"pipeline.solving", "pipeline.measure"},

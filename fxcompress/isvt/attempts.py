@@ -20,7 +20,7 @@ from fxcompress.isvt.task import State, Task, recorded, softened
 from fxcompress.isvt.threshold import Thresholded, threshold
 from fxcompress.pipeline.build import Student, student
 from fxcompress.pipeline.sites import Site
-from fxcompress.progress import Progress, stages
+from fxcompress.progress import stages
 
 LEARNING_RATE = 2.5e-4
 """At its highest, for factors; the size of an entry's update is a fifth of it (Muon)."""
@@ -41,22 +41,21 @@ HALVINGS = 12
 """Of the step size along a whitened gradient, until the round is given up."""
 
 
-def corrected(
-    task: Task, state: State, cut: Thresholded, number: int, show: Progress
-) -> tuple[State, Thresholded]:
+def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[State, Thresholded]:
     """Fit the weights to the inputs that they get, as far as that descends.
 
     The share of the way is doubled or halved from :data:`SHARE` on while that is better.
     """
     held = {id(batch) for batch in task.judging}  # or it would be judged by what it was fitted to
     batches = [batch for batch in task.metric_batches if id(batch) not in held] or task.judging
-    tick = show.stage("correct", len(batches))
+    tick = task.show.stage("correct", len(batches))
     damping, _ = task.damping
     ranks, model, before = cut.ranks(), task.found.model, state.objective
     assert before is not None
     sites = correctable(task.found.sites, ranks, state.metrics)
-    moments = cross_moments(task.dense, model, sites, batches, damping, task.forward, tick)
-    show.stage("correct", None)
+    forward = task.found.request.forward
+    moments = cross_moments(task.dense, model, sites, batches, damping, forward, tick)
+    task.show.stage("correct", None)
     old = task.values()
 
     def tried(share: float) -> tuple[float, float, list[Tensor]]:
@@ -85,7 +84,7 @@ def corrected(
     return replace(state, objective=after), cut
 
 
-def trained(task: Task, state: State, cut: Thresholded, number: int, show: Progress) -> State:
+def trained(task: Task, state: State, cut: Thresholded, number: int) -> State:
     """Gradient steps on the factors, at the ranks of the round; at half the rate if they fail."""
     solver = task.rules.rules.solver
     steps, total = solver.steps, solver.steps * solver.rounds
@@ -93,7 +92,7 @@ def trained(task: Task, state: State, cut: Thresholded, number: int, show: Progr
     objective = training_objective(task, state)
     for _ in range(ATTEMPTS):
         with stages(enabled=False) as silent:
-            made = student(task.private, cut.analysis, silent)
+            made = student(task.private, cut.analysis.showing(silent))
         left = _left_dense(task, made)
         old = [weight.detach().clone() for weight in left]
         rate = highest * state.scale
@@ -101,13 +100,13 @@ def trained(task: Task, state: State, cut: Thresholded, number: int, show: Progr
         rates = [rate * cosine(at, total) for at in range((number - 1) * steps, number * steps)]
         batches = task.take(state.cursor, steps)
         state = replace(state, cursor=state.cursor + steps)
-        tick = show.stage(f"round {number}/{solver.rounds}", steps)
+        tick = task.show.stage(f"round {number}/{solver.rounds}", steps)
         learning = [*made.parameters, *left]
         for parameter in learning:
             parameter.requires_grad_(True)
         try:
             descend(objective, made.model, learning, batches, rates, task.size, tick)
-            show.stage("judge", None)
+            task.show.stage("judge", None)
             after = task.judge(made.model)
         except Diverged:
             after = math.inf
@@ -151,14 +150,14 @@ def _left_dense(task: Task, made: Student) -> list[nn.Parameter]:
     return [weight for weight in weights if id(weight) in own]
 
 
-def whitened(task: Task, state: State, cut: Thresholded, number: int, show: Progress) -> State:
+def whitened(task: Task, state: State, cut: Thresholded, number: int) -> State:
     """Proximal gradient steps, backtracked on the batches that the gradient is taken on."""
     solver = task.rules.rules.solver
     model, sites = task.found.model, task.found.sites
     first = solver.learning_rate or STEP_SIZE
     rate = first * state.scale
     now = task.objective.mean(model, task.training)
-    tick = show.stage(f"round {number}/{solver.rounds}", solver.steps)
+    tick = task.show.stage(f"round {number}/{solver.rounds}", solver.steps)
     learning = [model.get_parameter(site.weight) for site in sites]
     for _ in range(solver.steps):
         old = task.values()

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import CalibrationError, RuleError
-from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
 from fxcompress.isvt.objective import Objective, fitting, references
 from fxcompress.isvt.saved import fingerprint, read, write
 from fxcompress.isvt.task import State, Task, softened
 from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
-from fxcompress.metric import METRICS, Loss
+from fxcompress.metric import METRICS
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.analysis import (
     Estimate,
@@ -46,9 +45,9 @@ from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import price
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.measure import measure_whole
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
-from fxcompress.progress import Progress
 from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
 from fxcompress.rules import LoadedRules
 
@@ -68,7 +67,7 @@ STALE = 4.0
 which on the metric is estimated anew."""
 
 AWAY = ", by their distance from the dense weights"
-"""What a loss of weights is that were trained: no prediction any more."""
+"""Unit of the losses of weights that were trained since: they are no predictions any more."""
 
 NOTICEABLE = 1e-3
 """Rises of the objective below this say nothing about the metric."""
@@ -77,20 +76,17 @@ NOTICEABLE = 1e-3
 def iterate(
     model: M,
     loaded: LoadedRules,
-    calibration: Iterable[Any] | None,
-    examples: Sequence[Any] | None,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
+    request: Request,
     *,
     inplace: bool = False,
     checkpoint: str | PathLike[str] | None = None,
 ) -> tuple[M, Plan]:
     """Compress in rounds; arguments and errors as of ``compile``."""
-    task, state = _begin(model, loaded, calibration, examples, loss, forward, show)
+    task, state = _begin(model, loaded, request)
     mark = {}
     if checkpoint is not None:
-        mark = fingerprint(task.found, [*task.training, *task.judging], loss, forward)
+        seen = [*task.training, *task.judging]
+        mark = fingerprint(task.found, seen, request.loss, request.forward)
     learn = {name: p.requires_grad for name, p in task.private.named_parameters()}
     task.private.requires_grad_(False)
     if checkpoint is not None and (saved := read(checkpoint, mark)) is not None:
@@ -98,27 +94,20 @@ def iterate(
         state = replace(state, **vars(standing))
         if state.estimated:
             _put(task, state.estimated)
-            state = _estimated(task, show, state)
+            state = _estimated(task, state)
         _put(task, weights)
     for number in range(state.round + 1, loaded.rules.solver.rounds + 1):
-        state = replace(_round(task, state, number, show), round=number)
+        state = replace(_round(task, state, number), round=number)
         if checkpoint is not None:
             write(checkpoint, mark, state, _weights(task))
     for name, parameter in task.private.named_parameters():
         parameter.requires_grad_(learn[name])
-    return _finish(model, task, state, show, inplace)
+    return _finish(model, task, state, inplace)
 
 
-def _begin(
-    model: nn.Module,
-    loaded: LoadedRules,
-    calibration: Iterable[Any] | None,
-    examples: Sequence[Any] | None,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
-) -> tuple[Task, State]:
+def _begin(model: nn.Module, loaded: LoadedRules, request: Request) -> tuple[Task, State]:
     """Copy, survey, calibrate, and set batches aside."""
+    loss, show = request.loss, request.show
     solver, spec = loaded.rules.solver, loaded.rules.metric
     require_lasting_metric(loaded)
     if solver.objective == "task" and loss is None:
@@ -126,12 +115,12 @@ def _begin(
             "solver: {objective: task} descends on your loss: pass loss=lambda output, batch: ... "
             "(one value per prediction), or choose objective: kl, which needs no labels"
         )
-    if calibration is None:
+    if request.calibration is None:
         raise CalibrationError(
             "gradient steps need calibration data: compile(model, rules, [batch, ...])"
         )
     private = own_parameters(skeleton(model), model)
-    found, every, _ = survey(private, loaded, calibration, examples, forward, show)
+    found, every, _ = survey(private, loaded, request)
     with same_data(every, described(found)) as every:
         batches = [*every]
     division = Division(batches, len(batches), spec.held_back, spec.seed)
@@ -146,12 +135,11 @@ def _begin(
     for each in (dense, found.model):
         nn.Module.train(each, False)
     task = solver.objective == "task"
-    objective = Objective(
-        None if task else dense, loss if task else None, found.rules.rules.metric.output, forward
-    )
+    output = found.rules.rules.metric.output
+    objective = Objective(None if task else dense, loss if task else None, output, request.forward)
     usable = training if division.held else batches
     measured = [*limited(usable, spec.batches, None)[0]]
-    estimated = estimate(found, measured, division, loss, forward, show)
+    estimated = estimate(found, measured, division)
     seen = (
         {id(batch) for batch in (*measured, *division.held)} if METRICS[spec.kind].backward else {}
     )
@@ -164,14 +152,12 @@ def _begin(
         found,
         dense,
         measured,
-        price(found, show),
+        price(found),
         objective,
         [training[at] for at in order.tolist()],
         judging,
         references(objective, judging, REMEMBERED),
         None,
-        loss,
-        forward,
         estimated.damping,
         bool(division.held),
         division.places if division.held else None,
@@ -211,33 +197,29 @@ def _put(task: Task, values: Mapping[str, Tensor]) -> None:
             task.found.model.get_parameter(name).copy_(value)
 
 
-def _estimated(task: Task, show: Progress, state: State) -> State:
+def _estimated(task: Task, state: State) -> State:
     """The state with the metric at the weights as they are now."""
     batches = task.metric_batches
-    calibrated = calibrated_on(
-        task.found, batches, len(batches), task.loss, task.forward, show, task.places
-    )
-    show.stage("whiten", None)
+    calibrated = calibrated_on(task.found, batches, len(batches), task.places)
+    task.show.stage("whiten", None)
     metrics = metrics_of(task.found, calibrated.moments, task.damping)
     return replace(state, metrics=metrics, calibration=replace(calibrated, moments={}))
 
 
-def _round(task: Task, state: State, number: int, show: Progress) -> State:
+def _round(task: Task, state: State, number: int) -> State:
     """Threshold, correct if asked to, and descend."""
     solver = task.rules.rules.solver
-    state, cut = _thresholded(task, state, number, show)
+    state, cut = _thresholded(task, state, number)
     if solver.correct:
-        state, cut = corrected(task, state, cut, number, show)
+        state, cut = corrected(task, state, cut, number)
     if not solver.steps:
         return state
     if solver.gradient == "whitened":
-        return whitened(task, state, cut, number, show)
-    return trained(task, state, cut, number, show)
+        return whitened(task, state, cut, number)
+    return trained(task, state, cut, number)
 
 
-def _thresholded(
-    task: Task, state: State, number: int, show: Progress
-) -> tuple[State, Thresholded]:
+def _thresholded(task: Task, state: State, number: int) -> tuple[State, Thresholded]:
     """Cut all weights to the budget of a round; the objective of the state is that of the result.
 
     What earlier rounds took away is put back before: a component that was not worth its cost at one
@@ -247,16 +229,16 @@ def _thresholded(
     old = task.values()
     keep = softened(task, number).rules.budgets[0].keep
     if state.records and state.records[-1].keep == keep:
-        return state, _cut(task, state, number, old, show)
+        return state, _cut(task, state, number, old)
     whole = _restored_parts(state, old)
-    cut, before = _judged(task, state, number, whole, show)
+    cut, before = _judged(task, state, number, whole)
     if state.objective is not None and _stale(
         before - state.objective, cut.predicted - state.predicted
     ):
         task.reset(old)
         here = {name: value.clone() for name, value in _weights(task).items()}
-        state = replace(_estimated(task, show, state), estimated=here)
-        cut, before = _judged(task, state, number, whole, show)
+        state = replace(_estimated(task, state), estimated=here)
+        cut, before = _judged(task, state, number, whole)
     taken = [one - other for one, other in zip(whole, task.values(), strict=True)]
     state = replace(state, removed=taken, predicted=cut.predicted, objective=before, scale=1.0)
     return state, cut
@@ -268,23 +250,21 @@ def _restored_parts(state: State, old: Sequence[Tensor]) -> list[Tensor]:
     return [value + part for value, part in zip(old, state.removed, strict=True)]
 
 
-def _cut(
-    task: Task, state: State, number: int, whole: Sequence[Tensor], show: Progress
-) -> Thresholded:
+def _cut(task: Task, state: State, number: int, whole: Sequence[Tensor]) -> Thresholded:
     """Threshold some weights, and put the outcome in place."""
     task.reset(whole)
-    tick = show.stage("threshold", len(task.found.sites))
+    tick = task.show.stage("threshold", len(task.found.sites))
     cut = threshold(task.found, state.metrics, softened(task, number), task.pricings, tick=tick)
     task.put(cut.weights())
     return cut
 
 
 def _judged(
-    task: Task, state: State, number: int, whole: Sequence[Tensor], show: Progress
+    task: Task, state: State, number: int, whole: Sequence[Tensor]
 ) -> tuple[Thresholded, float]:
-    """The same with the objective of the outcome."""
-    cut = _cut(task, state, number, whole, show)
-    show.stage("judge", None)
+    """Threshold some weights, put the outcome in place, and take its objective."""
+    cut = _cut(task, state, number, whole)
+    task.show.stage("judge", None)
     return cut, task.judge(task.found.model)
 
 
@@ -298,15 +278,15 @@ def _stale(rise: float, predicted: float) -> bool:
     return not predicted / STALE < rise < predicted * STALE
 
 
-def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -> tuple[M, Plan]:
+def _finish(model: M, task: Task, state: State, inplace: bool) -> tuple[M, Plan]:
     """Decompose in full, rewrite, and write down how it went."""
-    tick = show.stage("decompose", len(task.found.sites))
+    tick = task.show.stage("decompose", len(task.found.sites))
     cut = threshold(task.found, state.metrics, task.rules, task.pricings, tick=tick)
     analysis = replace(cut.analysis, estimate=Estimate(state.calibration, damping=task.damping))
     if not inplace:
-        rewritten, planned = rewrite(task.private, analysis, task.forward, show)
-        return rewritten, _measured(task, rewritten, _described(task, state, planned), show)
-    rewritten, planned = rewrite(model, analysis, task.forward, show, inplace=True)
+        rewritten, planned = rewrite(task.private, analysis)
+        return rewritten, _measured(task, rewritten, _described(task, state, planned))
+    rewritten, planned = rewrite(model, analysis, inplace=True)
     shared = {id(parameter) for parameter in task.private.parameters()}
     own = dict(prepared(model).named_parameters())
     with torch.no_grad():
@@ -314,7 +294,7 @@ def _finish(model: M, task: Task, state: State, show: Progress, inplace: bool) -
             if site.weight in own and id(task.weight(site)) in shared:
                 _keep(task.dense, own[site.weight])
                 own[site.weight].copy_(task.weight(site))
-    return rewritten, _measured(task, rewritten, _described(task, state, planned), show)
+    return rewritten, _measured(task, rewritten, _described(task, state, planned))
 
 
 def _keep(dense: nn.Module, parameter: nn.Parameter) -> None:
@@ -326,14 +306,14 @@ def _keep(dense: nn.Module, parameter: nn.Parameter) -> None:
                 module._parameters[name] = copied
 
 
-def _measured(task: Task, rewritten: nn.Module, planned: Plan, show: Progress) -> Plan:
+def _measured(task: Task, rewritten: nn.Module, planned: Plan) -> Plan:
     """The plan with the model measured on the batches that the metric has never seen.
 
     Steps were accepted by what they do to these batches, so it is a slightly kind measure.
     """
     found = measure_whole(
         task.dense, rewritten, task.judging if task.held_back else (),
-        kind=task.objective.output, loss=task.loss, forward=task.forward, show=show,
+        task.objective.output, task.found.request,
     )  # fmt: skip
     return planned.model_copy(update={"held_back": found})
 

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcompress.graph.inputs import Forward
 from fxcompress.isvt.objective import Objective
 from fxcompress.isvt.saved import Standing
 from fxcompress.isvt.schedule import share
 from fxcompress.isvt.threshold import Metrics
-from fxcompress.metric import Calibration, Loss
+from fxcompress.metric import Calibration
 from fxcompress.pipeline.analysis import Survey
 from fxcompress.pipeline.held_back import DAMPING
 from fxcompress.pipeline.pricing import Pricing
 from fxcompress.pipeline.sites import Site
 from fxcompress.plans.plan import Round, Unit
+from fxcompress.progress import Progress
 from fxcompress.rules import LoadedRules, at_progress
 
 Kind = Literal["factors", "whitened", "correction"]
@@ -44,7 +44,6 @@ class Task:
         judging: batches that steps are accepted by.
         references: what the dense model says of them, if that is small enough to keep.
         size: samples that fit into the memory at once.
-        loss, forward: as of ``compile``.
         damping: of the metric.
         held_back: whether the metric has never seen the judging batches.
         places: what errors call the metric's batches.
@@ -60,11 +59,14 @@ class Task:
     judging: Sequence[Any]
     references: Sequence[Any]
     size: int | None
-    loss: Loss | None
-    forward: Forward | None
     damping: tuple[float, float] = DAMPING
     held_back: bool = False
     places: Sequence[int] | None = None
+
+    @property
+    def show(self) -> Progress:
+        """Where progress is shown."""
+        return self.found.request.show
 
     @property
     def rules(self) -> LoadedRules:

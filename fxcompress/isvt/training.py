@@ -42,6 +42,7 @@ from fxcompress.pipeline.analysis import Estimate, Survey, estimate, limited, su
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import price
 from fxcompress.pipeline.held_back import Division
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import Progress, stages
 from fxcompress.rules import Rules, at_progress, read_rules, with_keep
@@ -140,16 +141,15 @@ class ISVT(Generic[M]):
         self.history: list[Record] = []
         self._count = 0
         self._starts: Mapping[str, Tensor] = {}
-        self._loss, self._forward, self._progress = loss, forward, progress
+        self._progress = progress
         loaded = with_keep(read_rules(rules), keep)
         with torch.inference_mode(False), stages(progress) as show:
-            self._survey, batches, total = survey(
-                model, loaded, calibration, examples, forward, show
-            )
+            request = Request(show, calibration, examples, loss, forward)
+            self._survey, batches, total = survey(model, loaded, request)
             _require_trainable(self._survey, model)
             self._batches = [*batches] if refresh is not None else []
             self._estimate(self._batches or batches, total, show)
-            self._pricings = price(self._survey, show)
+            self._pricings = price(self._survey)
 
     @property
     def count(self) -> int:
@@ -207,7 +207,7 @@ class ISVT(Generic[M]):
             self._sync_buffers()
             found = self._find(1.0, {})
             analysis = replace(found.analysis, estimate=Estimate(self._calibration))
-            small, planned = rewrite(self.model, analysis, self._forward, show)
+            small, planned = rewrite(self.model, analysis.showing(show))
         unit = f"{planned.loss_unit}{LAST}"
         attach_plan(
             small, planned.model_copy(update={"seconds": dict(show.seconds), "loss_unit": unit})
@@ -306,7 +306,7 @@ class ISVT(Generic[M]):
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
         spec = self._survey.rules.rules.metric
         division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
-        found = estimate(self._survey, division, division, self._loss, self._forward, show)
+        found = estimate(self._survey.showing(show), division, division)
         self._calibration = replace(found.calibration, moments={})
         self._damping = found.damping
         self._set_metric(found.calibration.moments)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
-from fxcompress.graph.inputs import Forward
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
-from fxcompress.metric import METRICS, Calibration, Draws, Loss, Moments, calibrate
+from fxcompress.metric import METRICS, Calibration, Draws, Moments, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.output import Family, declared_by
 from fxcompress.pipeline.decomposition import (
@@ -33,6 +32,7 @@ from fxcompress.pipeline.decomposition import (
 )
 from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
 from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
+from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import Site, SiteBundle, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
@@ -55,7 +55,7 @@ class Survey:
         examples: batches that graphs are recorded on.
         size: of the model as it was given.
         folded_size: of ``model``.
-        notes: what the user should know.
+        request: that it is about.
     """
 
     model: nn.Module
@@ -69,7 +69,16 @@ class Survey:
     examples: Sequence[Any]
     size: Size
     folded_size: Size
-    notes: list[str]
+    request: Request
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return self.request.notes.all
+
+    def showing(self, show: Progress) -> Self:
+        """The same findings, for stages that show their progress elsewhere."""
+        return replace(self, request=replace(self.request, show=show))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,93 +116,75 @@ class Analysis(Survey):
         return cls(**known, estimate=estimate, decomposed=decomposed)
 
 
-def analyse(
-    model: nn.Module,
-    loaded: LoadedRules,
-    calibration: Iterable[Any] | None,
-    examples: Sequence[Any] | None,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
-) -> Analysis:
-    """Record, match, calibrate and decompose; arguments and errors as of ``compile``."""
-    surveyed, batches, total = survey(model, loaded, calibration, examples, forward, show)
+def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis:
+    """Record, match, calibrate and decompose; errors as of ``compile``."""
+    surveyed, batches, total = survey(model, loaded, request)
     spec = loaded.rules.metric
     metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
-    if loss is not None and not metric.backward:
-        surveyed.notes.append(f"loss= was given, and metric {metric.name} makes no use of it")
+    if request.loss is not None and not metric.backward:
+        request.notes.add(f"loss= was given, and metric {metric.name} makes no use of it")
     batches, total = limited(batches, spec.batches, total)
     with same_data(batches, described(surveyed)) as batches:
         division = Division(batches, total, spec.held_back, spec.seed)
         used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
-        estimated = estimate(surveyed, used, division, loss, forward, show)
+        estimated = estimate(surveyed, used, division)
 
     moments = dict(estimated.calibration.moments)
     # So that each is freed once it is used.
     estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
     metric_of = metric_from(moments, metric, estimated.damping)
-    tick = show.stage("decompose", len(sites))
+    tick = request.show.stage("decompose", len(sites))
     decomposed = decompose_sites(work, sites, surveyed.bundles, metric_of, tick)
     if metric.directions:
         wanted = wanted_directions(decomposed, sites, surveyed.bundles)
-        tick = show.stage("directions", division.count)
+        tick = request.show.stage("directions", division.count)
         energies = measure_directions(
             work, sites, wanted, used,
-            drawn=draws(loaded), loss=loss, forward=forward, places=division.places, tick=tick,
+            drawn=draws(loaded), loss=request.loss, forward=request.forward,
+            places=division.places, tick=tick,
         )  # fmt: skip
         decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
     return Analysis.of(surveyed, estimated, decomposed)
 
 
-def estimate(
-    found: Survey,
-    batches: Iterable[Any],
-    division: Division,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
-) -> Estimate:
+def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estimate:
     """The metric's moments, those of the batches held back, and damping chosen on these.
 
     Args:
         found: has the model, the sites and the rules.
         batches: those of ``division`` that are not held back.
         division: of the calibration data.
-        loss, forward: as of ``compile``.
-        show: told of the stages.
 
     Raises:
         CalibrationError: as of :func:`calibrated_on`.
     """
+    request = found.request
     spec = found.rules.rules.metric
     metric = METRICS[spec.kind]
     total = len(batches) if isinstance(batches, Sequence) else division.count
-    calibrated = calibrated_on(found, batches, total, loss, forward, show, division.places)
+    calibrated = calibrated_on(found, batches, total, division.places)
     held = division.held if metric.needs else division.untouched()
     moments: Mapping[str, Moments] = {}
     if held and metric.needs:
-        tick = show.stage("held back", len(held))
+        tick = request.show.stage("held back", len(held))
         judged = calibrate(
             found.model, found.sites, held, metric,
-            drawn=draws(found.rules), loss=loss, forward=forward,
+            drawn=draws(found.rules), loss=request.loss, forward=request.forward,
             everywhere=False, places=division.held_places, tick=tick,
         )  # fmt: skip
         moments = narrowed(
             {name: each for name, each in judged.moments.items() if name not in judged.unmeasured}
         )
-        show.stage("damping", None)
+        request.show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
     damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
-    return Estimate(calibrated, HeldBack(tuple(held), moments, loss), damping)
+    return Estimate(calibrated, HeldBack(tuple(held), moments), damping)
 
 
 def calibrated_on(
     found: Survey,
     batches: Iterable[Any],
     total: int | None,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
     places: Sequence[int] | None = None,
 ) -> Calibration:
     """The moments that the metric of the rules needs, at the weights as they are now.
@@ -202,23 +193,21 @@ def calibrated_on(
         found: has the model, the sites and the rules.
         batches: gone through once.
         total: how many they are, if that is known.
-        loss, forward: as of ``compile``.
-        show: told of the stage.
         places: what errors call the batches, if these are a part of others.
 
     Raises:
         CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
             that was measured.
     """
-    tick = show.stage("calibrate", total)
+    request = found.request
+    tick = request.show.stage("calibrate", total)
     calibration = calibrate(
         found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=loss, forward=forward, places=places,
+        drawn=draws(found.rules), loss=request.loss, forward=request.forward, places=places,
         watched=unrecorded(found.model, found.recording, found.rules.rules), tick=tick,
     )  # fmt: skip
     require_influence(found.sites, calibration)
-    notes = reach_notes(found.sites, calibration)
-    found.notes.extend(note for note in notes if note not in found.notes)
+    request.notes.add(*reach_notes(found.sites, calibration))
     return calibration
 
 
@@ -252,12 +241,7 @@ def draws(loaded: LoadedRules) -> Draws:
 
 
 def survey(
-    model: nn.Module,
-    loaded: LoadedRules,
-    calibration: Iterable[Any] | None,
-    examples: Sequence[Any] | None,
-    forward: Forward | None,
-    show: Progress,
+    model: nn.Module, loaded: LoadedRules, request: Request
 ) -> tuple[Survey, Iterable[Any], int | None]:
     """Record and match.
 
@@ -270,23 +254,23 @@ def survey(
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
     _require_values(work)
-    examples = [] if examples is None else list(iterate("examples", examples))
-    first, batches, total = _batches(calibration, bool(metric.needs), metric.name, examples)
+    examples = [] if request.examples is None else list(iterate("examples", request.examples))
+    first, batches, total = _batches(request.calibration, bool(metric.needs), metric.name, examples)
 
-    tick = show.stage("record", None)
+    tick = request.show.stage("record", None)
     examples = examples or [first]
-    recording = record(work, examples, forward=forward)
+    recording = record(work, examples, forward=request.forward)
     tick()
 
-    show.stage("match", None)
+    request.show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
     before, size = recording.operators, _model_size(work, recording)
-    asked = {match.weight: match.path for match in matched.matches if match.fold}
+    asked = {match.weight: match.path for match in matched.matches if match.limits.fold_batch_norm}
     folded, reasons = find_batch_norms(work, recording, asked)
     if folded:
         fold_batch_norms(work, folded)
-        recording = record(work, examples, forward=forward)
+        recording = record(work, examples, forward=request.forward)
         matched = match_model(work, loaded, recording)
     templates = {template.name: template for template in loaded.templates.values()}
     sites, bundles = gather_sites(work, recording, matched, templates)
@@ -300,8 +284,10 @@ def survey(
             raise CalibrationError(
                 f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
             )
-    notes = list(matched.warnings)
-    notes += [f"{asked[w]}: no batch norm was folded: {reason}" for w, reason in reasons.items()]
+    request.notes.add(*matched.warnings)
+    request.notes.add(
+        *(f"{asked[w]}: no batch norm was folded: {reason}" for w, reason in reasons.items())
+    )
     found = Survey(
         work,
         loaded,
@@ -314,7 +300,7 @@ def survey(
         examples,
         size,
         _model_size(work, recording),
-        notes,
+        request,
     )
     return found, batches, total
 

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
 from fxcompress.forms.form import dense_bias_of, dense_weight_of
-from fxcompress.graph.inputs import Forward
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.pipeline.agreement import parted
@@ -22,7 +21,6 @@ from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Site, SiteBundle
 from fxcompress.plans.plan import Plan, SitePlan
-from fxcompress.progress import Progress
 from fxcompress.rewrite import (
     Bodies,
     ProjectedAttention,
@@ -35,14 +33,7 @@ from fxcompress.rewrite import (
 M = TypeVar("M", bound=nn.Module)
 
 
-def rewrite(
-    model: M,
-    analysis: Analysis,
-    forward: Forward | None,
-    show: Progress,
-    *,
-    inplace: bool = False,
-) -> tuple[M, Plan]:
+def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, Plan]:
     """Plan, build, substitute and check; a site that fails is planned again without that form.
 
     So the budget still holds after a failure: the ranks of all other sites are found anew.
@@ -53,13 +44,13 @@ def rewrite(
     """
     given_up = _GivenUp()
     while True:
-        planned = given_up.plan(analysis, show)
-        bodies, failures = _build(analysis, planned, show)
+        planned = given_up.plan(analysis)
+        bodies, failures = _build(analysis, planned)
         if not failures:
-            show.stage("verify", None)
+            analysis.request.show.stage("verify", None)
             rewritten = skeleton(model)
             apply_plan(rewritten, planned, bodies)
-            after, failures = _rerecord(rewritten, analysis, planned, forward)
+            after, failures = _rerecord(rewritten, analysis, planned)
         if not failures:
             break
         given_up.add(failures)
@@ -70,10 +61,9 @@ def rewrite(
     else:
         rewritten = own_parameters(rewritten, model)
     planned = foreseen(analysis, planned)
-    held = analysis.estimate.held_back
     measured = measure_whole(
-        analysis.model, rewritten, held.batches,
-        kind=analysis.rules.rules.metric.output, loss=held.loss, forward=forward, show=show,
+        analysis.model, rewritten, analysis.estimate.held_back.batches,
+        analysis.rules.rules.metric.output, analysis.request,
     )  # fmt: skip
     if measured is not None:
         notes += parted(planned, measured)
@@ -117,10 +107,10 @@ class _GivenUp:
             self.excluded[name] = self.excluded.get(name, frozenset()) | {failure.form}
             self.notes.append(f"{name}: {failure.form} was given up: {failure.reason}")
 
-    def plan(self, analysis: Analysis, show: Progress) -> Plan:
+    def plan(self, analysis: Analysis) -> Plan:
         """A plan without them."""
         try:
-            return make_plan(analysis, self.excluded, show)
+            return make_plan(analysis, self.excluded)
         except BudgetError as error:
             if not self.notes:
                 raise
@@ -144,13 +134,12 @@ class Student:
     weights: Callable[[], Iterator[tuple[Site, Tensor, Tensor | None]]]
 
 
-def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
+def student(model: nn.Module, analysis: Analysis) -> Student:
     """Plan, build and substitute, without the checks of :func:`rewrite`.
 
     Args:
         model: as it was analysed; only read.
         analysis: of it.
-        show: told of the stages.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -158,7 +147,7 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
     sites = {site.name: site for site in analysis.sites}
     given_up = _GivenUp()
     while True:
-        planned = given_up.plan(analysis, show)
+        planned = given_up.plan(analysis)
         instead = {entry.name: _trained(entry, sites) for entry in planned.rewritten}
         trained = planned.model_copy(
             update={
@@ -168,7 +157,7 @@ def student(model: nn.Module, analysis: Analysis, show: Progress) -> Student:
                 )
             }
         )
-        bodies, failures = _build(analysis, planned, show, instead)
+        bodies, failures = _build(analysis, planned, instead)
         if not failures:
             break
         given_up.add(failures)
@@ -205,21 +194,20 @@ def _trained(entry: SitePlan, sites: Mapping[str, Site]) -> str:
 
 
 def _build(
-    analysis: Analysis, planned: Plan, show: Progress, instead: Mapping[str, str] | None = None
+    analysis: Analysis, planned: Plan, instead: Mapping[str, str] | None = None
 ) -> tuple[Bodies, dict[str, _Failure]]:
     """A body for every rewritten site or bundle, and the failures by its name.
 
     Args:
         analysis: has the decomposed weights.
         planned: what to build.
-        show: told of the stage.
         instead: form of each site by itself that is built for training, unchecked.
     """
     joined = planned.bundles
     bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in joined}
     entries = {entry.name: entry for entry in planned.rewritten}
     alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
-    tick = show.stage("rewrite", len(entries))
+    tick = analysis.request.show.stage("rewrite", len(entries))
     single: dict[str, fx.GraphModule] = {}
     joint: dict[str, JointBody] = {}
     failures: dict[str, _Failure] = {}
@@ -325,11 +313,11 @@ def _sample(analysis: Analysis, site: Site) -> Tensor:
 
 
 def _rerecord(
-    rewritten: nn.Module, analysis: Analysis, planned: Plan, forward: Forward | None
+    rewritten: nn.Module, analysis: Analysis, planned: Plan
 ) -> tuple[Recording, dict[str, _Failure]]:
     """The graph that really runs now, and the sites whose body does not."""
     try:
-        after = record(rewritten, analysis.examples, forward=forward)
+        after = record(rewritten, analysis.examples, forward=analysis.request.forward)
     except RecordError as error:
         paths = ", ".join(entry.name for entry in planned.rewritten[:5])
         raise RewriteError(

@@ -24,6 +24,7 @@ from fxcompress.metric import Loss
 from fxcompress.pipeline.analysis import analyse, match_model, working_copy
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
@@ -81,14 +82,13 @@ def compile(
     model = unwrapped(model)
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
+        request = Request(show, calibration, examples, loss, forward)
         if loaded.rules.solver.iterative:
             rewritten, planned = iterate(
-                model, loaded, calibration, examples, loss, forward, show,
-                inplace=inplace, checkpoint=checkpoint,
-            )  # fmt: skip
+                model, loaded, request, inplace=inplace, checkpoint=checkpoint
+            )
         else:
-            analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-            rewritten, planned = rewrite(model, analysis, forward, show, inplace=inplace)
+            rewritten, planned = rewrite(model, analyse(model, loaded, request), inplace=inplace)
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})
     attach_plan(rewritten, planned)
     for note in planned.warnings:
@@ -114,11 +114,10 @@ def plan(
     model = unwrapped(model)
     loaded = with_keep(read_rules(rules), keep)
     with torch.inference_mode(False), stages(progress) as show:
-        analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        planned = foreseen(analysis, make_plan(analysis, {}, show))
-    return planned.model_copy(
-        update={"seconds": dict(show.seconds), "warnings": tuple(analysis.notes)}
-    )
+        request = Request(show, calibration, examples, loss, forward)
+        analysis = analyse(model, loaded, request)
+        planned = foreseen(analysis, make_plan(analysis, {}))
+    return planned.model_copy(update={"seconds": dict(show.seconds), "warnings": analysis.notes})
 
 
 def explain(
@@ -161,7 +160,8 @@ def explain(
         return Explanation.of(match_model(work, loaded, recording), rule=rule)
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:
-        analysis = analyse(model, loaded, calibration, examples, loss, forward, show)
-        planned = make_plan(analysis, {}, show)
+        request = Request(show, calibration, examples, loss, forward)
+        analysis = analyse(model, loaded, request)
+        planned = make_plan(analysis, {})
     dense = {site.weight: site.reason for site in planned.sites if site.form is None}
     return Explanation.of(analysis.matched, dense, rule=rule)

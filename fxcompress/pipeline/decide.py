@@ -38,23 +38,21 @@ from fxcompress.plans.plan import (
     Unmatched,
     history,
 )
-from fxcompress.progress import Progress
 from fxcompress.rules import STEPS
 
 
-def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]], show: Progress) -> Plan:
+def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
     """Choose a form and a rank, or neither, for every site, within the budgets of the rules.
 
     Args:
         analysis: of the stages before.
         excluded: forms that failed, per site name; they are not chosen again.
-        show: told of the stage.
 
     Raises:
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
-    pricings = price(analysis, show)
-    tick = show.stage("budget", None)
+    pricings = price(analysis)
+    tick = analysis.request.show.stage("budget", None)
     rules = analysis.rules.rules
     solution = solve(analysis, pricings, excluded)
     allocation, (first, *more) = solution.allocation, solution.limits
@@ -156,24 +154,23 @@ def _is_damped(metric: Metric) -> bool:
     return metric.factors is not None and bool(metric.needs)
 
 
-def price(analysis: Survey, show: Progress) -> dict[Unit, Pricing]:
+def price(analysis: Survey) -> dict[Unit, Pricing]:
     """What operators cost in the unit of every budget.
 
     Args:
         analysis: has the sites and the budgets.
-        show: told of the stage, if something has to be measured.
     """
     pricings: dict[Unit, Pricing] = {}
     for budget in analysis.rules.rules.budgets:
         if budget.unit != "latency":
             pricings[budget.unit] = Counted(budget.unit)
         else:
-            tick = show.stage("latency", ROUNDS)
+            tick = analysis.request.show.stage("latency", ROUNDS)
             device = next(analysis.model.parameters()).device
             table = Table(table_path())
             pricings["latency"] = timed(analysis.sites, analysis.bundles, device, table, tick)
-            if table.unkept and table.unkept not in analysis.notes:
-                analysis.notes.append(table.unkept)
+            if table.unkept:
+                analysis.request.notes.add(table.unkept)
     return pricings
 
 
@@ -306,7 +303,7 @@ def _site_plan(
 def _dense_reason(
     site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
 ) -> str:
-    if site.name in analysis.decomposed.idle and not site.match.unmeasured:
+    if site.name in analysis.decomposed.idle and not site.match.limits.unmeasured:
         known = analysis.estimate.calibration.unmeasured
         why = known.get(site.name, "every statistic of it is zero")
         return f"no influence was measured: {why}"

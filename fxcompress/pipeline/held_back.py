@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Target
-from fxcompress.metric import Loss, Metric, Moments
+from fxcompress.metric import Metric, Moments
 from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
@@ -46,12 +46,10 @@ class HeldBack:
         batches: that the metric was not estimated on.
         moments: of them, in float32, by name of the sites that they reach; none for a metric
             without data.
-        loss: the user's, as of ``compile``.
     """
 
     batches: tuple[Any, ...] = ()
     moments: Mapping[str, Moments] = field(default_factory=dict)
-    loss: Loss | None = None
 
 
 class Division:

@@ -46,8 +46,9 @@ from fxcompress.metric.output import (
 )
 from fxcompress.pipeline.agreement import assess, mean_with_error, units
 from fxcompress.pipeline.analysis import iterate, working_copy
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
-from fxcompress.progress import Progress, stages
+from fxcompress.progress import stages
 from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
 from fxcompress.rewrite.replace import replace_module
 
@@ -130,11 +131,8 @@ def measure_whole(
     dense: nn.Module,
     small: nn.Module,
     batches: Sequence[Any],
-    *,
     kind: OutputKind,
-    loss: Loss | None,
-    forward: Forward | None,
-    show: Progress,
+    request: Request,
 ) -> HeldBack | None:
     """A compressed model beside the dense one, on batches that it was not fitted to.
 
@@ -143,16 +141,15 @@ def measure_whole(
         small: the compressed model, in any mode; only read.
         batches: None is returned if there are none.
         kind: families of the outputs.
-        loss: the user's; then the rise of its mean is measured instead of the divergence.
-        forward: as of :func:`measure`.
-        show: told of the stage.
+        request: with a loss of the user's the rise of its mean is measured, not the divergence.
 
     Raises:
         CalibrationError: a batch on which a model fails or is not finite.
     """
     if not batches:
         return None
-    tick = show.stage("measure", 2 * len(batches))
+    loss, forward = request.loss, request.forward
+    tick = request.show.stage("measure", 2 * len(batches))
     compressed = skeleton(small)
     for each in (dense, compressed):
         nn.Module.train(each, False)

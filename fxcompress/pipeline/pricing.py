@@ -140,7 +140,7 @@ def problems(
     idle = {*decomposed.idle}
 
     def measured(site: Site) -> bool:
-        return site.name not in idle or site.match.unmeasured
+        return site.name not in idle or site.match.limits.unmeasured
 
     singles = []
     for site in sites:
@@ -204,7 +204,7 @@ def _options(
     """
     worth = np.zeros(len(ranks), dtype=np.bool_)
     for cost, whole in zip(costs, dense, strict=True):
-        worth |= cost <= (1 - match.min_saving) * whole
+        worth |= cost <= (1 - match.limits.min_saving) * whole
     worth &= np.isfinite(loss)
     if ranks.ndim == 1:
         worth &= loss <= np.minimum.accumulate(loss)

@@ -182,7 +182,10 @@ def _permitted(full_rank: Rank, match: Match | Bundle) -> Ranks:
 
     def within(full: int) -> Ranks:
         return permitted_ranks(
-            full, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
+            full,
+            minimum=match.limits.min_rank,
+            maximum=match.limits.max_rank,
+            multiple_of=match.limits.multiple_of,
         )
 
     if isinstance(full_rank, int):

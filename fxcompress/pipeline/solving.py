@@ -120,7 +120,7 @@ def _demand(analysis: Analysis, budget: Budget, problem: Problem) -> _Demand:
     least = least_cost(problem.candidates, problem.bundles)
     if least > limit:
         kept = sum(
-            not site.match.unmeasured
+            not site.match.limits.unmeasured
             for site in analysis.sites
             if site.name in analysis.decomposed.idle
         )

@@ -20,6 +20,7 @@ from fxcompress.metric import Loss
 from fxcompress.pipeline.analysis import Analysis, analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
+from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import stages
 from fxcompress.report.sweep import Point, Sweep
@@ -68,7 +69,8 @@ def sweep(
     try:
         with torch.inference_mode(False), stages(progress) as show:
             first = next(iter(loaded.values()))
-            analysis = analyse(model, first, calibration, examples, loss, forward, show)
+            request = Request(show, calibration, examples, loss, forward)
+            analysis = analyse(model, first, request)
             shared = dict(show.seconds)
             if evaluate is not None:
                 show.stage("evaluate", None)
@@ -76,7 +78,7 @@ def sweep(
             tick = show.stage("sweep", len(loaded))
             for keep, each in loaded.items():
                 now = replace(analysis, rules=replace(analysis.rules, rules=each.rules))
-                points.append(_point(keep, model, now, evaluate, forward, shared))
+                points.append(_point(keep, model, now, evaluate, shared))
                 if points[-1].plan is not None and points[-1].values.keys() != dense.keys():
                     raise ValueError(
                         f"evaluate must return the same names for every model: {[*dense]} for the "
@@ -107,7 +109,6 @@ def _point(
     model: nn.Module,
     analysis: Analysis,
     evaluate: Evaluate | None,
-    forward: Forward | None,
     shared: Mapping[str, float],
 ) -> Point:
     """What ``compile`` makes of one budget, or ``plan`` if there is nothing to evaluate.
@@ -115,12 +116,13 @@ def _point(
     Its stages are not shown one by one, so that the bar of the sweep can tell how long is left.
     """
     with stages(enabled=False) as own:
+        analysis = analysis.showing(own)
         try:
             if evaluate is None:
-                planned = foreseen(analysis, make_plan(analysis, {}, own))
-                planned = planned.model_copy(update={"warnings": tuple(analysis.notes)})
+                planned = foreseen(analysis, make_plan(analysis, {}))
+                planned = planned.model_copy(update={"warnings": analysis.notes})
             else:
-                small, planned = rewrite(model, analysis, forward, own)
+                small, planned = rewrite(model, analysis)
         except BudgetError as error:
             return Point(keep, None, reason=str(error))
     planned = planned.model_copy(update={"seconds": {**shared, **own.seconds}})

@@ -15,6 +15,7 @@ from fxcompress.metric import METRICS, calibrate
 from fxcompress.pipeline.analysis import Survey, draws, survey
 from fxcompress.pipeline.decide import price
 from fxcompress.pipeline.held_back import default_damping
+from fxcompress.pipeline.request import Request
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
 
@@ -57,14 +58,14 @@ class Problem:
     @classmethod
     def of(cls, model: nn.Module, loaded: LoadedRules, batches: Sequence[Any]) -> Problem:
         with stages(enabled=False) as show:
-            found, every, _ = survey(model, loaded, batches, None, None, show)
+            found, every, _ = survey(model, loaded, Request(show, batches))
             metric = METRICS[loaded.rules.metric.kind]
             moments = calibrate(
                 found.model, found.sites, every, metric, drawn=draws(loaded)
             ).moments
             given = found.rules.rules.metric.damping
             damping = default_damping((given.input, given.output))
-            return cls(model, found, metrics_of(found, moments, damping), price(found, show))
+            return cls(model, found, metrics_of(found, moments, damping), price(found))
 
     def threshold(self, starts: Mapping[str, Tensor] | None = None) -> Thresholded:
         return threshold(self.found, self.metrics, self.found.rules, self.pricings, starts or {})

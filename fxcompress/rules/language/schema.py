@@ -15,6 +15,7 @@ docstrings of fields become the descriptions of the JSON Schema, which editors s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -196,6 +197,40 @@ class Defaults(_Model):
     """The lowest rank."""
     min_saving: Share = 0.0
     """The share of an operator's cost that a rewrite has to save to be made."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rewrite is bound to: the keys of a rule, or the file's defaults, or these.
+
+    A field is filled from the keys of its name in :class:`Rewrite` and :class:`Defaults`.
+
+    Attributes:
+        min_rank: lowest rank.
+        max_rank: highest rank, None if it is free.
+        multiple_of: what ranks are a multiple of.
+        min_saving: share of an operator's cost that a rewrite has to save to be made at all.
+        fold_batch_norm: whether a batch norm behind an operator is to be folded into it.
+        unmeasured: whether operators without a measured influence on the output are rewritten.
+    """
+
+    min_rank: int = 1
+    max_rank: int | None = None
+    multiple_of: int = 1
+    min_saving: float = 0.0
+    fold_batch_norm: bool = False
+    unmeasured: bool = False
+
+    @classmethod
+    def of(cls, rewrite: Rewrite | None, defaults: Defaults) -> Limits:
+        """Those of a rule; of one with ``rewrite: none``, the defaults."""
+        given = {
+            field.name: value
+            for source in (defaults, rewrite)
+            for field in fields(cls)
+            if (value := getattr(source, field.name, None)) is not None
+        }
+        return cls(**given)
 
 
 class WithAttributes(BaseModel):

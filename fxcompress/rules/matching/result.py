@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 from fxcompress.errors import RuleError
+from fxcompress.rules.language.schema import Limits
 from fxcompress.rules.language.vocabulary import STEPS, Step
 from fxcompress.rules.matching.sites import Site
 
@@ -23,16 +24,10 @@ class Match:
         operators: names of the operators (calls) that read it, in graph order.
         op: canonical operator name.
         forms: forms to choose from, in the rule's order; empty if the rule protects the site.
-        min_rank: lowest rank, the file's defaults merged in.
-        max_rank: highest rank, None if it is free.
-        multiple_of: what ranks are a multiple of, the file's defaults merged in.
-        min_saving: share of an operator's cost that a rewrite has to save to be made at all,
-            the file's defaults merged in.
-        fold: whether a batch norm behind it is to be folded into it.
+        limits: ranks and savings that the rule asks for.
         group: name of the group whose sites get equal ranks, None without one.
         location: ``"file:line"`` of the rule.
         path: module path of the first operator.
-        unmeasured: whether it is rewritten without a measured influence on the output, too.
     """
 
     rule_id: str
@@ -40,15 +35,10 @@ class Match:
     operators: tuple[str, ...]
     op: str
     forms: tuple[str, ...]
-    min_rank: int
-    max_rank: int | None
-    multiple_of: int
-    min_saving: float
-    fold: bool
+    limits: Limits
     group: str | None
     location: str
     path: str
-    unmeasured: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Bundle:
         roles: the name in the pattern of each member (``("q", "k", "v")``; all alike for a
             ``group``).
         forms: joint forms to choose from, in the rule's order; never empty.
-        min_rank, max_rank, multiple_of, min_saving, fold: as of :class:`Match`.
+        limits: ranks and savings that the rule asks for.
     """
 
     name: str
@@ -75,11 +65,7 @@ class Bundle:
     members: tuple[str, ...]
     roles: tuple[str, ...]
     forms: tuple[str, ...]
-    min_rank: int
-    max_rank: int | None
-    multiple_of: int
-    min_saving: float
-    fold: bool
+    limits: Limits
 
 
 @dataclass(frozen=True)

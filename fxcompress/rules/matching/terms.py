@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from fxcompress.forms.words import form_words, forms_for, joint_forms
 from fxcompress.graph.operator import Operator
 from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Rewrite, Rule
+from fxcompress.rules.language.schema import Limits, Rewrite, Rule
 from fxcompress.rules.language.vocabulary import OPERATORS
 from fxcompress.rules.matching.result import Bundle, Lost, Match
 from fxcompress.rules.matching.sites import Site
@@ -17,16 +17,6 @@ from fxcompress.rules.matching.steps import JointLegality
 
 if TYPE_CHECKING:
     from fxcompress.forms.template import Template
-
-
-class _Limits(TypedDict):
-    rule_id: str
-    location: str
-    min_rank: int
-    max_rank: int | None
-    multiple_of: int
-    min_saving: float
-    fold: bool
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,8 @@ class Terms:
         self.template: Template | None = loaded.templates.get(rule.id)
         self._loaded = loaded
         self.joint = joint_forms(self.rewrite.forms) if self.rewrite else ()
-        self._limits = self._merged_limits()
+        self._limits = Limits.of(self.rewrite, loaded.rules.defaults)
+        self._location = loaded.location(rule.id)
 
     def claims(self, role: str, op: str) -> bool:
         """Whether the rule wants the weight of an operator of its pattern."""
@@ -170,14 +161,15 @@ class Terms:
     def match(self, site: Site, forms: tuple[str, ...]) -> Match:
         """The site as the rule won it."""
         return Match(
+            rule_id=self.rule.id,
             weight=site.key,
             operators=tuple(operator.name for operator in site.operators),
             op=site.first.op,
             forms=forms,
             group=self.rewrite.group if self.rewrite else None,
+            location=self._location,
             path=site.path,
-            unmeasured=self.rewrite is not None and self.rewrite.unmeasured,
-            **self._limits,
+            limits=self._limits,
         )
 
     def bundle(self, offer: Offer) -> Bundle:
@@ -188,21 +180,10 @@ class Terms:
             members=members,
             roles=tuple(claim.role for claim in offer.claims),
             forms=offer.together,
-            **self._limits,
+            rule_id=self.rule.id,
+            location=self._location,
+            limits=self._limits,
         )
-
-    def _merged_limits(self) -> _Limits:
-        defaults, given = self._loaded.rules.defaults, self.rewrite
-        own_saving = given.min_saving if given else None
-        return {
-            "rule_id": self.rule.id,
-            "location": self._loaded.location(self.rule.id),
-            "min_rank": (given and given.min_rank) or defaults.min_rank,
-            "max_rank": given.max_rank if given else None,
-            "multiple_of": (given and given.multiple_of) or defaults.multiple_of,
-            "min_saving": defaults.min_saving if own_saving is None else own_saving,
-            "fold": given is not None and given.fold_batch_norm,
-        }
 
 
 _FEW = "{} needs two operators or more"
