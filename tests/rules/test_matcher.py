@@ -9,7 +9,15 @@ import pytest
 
 from fxcompress.errors import RuleError
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import MatchResult, Miss, match_rules, parse_rules
+from fxcompress.rules import (
+    Defaults,
+    Limits,
+    MatchResult,
+    Miss,
+    Rewrite,
+    match_rules,
+    parse_rules,
+)
 from tests.rules.graphs import conv2d, decoder, embedding, linear, plain
 
 
