@@ -23,10 +23,11 @@ import ast
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from fxcompress.errors import RuleError
 from fxcompress.graph.operator import AttributeValue
@@ -73,19 +74,35 @@ class ExpressionError(RuleError):
         self.known = known
 
 
+class Given(NamedTuple):
+    """What an expression is about.
+
+    Attributes:
+        values: attributes of operators by their names; None for one that is absent.
+        counts: numbers of members, for groups.
+        rank: what a cost calls :data:`RANK`.
+    """
+
+    values: Values
+    counts: Mapping[str, int]
+    rank: int = 0
+
+
 @dataclass(frozen=True)
 class Expression:
     """A checked expression.
 
     Attributes:
         text: as written.
-        tree: its syntax tree, of whitelisted nodes only.
         attributes: the attributes that it reads, in order: ``(("fc", "in_features"),)``.
+        value: what computes it.
+        error: what makes the error of a value of the wrong kind.
     """
 
     text: str
-    tree: ast.expr
     attributes: tuple[tuple[str, str], ...]
+    value: Callable[[Given], Any] = field(repr=False)
+    error: Callable[[str], ExpressionError] = field(repr=False)
 
 
 def parse_expression(text: str, scope: Mapping[str, Collection[str]]) -> Expression:
@@ -97,7 +114,7 @@ def parse_expression(text: str, scope: Mapping[str, Collection[str]]) -> Express
     Raises:
         ExpressionError: not an expression, not allowed, or a name that is not there.
     """
-    return _parse(text, scope, frozenset())
+    return _parse(text, scope, ranked=False)
 
 
 def parse_cost(text: str, scope: Mapping[str, Collection[str]]) -> Expression:
@@ -106,14 +123,14 @@ def parse_cost(text: str, scope: Mapping[str, Collection[str]]) -> Expression:
     Raises:
         ExpressionError: as of :func:`parse_expression`.
     """
-    return _parse(text, scope, frozenset({RANK}))
+    return _parse(text, scope, ranked=True)
 
 
 _QUIET = threading.Lock()
 """Filters of warnings are the whole process's: two threads that change them restore a wrong one."""
 
 
-def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[str]) -> Expression:
+def _parse(text: str, scope: Mapping[str, Collection[str]], *, ranked: bool) -> Expression:
     if len(text) > _MOST_CHARACTERS:
         raise ExpressionError(
             "bad-expression",
@@ -122,7 +139,7 @@ def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[s
         )
     flat = "".join(" " if c in "\r\n" else c for c in text)  # a block scalar may hold line breaks
     body = flat.lstrip()
-    checker = _Checker(flat, len(flat) - len(body), scope, numbers)
+    compiler = _Compiler(flat, len(flat) - len(body), scope, ranked)
     if not body:
         raise ExpressionError("bad-expression", "an empty expression", length=len(text))
     try:
@@ -130,14 +147,15 @@ def _parse(text: str, scope: Mapping[str, Collection[str]], numbers: frozenset[s
             warnings.simplefilter("ignore")  # "1or 2" and "\d" are only deprecated in Python
             tree = ast.parse(body, mode="eval").body
     except SyntaxError as error:
-        offset = min(max((error.offset or 1) - 1, 0), len(body) - 1) + checker.start
+        offset = min(max((error.offset or 1) - 1, 0), len(body) - 1) + compiler.start
         raise ExpressionError(
             "bad-expression", f"not an expression: {error.msg}", offset, 1
         ) from None
     except (ValueError, MemoryError, RecursionError):
         raise ExpressionError("bad-expression", "not an expression", 0, len(text)) from None
-    checker.check(tree, 0)
-    return Expression(text, tree, tuple(dict.fromkeys(checker.attributes)))
+    value = compiler.compile(tree)
+    attributes = tuple(dict.fromkeys(compiler.attributes))
+    return Expression(text, attributes, value, partial(compiler.failed, tree))
 
 
 def evaluate(
@@ -157,10 +175,9 @@ def evaluate(
         ExpressionError: a division by zero, operands that do not fit together, an attribute
             of an operator that is absent, or a value that is neither true nor false.
     """
-    interpreter = _Interpreter(expression, values, counts or {}, {})
-    value = interpreter.value(expression.tree)
+    value = expression.value(Given(values, counts or {}))
     if not isinstance(value, bool):
-        interpreter.fail(expression.tree, f"gives {value!r}, which is neither true nor false")
+        raise expression.error(f"gives {value!r}, which is neither true nor false")
     return value
 
 
@@ -170,10 +187,9 @@ def evaluate_number(expression: Expression, values: Values, rank: int) -> int | 
     Raises:
         ExpressionError: as of :func:`evaluate`, or a value that is no number.
     """
-    interpreter = _Interpreter(expression, values, {}, {RANK: rank})
-    value = interpreter.value(expression.tree)
+    value = expression.value(Given(values, {}, rank))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        interpreter.fail(expression.tree, f"gives {value!r}, which is not a number")
+        raise expression.error(f"gives {value!r}, which is not a number")
     return value
 
 
@@ -191,7 +207,14 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., _Value], int, int]] = MappingProxyT
         "same": (_same, 2, 100),
     }
 )
-_OF_NAMES = ("present", "count")
+_OF_NAMES: Mapping[str, Callable[[str, Given], _Value]] = MappingProxyType(
+    {
+        "present": lambda name, given: given.values.get(name) is not None,
+        "count": lambda name, given: given.counts.get(
+            name, int(given.values.get(name) is not None)
+        ),
+    }
+)
 """Functions of a bound operator as such, not of a value."""
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[_Value, _Value], _Value]] = MappingProxyType(
     {
@@ -220,122 +243,182 @@ _UNARY: Mapping[type[ast.unaryop], Callable[[_Value], _Value]] = MappingProxyTyp
 )
 
 
-def _span(text: str, start: int, node: ast.expr) -> tuple[int, int]:
-    # The AST counts UTF-8 bytes, an editor counts characters.
-    body = text[start:].encode("utf-8", "surrogatepass")
-    first = len(body[: node.col_offset].decode("utf-8", "surrogatepass"))
-    end = node.end_col_offset if node.end_col_offset is not None else node.col_offset + 1
-    last = len(body[:end].decode("utf-8", "surrogatepass"))
-    return start + first, max(1, last - first)
+_Run = Callable[[Given], _Value]
 
 
 @dataclass
-class _Checker:
+class _Compiler:
+    """Checks a syntax tree, and makes of it what computes its value."""
+
     text: str
     start: int
     scope: Mapping[str, Collection[str]]
-    numbers: frozenset[str]
+    ranked: bool
+    attributes: list[tuple[str, str]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.attributes: list[tuple[str, str]] = []
-
-    def check(self, node: ast.expr, depth: int) -> None:
+    def compile(self, node: ast.expr, depth: int = 0) -> _Run:
         if depth > _DEEPEST:
-            self.fail(node, "bad-expression", f"nested deeper than {_DEEPEST}")
-        children: list[ast.expr]
+            raise self.error(node, "bad-expression", f"nested deeper than {_DEEPEST}")
+
+        def inner(*children: ast.expr) -> list[_Run]:
+            return [self.compile(child, depth + 1) for child in children]
+
         match node:
-            case ast.Constant(value=bool() | int() | float() | str() | None):
-                children = []
-            case ast.Attribute(value=ast.Name()):
-                self.check_attribute(node)
-                children = []
-            case ast.Name(id=name) if name in self.numbers:
-                children = []
-            case ast.Name():
-                children = []
-                self.check_name(node)
-            case ast.Tuple(elts=children) | ast.List(elts=children):
-                pass
-            case ast.BoolOp(values=children):
-                pass
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
-                children = [operand]
-            case ast.BinOp(op=arithmetic) if type(arithmetic) in _ARITHMETIC:
-                children = [node.left, node.right]
-            case ast.Compare() if all(type(op) in _COMPARISONS for op in node.ops):
-                children = [node.left, *node.comparators]
-            case ast.Call(func=ast.Name()):
-                children = self.check_call(node)
-            case _:
-                self.fail(node, "forbidden-expression", f"{_describe(node)} is not allowed here")
-        for child in children:
-            self.check(child, depth + 1)
+            case ast.Constant(value=bool() | int() | float() | str() | None as value):
+                return lambda given: value
+            case ast.Attribute(value=ast.Name() as owner, attr=attribute):
+                return self.attribute(node, owner, attribute)
+            case ast.Name(id=name) if self.ranked and name == RANK:
+                return lambda given: given.rank
+            case ast.Name(id=name):
+                self.need_bound(node)
+                known = sorted(self.scope[name])
+                example = f"; write {name}.{known[0]}, say" if known else ""
+                message = f"'{name}' is an operator, not a value{example}"
+                raise self.error(node, "forbidden-expression", message)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                return self.applied(node, lambda *values: values, inner(*items))
+            case ast.BoolOp(op=op, values=operands):
+                return partial(_until, isinstance(op, ast.Or), inner(*operands))
+            case ast.UnaryOp(op=sign, operand=operand) if type(sign) in _UNARY:
+                numeric = not isinstance(sign, ast.Not)
+                return self.applied(node, _UNARY[type(sign)], inner(operand), numeric=numeric)
+            case ast.BinOp(left=left, op=arithmetic, right=right) if (
+                type(arithmetic) in _ARITHMETIC
+            ):
+                function = _ARITHMETIC[type(arithmetic)]
+                return self.applied(node, function, inner(left, right), numeric=True)
+            case ast.Compare(ops=ops) if all(type(op) in _COMPARISONS for op in ops):
+                links = [_COMPARISONS[type(op)] for op in ops]
+                return partial(self.compared, node, links, inner(node.left, *node.comparators))
+            case ast.Call(func=ast.Name(id=name)):
+                if name in _OF_NAMES:
+                    return partial(_OF_NAMES[name], self.bound_argument(node, name))
+                self.check_call(node, name)
+                return self.applied(node, _FUNCTIONS[name][0], inner(*node.args))
+        raise self.error(node, "forbidden-expression", f"{_describe(node)} is not allowed here")
 
-    def check_attribute(self, node: ast.Attribute) -> None:
-        owner = node.value
-        assert isinstance(owner, ast.Name)
-        if owner.id not in self.scope:
-            self.unbound(owner)
-        known = self.scope[owner.id]
-        if node.attr not in known:
-            offset, length = _span(self.text, self.start, node)
-            raise ExpressionError(
-                "unknown-attribute",
-                f"'{owner.id}' has no attribute '{node.attr}'",
-                offset + length - len(node.attr),
-                len(node.attr),
-                node.attr,
-                known,
-            )
-        self.attributes.append((owner.id, node.attr))
+    def attribute(self, node: ast.expr, owner: ast.Name, attribute: str) -> _Run:
+        self.need_bound(owner)
+        name, known = owner.id, self.scope[owner.id]
+        if attribute not in known:
+            offset, length = self.span(node)
+            offset, length = offset + length - len(attribute), len(attribute)
+            message = f"'{name}' has no attribute '{attribute}'"
+            raise ExpressionError("unknown-attribute", message, offset, length, attribute, known)
+        self.attributes.append((name, attribute))
 
-    def check_name(self, node: ast.Name) -> NoReturn:
-        if node.id not in self.scope:
-            self.unbound(node)
-        known = sorted(self.scope[node.id])
-        example = f"; write {node.id}.{known[0]}, say" if known else ""
-        self.fail(node, "forbidden-expression", f"'{node.id}' is an operator, not a value{example}")
+        def read(given: Given) -> AttributeValue:
+            attributes = given.values.get(name)
+            if attributes is None:
+                raise self.failed(node, f"'{name}' is absent here; guard it with present({name})")
+            value = attributes.get(attribute)
+            if value is None:
+                raise self.failed(node, f"the operator has no attribute '{attribute}'")
+            return value
 
-    def check_call(self, node: ast.Call) -> list[ast.expr]:
-        """The arguments that are expressions themselves."""
-        assert isinstance(node.func, ast.Name)
-        name = node.func.id
-        if name not in _FUNCTIONS and name not in _OF_NAMES:
-            offset, length = _span(self.text, self.start, node.func)
+        return read
+
+    def applied(
+        self,
+        node: ast.expr,
+        function: Callable[..., _Value],
+        parts: Sequence[_Run],
+        *,
+        numeric: bool = False,
+    ) -> _Run:
+        """A function of some values."""
+
+        def run(given: Given) -> _Value:
+            values = [part(given) for part in parts]
+            # "a" * 10**9 and "%9999d" % 1 are arithmetic to Python; numbers cannot explode.
+            for value in values if numeric else ():
+                if not isinstance(value, int | float):
+                    raise self.failed(node, f"arithmetic on {value!r}, which is not a number")
+            return self.guarded(node, function, *values)
+
+        return run
+
+    def compared(
+        self,
+        node: ast.expr,
+        links: Sequence[Callable[..., bool]],
+        parts: Sequence[_Run],
+        given: Given,
+    ) -> bool:
+        """The truth of a chain of comparisons, read up to the first that is false."""
+        left = parts[0](given)
+        for link, part in zip(links, parts[1:], strict=True):
+            right = part(given)
+            if not self.guarded(node, link, left, right):
+                return False
+            left = right
+        return True
+
+    def guarded(self, node: ast.expr, function: Callable[..., _Value], *values: _Value) -> _Value:
+        try:
+            return function(*values)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            shown = ", ".join(map(repr, values))
+            raise self.failed(node, f"{error} (on {shown})") from None
+
+    def check_call(self, node: ast.Call, name: str) -> None:
+        if name not in _FUNCTIONS:
+            offset, length = self.span(node.func)
             known = (*_FUNCTIONS, *_OF_NAMES)
-            raise ExpressionError(
-                "unknown-function", f"unknown function '{name}'", offset, length, name, known
-            )
-        if node.keywords:
-            self.fail(node, "forbidden-expression", f"{name} takes no keyword arguments")
-        if name in _OF_NAMES:
-            if len(node.args) != 1 or not isinstance(node.args[0], ast.Name):
-                example = f"; write {name}({next(iter(self.scope))}), say" if self.scope else ""
-                self.fail(node, "bad-expression", f"{name} takes one bound name{example}")
-            if node.args[0].id not in self.scope:
-                self.unbound(node.args[0])
-            return []
+            message = f"unknown function '{name}'"
+            raise ExpressionError("unknown-function", message, offset, length, name, known)
+        self.no_keywords(node, name)
         _, fewest, most = _FUNCTIONS[name]
         if not fewest <= len(node.args) <= most:
             wanted = str(fewest) if fewest == most else f"at least {fewest}"
             message = f"{name} takes {wanted} arguments, not {len(node.args)}"
-            self.fail(node, "bad-expression", message)
-        return node.args
+            raise self.error(node, "bad-expression", message)
 
-    def unbound(self, node: ast.Name) -> NoReturn:
-        offset, length = _span(self.text, self.start, node)
-        known = ", ".join(f"'{name}'" for name in self.scope)
-        raise ExpressionError(
-            "unbound-name",
-            f"'{node.id}' is not bound" + (f"; this rule binds {known}" if known else ""),
-            offset,
-            length,
-            node.id,
-            self.scope,
+    def bound_argument(self, node: ast.Call, name: str) -> str:
+        """The operator that ``present`` or ``count`` is about."""
+        self.no_keywords(node, name)
+        match node.args:
+            case [ast.Name() as owner]:
+                self.need_bound(owner)
+                return owner.id
+        example = f"; write {name}({next(iter(self.scope))}), say" if self.scope else ""
+        raise self.error(node, "bad-expression", f"{name} takes one bound name{example}")
+
+    def no_keywords(self, node: ast.Call, name: str) -> None:
+        if node.keywords:
+            raise self.error(node, "forbidden-expression", f"{name} takes no keyword arguments")
+
+    def need_bound(self, node: ast.Name) -> None:
+        if node.id not in self.scope:
+            known = ", ".join(f"'{name}'" for name in self.scope)
+            message = f"'{node.id}' is not bound" + (f"; this rule binds {known}" if known else "")
+            raise ExpressionError("unbound-name", message, *self.span(node), node.id, self.scope)
+
+    def error(self, node: ast.expr, code: str, message: str) -> ExpressionError:
+        return ExpressionError(code, message, *self.span(node))
+
+    def failed(self, node: ast.expr, message: str) -> ExpressionError:
+        return self.error(node, "expression-failed", message)
+
+    def span(self, node: ast.expr) -> tuple[int, int]:
+        # The AST counts UTF-8 bytes, an editor counts characters.
+        body = self.text[self.start :].encode("utf-8", "surrogatepass")
+        end = node.end_col_offset if node.end_col_offset is not None else node.col_offset + 1
+        first, last = (
+            len(body[:offset].decode("utf-8", "surrogatepass")) for offset in (node.col_offset, end)
         )
+        return self.start + first, max(1, last - first)
 
-    def fail(self, node: ast.expr, code: str, message: str) -> NoReturn:
-        raise ExpressionError(code, message, *_span(self.text, self.start, node))
+
+def _until(stop_at: bool, operands: Sequence[_Run], given: Given) -> _Value:
+    """The first operand that decides an ``or`` (true) or an ``and`` (false), or the last."""
+    result: _Value = None
+    for operand in operands:
+        result = operand(given)
+        if bool(result) == stop_at:
+            break
+    return result
 
 
 def _describe(node: ast.expr) -> str:
@@ -359,85 +442,3 @@ def _describe(node: ast.expr) -> str:
     }
     kind = type(node).__name__
     return words.get(kind, f"this ({kind})")
-
-
-@dataclass(frozen=True)
-class _Interpreter:
-    expression: Expression
-    values: Values
-    counts: Mapping[str, int]
-    numbers: Mapping[str, int]
-
-    def value(self, node: ast.expr) -> _Value:
-        match node:
-            case ast.Constant():
-                return node.value
-            case ast.Attribute(value=ast.Name(id=owner), attr=attribute):
-                return self.attribute(node, owner, attribute)
-            case ast.Name(id=name):
-                return self.numbers[name]
-            case ast.Tuple(elts=items) | ast.List(elts=items):
-                return tuple(self.value(item) for item in items)
-            case ast.BoolOp(op=op, values=operands):
-                stop_at = isinstance(op, ast.Or)
-                result: _Value = None
-                for operand in operands:
-                    result = self.value(operand)
-                    if bool(result) == stop_at:
-                        break
-                return result
-            case ast.UnaryOp(op=sign, operand=operand):
-                value = self.value(operand)
-                if not isinstance(sign, ast.Not):
-                    self.need_numbers(node, value)
-                return _UNARY[type(sign)](value)
-            case ast.BinOp(op=arithmetic):
-                left, right = self.value(node.left), self.value(node.right)
-                self.need_numbers(node, left, right)
-                return self.guarded(node, _ARITHMETIC[type(arithmetic)], left, right)
-            case ast.Compare():
-                return self.compare(node)
-            case ast.Call(func=ast.Name(id="present"), args=[ast.Name(id=owner)]):
-                return self.values.get(owner) is not None
-            case ast.Call(func=ast.Name(id="count"), args=[ast.Name(id=owner)]):
-                return self.counts.get(owner, int(self.values.get(owner) is not None))
-            case ast.Call(func=ast.Name(id=name), args=arguments):
-                values = [self.value(argument) for argument in arguments]
-                return self.guarded(node, _FUNCTIONS[name][0], *values)
-        raise AssertionError(f"an unchecked {type(node).__name__}")
-
-    def attribute(self, node: ast.expr, owner: str, attribute: str) -> AttributeValue:
-        attributes = self.values.get(owner)
-        if attributes is None:
-            self.fail(node, f"'{owner}' is absent here; guard it with present({owner})")
-        value = attributes.get(attribute)
-        if value is None:
-            self.fail(node, f"the operator has no attribute '{attribute}'")
-        return value
-
-    def compare(self, node: ast.Compare) -> bool:
-        left = self.value(node.left)
-        for op, comparator in zip(node.ops, node.comparators, strict=True):
-            right = self.value(comparator)
-            if not self.guarded(node, _COMPARISONS[type(op)], left, right):
-                return False
-            left = right
-        return True
-
-    def need_numbers(self, node: ast.expr, *values: _Value) -> None:
-        # "a" * 10**9 and "%9999d" % 1 are arithmetic to Python; numbers cannot explode.
-        for value in values:
-            if not isinstance(value, int | float):
-                self.fail(node, f"arithmetic on {value!r}, which is not a number")
-
-    def guarded(self, node: ast.expr, function: Callable[..., _Value], *values: _Value) -> _Value:
-        try:
-            return function(*values)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            shown = ", ".join(repr(value) for value in values)
-            self.fail(node, f"{error} (on {shown})")
-
-    def fail(self, node: ast.expr, message: str) -> NoReturn:
-        text = self.expression.text
-        start = len(text) - len(text.lstrip())
-        raise ExpressionError("expression-failed", message, *_span(text, start, node))
