@@ -34,7 +34,7 @@ from torch import nn
 from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse, match_model
 from fxcompress.pipeline.build import rewrite
-from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import gather_sites
 from fxcompress.plans.plan import Plan
@@ -121,9 +121,10 @@ def measure(
             if decomposed is None:
                 whole = match_model(base.model, everything, base.recording)
                 spec = everything.rules.metric
-                decomposed = decompose_sites(
+                _, groups = gather_sites(base.model, base.recording, whole)
+                decomposed = decompose_groups(
                     base.model,
-                    *gather_sites(base.model, base.recording, whole),
+                    groups,
                     metric_from(
                         dict(calibration.moments),
                         METRICS[metric],
@@ -132,13 +133,13 @@ def measure(
                 )
             loaded = rules(metric, allocation, form, keep)
             matched = match_model(base.model, loaded, base.recording)
-            sites, bundles = gather_sites(base.model, base.recording, matched)
+            sites, groups = gather_sites(base.model, base.recording, matched)
             analysis = replace(
                 base,
                 rules=loaded,
                 matched=matched,
                 sites=sites,
-                bundles=bundles,
+                groups=groups,
                 decomposed=decomposed,
             )
             with stages(False) as silent:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import JointBody, find_form, find_joint_form
+from fxcompress.forms import Body, find_form
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
@@ -22,7 +22,6 @@ from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
 from fxcompress.rewrite import (
-    Bodies,
     Factorized,
     JointMember,
     apply_plan,
@@ -67,14 +66,14 @@ def rewrite(
     joined = {site.name for those in bundles.values() for site in those}
     alone = [site for site in sites if site.name not in joined]
     single = "low_rank" if form == "joint" else form
-    bodies = Bodies(
-        {site.name: body_of(work.get_submodule(site.name), site, single, rank) for site in alone},
-        {name: joint_body_of(work, those, rank) for name, those in bundles.items()},
-    )
+    bodies = {name: joint_body_of(work, those, rank) for name, those in bundles.items()}
+    for site in alone:
+        head = body_of(work.get_submodule(site.name), site, single, rank)
+        bodies[site.name] = Body(None, (head,))
     rewritten = skeleton(model)
     entries = [entry(site, single, rank or site.shape.full_rank) for site in alone]
     for name, those in bundles.items():
-        full = find_joint_form("joint").full_rank([site.shape for site in those])
+        full = find_form("joint").full_rank([site.shape for site in those])
         entries += [entry(site, "joint", rank or full, full, name) for site in those]
     apply_plan(rewritten, plan_for(entries), bodies)
     return Rewritten(model, own_parameters(rewritten, model), sites)
@@ -95,7 +94,7 @@ def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -
     return body
 
 
-def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> JointBody:
+def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> Body:
     """A filled joint body for linear modules on one input, decomposed in a random metric."""
     modules = [model.get_submodule(site.name) for site in sites]
     spectrum = decompose(
@@ -104,7 +103,7 @@ def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) 
         random_spd(sum(site.out_features for site in sites)),
         damping=(0.0, 0.0),
     )
-    form = find_joint_form("joint")
+    form = find_form("joint")
     rank = rank or form.full_rank([site.shape for site in sites])
     body = form.empty([site.shape for site in sites], rank)
     lefts = spectrum.left[:, :rank].split([site.out_features for site in sites])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.operators.convolution import ConvShape
 from fxcompress.operators.modules import shape_of
-from fxcompress.operators.shape import ConvShape
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.held_back import DAMPING, Division
 from fxcompress.plans.plan import HeldBack, Plan, plan_of

@@ -27,7 +27,7 @@ LAYERS = [
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
-    {"pipeline.solving", "pipeline.measure"},
+    {"pipeline.solving", "pipeline.measure", "pipeline.unmatched"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},
@@ -150,7 +150,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "transformers",
+    "jinja2", "networkx", "scipy", "transformers",
 }  # fmt: skip
 
 

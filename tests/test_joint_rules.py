@@ -236,12 +236,12 @@ def test_an_fx_graph_gets_the_shared_nodes_once(make: str, tmp_path: Path) -> No
 
 
 def test_a_joint_form_that_fails_is_replanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxcompress.forms import FormError, find_joint_form
+    from fxcompress.forms import FormError, find_form
 
     def fails(*_: Any) -> None:
         raise FormError("no luck")
 
-    monkeypatch.setattr(type(find_joint_form("joint")), "fill", fails)
+    monkeypatch.setattr(type(find_form("joint")), "fill", fails)
     with pytest.warns(fxcompress.FxcompressWarning, match="joint was given up: no luck"):
         small = compiled(rules(QKV, GATES, REST))
     assert {form for form, _ in forms(small).values()} <= {"low_rank", None}
@@ -250,9 +250,9 @@ def test_a_joint_form_that_fails_is_replanned(monkeypatch: pytest.MonkeyPatch) -
 
 def test_wrong_heads_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member is compared with its own rows, on inputs that it met."""
-    from fxcompress.forms import find_joint_form
+    from fxcompress.forms import find_form
 
-    form = find_joint_form("joint")
+    form = find_form("joint")
     fill = type(form).fill
 
     def swapped(self: Any, body: Any, lefts: Any, right: Tensor, biases: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ranks from one global budget (design section 5): numpy only, no model needed.
+"""Ranks from one global budget: numpy and scipy only, no model needed.
 
 >>> import numpy as np
 >>> from fxcompress.budget import Candidate, Option, allocate, permitted_ranks
@@ -10,29 +10,29 @@
 >>> found.choices["up"]
 Choice(form='low_rank', rank=2, loss=2.5, cost=32.0)
 
-Both sites as a :class:`Bundle`, which a joint form may rewrite together, at a lesser cost:
+Both sites by themselves, or together in a joint form at a lesser cost:
 
->>> from fxcompress.budget import Bundle
+>>> from fxcompress.budget import Alternatives, Mode
+>>> single = (Candidate("up", 48.0, (option,)), Candidate("down", 48.0, (option,)))
 >>> joint = Option("joint", ranks, loss=2.0 * tails, cost=ranks * (4.0 + 2.0 * 12.0))
->>> found = allocate(
-...     [Candidate("up", 48.0, (option,)), Candidate("down", 48.0, (option,))],
-...     64,
-...     [Bundle("both", ("up", "down"), (joint,))],
-... )
->>> found.joint["both"]
-Choice(form='joint', rank=2, loss=5.0, cost=56.0)
->>> found.choices["up"]
-Choice(form='joint', rank=2, loss=0.0, cost=0.0)
+>>> modes = (Mode("single", single), Mode("joint", (Candidate("both", None, (joint,)),)))
+>>> found = allocate([Alternatives("both", modes)], 64)
+>>> found.modes
+{'both': 'joint'}
+>>> found.choices
+{'both': Choice(form='joint', rank=2, loss=5.0, cost=56.0)}
 """
 
-from fxcompress.budget._bundles import least_cost
-from fxcompress.budget._entities import Resource
+from fxcompress.budget._instance import least_cost
 from fxcompress.budget.problem import (
     Allocation,
-    Bundle,
+    Alternatives,
     Candidate,
     Choice,
+    Entity,
+    Mode,
     Option,
+    Resource,
     permitted_ranks,
 )
 from fxcompress.budget.solver import allocate
@@ -41,9 +41,11 @@ from fxcompress.budget.within import Together, allocate_within
 
 __all__ = [
     "Allocation",
-    "Bundle",
+    "Alternatives",
     "Candidate",
     "Choice",
+    "Entity",
+    "Mode",
     "Option",
     "Resource",
     "Together",

@@ -1,11 +1,11 @@
 """The budget problem and its answer, as frozen values.
 
 A :class:`Candidate` is a site as the budget sees it: what leaving it dense costs, and what each
-permitted (form, rank) would cost and lose.  A :class:`Bundle` is several of them that one joint
-form may rewrite together.  The answer is an :class:`Allocation`: one :class:`Choice` per
-candidate, and one per bundle that is rewritten jointly.  Losses are in nats (the predicted KL
-divergence to the dense model, design section 4); costs are in whatever unit the budget has
-(parameters, MACs, bytes, seconds).
+permitted (form, rank) would cost and lose.  :class:`Alternatives` are the modes in which some sites
+can be treated together, of which one is taken: each has candidates of its own.  The answer is an
+:class:`Allocation`: one mode of all alternatives, one :class:`Choice` for each candidate that is
+then there.  Losses are in nats (the predicted KL divergence to the dense model); costs are in
+whatever unit the budget has (parameters, MACs, bytes, seconds).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,69 +78,136 @@ class Option:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A site as the budget sees it.
-
-    Leaving the site dense (loss 0, cost ``dense_cost``) is always one of its choices.
+    """A site as the budget sees it, or whatever else is given one form and one rank.
 
     Attributes:
-        name: name of the site, unique in the problem.
-        dense_cost: cost of leaving the site as it is, in the budget's unit; finite, >= 0.
-        options: the forms the site may take, each form once; if empty, the site stays dense.
+        name: unique in the problem, but that the modes of alternatives may share candidates.
+        dense_cost: cost of leaving it as it is, which loses nothing, in the budget's unit; finite,
+            >= 0.  None if that is no choice, as for sites that are in one joint form.
+        options: the forms it may take, each form once; if empty, it stays dense.
         group: all candidates of one group get the same form and the same rank, or all of
-            them stay dense; None for a site on its own.
+            them stay dense; None for a candidate on its own.
 
     Raises:
-        ValueError: naming the candidate, if it or one of its options is malformed.
+        ValueError: naming the candidate, if it or one of its options is malformed, or if it has
+            no choice at all.
     """
 
     name: str
-    dense_cost: float
+    dense_cost: float | None
     options: tuple[Option, ...]
     group: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dense_cost < math.inf:
-            raise ValueError(
-                f"candidate {self.name!r}: dense_cost must be finite and not negative, "
-                f"not {self.dense_cost}"
-            )
+        _check_number(f"candidate {self.name!r}", "dense_cost", self.dense_cost or 0.0)
         _check_options(f"candidate {self.name!r}", self.options)
+        if self.dense_cost is None and not any(option.ranks.size for option in self.options):
+            raise ValueError(f"candidate {self.name!r} has no rank, and it cannot stay dense")
 
 
 @dataclass(frozen=True, eq=False)
-class Bundle:
-    """Candidates that one joint form may rewrite together, such as linears on one input.
-
-    Either every member makes a choice of its own, as if there were no bundle, or the whole
-    bundle takes one of the joint choices.
+class Mode:
+    """One way to treat some sites together, with what is then left to choose.
 
     Attributes:
-        name: name of the bundle, unique among the bundles of the problem.
-        members: names of its candidates, at least one; each is in one bundle and in no group.
-        options: the joint forms, each form once; loss and cost are those of the whole bundle.
-            If empty, the members choose for themselves.
+        name: unique among its alternatives.
+        members: what there is to choose for in this mode; each in no group.
+        loss: what the mode itself loses, whatever its members choose, in nats; finite, >= 0.
+        cost: what the mode itself costs, in the budget's unit; finite, >= 0.
 
     Raises:
-        ValueError: naming the bundle, if it or one of its options is malformed.
+        ValueError: naming the mode, if it is malformed.
     """
 
     name: str
-    members: tuple[str, ...]
-    options: tuple[Option, ...]
+    members: tuple[Candidate, ...]
+    loss: float = 0.0
+    cost: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.members:
-            raise ValueError(f"bundle {self.name!r} has no members")
-        _check_options(f"bundle {self.name!r}", self.options)
+        _check_number(f"mode {self.name!r}", "loss", self.loss)
+        _check_number(f"mode {self.name!r}", "cost", self.cost)
+        seen: set[str] = set()
+        for member in self.members:
+            problem = None
+            if member.name in seen:
+                problem = "is in it already"
+            elif member.group is not None:
+                problem = f"is in group {member.group!r}, which gives it the ranks of others"
+            if problem is not None:
+                raise ValueError(f"mode {self.name!r}: its member {member.name!r} {problem}")
+            seen.add(member.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Alternatives:
+    """The modes in which some sites can be treated, of which one is taken.
+
+    Linears on one input: each for itself, or all in one joint form,
+
+        >>> import numpy as np
+        >>> def at(loss, cost):
+        ...     return (Option("low_rank", np.array([1]), np.array([loss]), np.array([cost])),)
+        >>> members = (Candidate("q", 9.0, at(0.3, 6.0)), Candidate("k", 9.0, at(0.2, 6.0)))
+        >>> whole = Candidate("qk", None, at(0.4, 9.0))
+        >>> qk = Alternatives("qk", (Mode("single", members), Mode("joint", (whole,))))
+
+    or a hidden value at one of several widths, at each of which the operators around it have ranks
+    of their own:
+
+        >>> def up(width):
+        ...     return Candidate("up", 4.0 * width, at(0.1 * width, 2.0 + width))
+        >>> modes = (Mode("8", (up(8),)), Mode("6", (up(6),), loss=0.5, cost=1.0))
+        >>> hidden = Alternatives("hidden", modes)
+
+    Attributes:
+        name: unique in the problem.
+        modes: at least one; a site that is in several has the same name in each, and choices of
+            its own.  Of equally good modes the first is taken.
+
+    Raises:
+        ValueError: naming the alternatives, if there is no mode or two have one name.
+    """
+
+    name: str
+    modes: tuple[Mode, ...]
+
+    def __post_init__(self) -> None:
+        if not self.modes:
+            raise ValueError(f"alternatives {self.name!r} have no mode")
+        names = [mode.name for mode in self.modes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"alternatives {self.name!r}: two modes have the name {name!r}")
+
+
+Entity: TypeAlias = Candidate | Alternatives
+"""What a budget is shared out among."""
+
+
+@dataclass(frozen=True, eq=False)
+class Resource:
+    """One of several limited quantities: what there is to choose for, with costs in its unit.
+
+    Attributes:
+        name: unique, ``"parameters"``.
+        budget: limit on the total cost; finite, not negative.
+        entities: equal in all resources but for their costs; a site that a resource is not
+            about costs nothing in it, dense or not.
+    """
+
+    name: str
+    budget: float
+    entities: tuple[Entity, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one site, or of one bundle.
+    """What becomes of one candidate.
 
     Attributes:
-        form: name of the form chosen; None if the site stays dense.
-        rank: rank chosen; None if the site stays dense.
+        form: name of the form chosen; None if it stays dense.
+        rank: rank chosen; None if it stays dense.
         loss: predicted loss of the choice, in nats.
         cost: cost of the choice, in the budget's unit.
     """
@@ -155,17 +223,15 @@ class Allocation:
     """One choice per candidate, within the budget.
 
     Attributes:
-        choices: from the name of each candidate, in the order given, to its choice.  A member of
-            a bundle in ``joint`` has the joint form and rank, with loss and cost 0: those of the
-            bundle are counted once, in ``joint``.
+        choices: from the name of each candidate to its choice, in the order given; of alternatives
+            those of the mode that is taken.
         multiplier: the Lagrange multiplier λ at the optimum of the dual, in nats per unit of
             cost; NaN where no dual problem was solved.
-        loss: sum of the losses of the choices and the joint choices, in nats.
+        loss: sum of the losses of the choices and the modes, in nats.
         cost: sum of the costs of both (correctly rounded), never above ``budget``.
         budget: the budget given.
         bound: a lower bound on the loss of *any* allocation within the budget, in nats.
-        joint: from the name of each bundle that is rewritten jointly, in the order given, to the
-            choice of the whole bundle.
+        modes: from the name of all alternatives, in the order given, to the mode that is taken.
     """
 
     choices: Mapping[str, Choice]
@@ -174,12 +240,18 @@ class Allocation:
     cost: float
     budget: float
     bound: float
-    joint: Mapping[str, Choice] = field(default_factory=dict)
+    modes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
         """How far the loss can be from the least possible, in nats: ``loss - bound`` >= 0."""
         return self.loss - self.bound
+
+
+def _check_number(owner: str, name: str, value: float) -> None:
+    """Raise ValueError, naming the owner, for a loss or cost that no one can have."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{owner}: {name} must be finite and not negative, not {value}")
 
 
 def _check_options(owner: str, options: Sequence[Option]) -> None:

@@ -10,32 +10,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxcompress.budget._bundles import AnySite, Problem, allocation_of, check_budget, problem_of
-from fxcompress.budget._frontier import total_cost
-from fxcompress.budget.problem import Allocation, Bundle, Candidate
+from fxcompress.budget._instance import (
+    Instance,
+    Pick,
+    Ways,
+    allocation_of,
+    beyond,
+    check_budget,
+    instance_of,
+)
+from fxcompress.budget._slots import Slot
+from fxcompress.budget.problem import Allocation, Entity
 
 # Halvings of [0, 1]: finer than the fractions of two ranks of a site can be apart.
 _HALVINGS = 60
 
 
-def allocate_uniform(
-    candidates: Sequence[Candidate], budget: float, bundles: Sequence[Bundle] = ()
-) -> Allocation:
-    """Give every site (or group, or bundle) the same fraction q of its dense cost.
+def allocate_uniform(entities: Sequence[Entity], budget: float) -> Allocation:
+    """Give every site (or group, or alternatives) the same fraction q of its dense cost.
 
     Each site takes the choice of least loss that costs at most q times its dense cost; its
     cheapest choice if none is that cheap; dense only at q = 1, or if nothing else is cheaper.
-    A bundle is rewritten jointly if that loses less than its members by themselves; if not both
-    cost at most q times its dense cost, the cheaper of the two is taken.
+    Alternatives have the dense cost of their first mode, of which a member that cannot stay dense
+    takes part like all others.  Of two modes that cost at most q times that, the one that loses
+    less is taken; if not both do, the cheaper one.
     q is found by bisection: at q the total cost is within the budget, at the next number it is
-    not.  Without bundles that is the greatest such q in [0, 1]; with them there can be others,
-    as a bundle can become cheaper when it changes to its members.  Sites of one shape move
-    together, so a part of the budget can stay unspent.
+    not.  Without alternatives that is the greatest such q in [0, 1]; with them there can be others,
+    as they can become cheaper when the mode changes.  Sites of one shape move together, so a part
+    of the budget can stay unspent.
 
     Args:
-        candidates: the sites, with distinct names.
+        entities: the sites, and the alternatives for some of them together.
         budget: limit on the total cost, in the unit of the costs.
-        bundles: candidates that a joint form may rewrite together, with distinct names.
 
     Returns:
         The allocation.  Nothing is minimised over the sites together, so there is no multiplier
@@ -44,40 +50,55 @@ def allocate_uniform(
     Raises:
         BudgetError, ValueError: as :func:`fxcompress.budget.allocate`.
     """
-    problem = problem_of(candidates, bundles)
-    check_budget(problem, budget)
-    sites, picks = _at(problem, 1.0)
-    if total_cost(sites, picks) > budget:
+    instance = instance_of([entities], [budget])
+    check_budget(instance)
+    picks = _at(instance, 1.0)
+    if instance.cost(picks) > budget:
         below, above = 0.0, 1.0
-        sites, picks = _at(problem, 0.0)
+        picks = _at(instance, 0.0)
         for _ in range(_HALVINGS):
             middle = 0.5 * (below + above)
-            tried_sites, tried = _at(problem, middle)
-            if total_cost(tried_sites, tried) <= budget:
-                below, sites, picks = middle, tried_sites, tried
+            tried = _at(instance, middle)
+            if instance.cost(tried) <= budget:
+                below, picks = middle, tried
             else:
                 above = middle
-    return allocation_of(candidates, sites, picks, budget, multiplier=math.nan, bound=0.0)
+    return allocation_of(entities, instance, picks, multiplier=math.nan, bound=0.0)
 
 
-def _at(problem: Problem, fraction: float) -> tuple[list[AnySite], list[int]]:
-    """The sites in use and their choices at a fraction of the dense cost."""
-    picks: dict[AnySite, int] = {site: _pick(site, fraction) for site in problem.all_sites()}
-    joint = []
-    for bundle in problem.bundles:
-        limit = fraction * bundle.dense_cost
-        cost, loss = bundle.beyond_apart(picks)
-        apart = total_cost(bundle.apart, [picks[site] for site in bundle.apart])
-        # The better mode if both are within the fraction, otherwise the cheaper one.
-        both = max(apart, bundle.cost_at(picks[bundle])) <= limit
-        joint.append((loss, cost) < (0.0, 0.0) if both else (cost, loss) < (0.0, 0.0))
-    sites = problem.sites(joint)
-    return sites, [picks[site] for site in sites]
+def _at(instance: Instance, fraction: float) -> list[Pick]:
+    """What every entity takes at a fraction of its dense cost."""
+    return [_pick(ways, fraction) for ways in instance.entities]
 
 
-def _pick(site: AnySite, fraction: float) -> int:
-    """The best choice within a fraction of the dense cost; the cheapest if there is none."""
-    limit = fraction * site.dense_cost
-    if site.top_cost <= limit:
-        return site.last
-    return max(int(np.searchsorted(site.cost, limit, side="right")) - 1, 0)
+def _pick(ways: Ways, fraction: float) -> Pick:
+    whole = math.fsum(map(_dense_cost, ways[0].slots)) + ways[0].cost[0]
+    picks = []
+    for at, way in enumerate(ways):
+        # What cannot stay dense stands for all that the alternatives are about.
+        limits = [fraction * (_dense_cost(slot) or whole) for slot in way.slots]
+        choices = [_within(slot, limit) for slot, limit in zip(way.slots, limits, strict=True)]
+        picks.append((at, tuple(choices)))
+    best = picks[0]
+    for other in picks[1:]:
+        loss, (cost,) = beyond(ways, other, best)
+        costs = [math.fsum(ways[at].costs(choices)) for at, choices in (best, other)]
+        # The better way if both are within the fraction, otherwise the cheaper one.
+        if max(costs) <= fraction * whole:
+            better = (loss, cost) < (0.0, 0.0)
+        else:
+            better = (cost, loss) < (0.0, 0.0)
+        best = other if better else best
+    return best
+
+
+def _dense_cost(slot: Slot) -> float:
+    """Cost of leaving all members dense; 0 if they cannot be."""
+    return math.fsum(member.dense_cost or 0.0 for member in slot.members[0])
+
+
+def _within(slot: Slot, limit: float) -> int:
+    """The best choice within a limit on its cost; the cheapest if there is none."""
+    if slot.cost_at(slot.last) <= limit:
+        return slot.last
+    return max(int(np.searchsorted(slot.cost[0], limit, side="right")) - 1, 0)

@@ -37,7 +37,7 @@ from fxcompress.forms.form import (
     linear,
 )
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 
 LARGEST_ENTRY = 4.0
 """Largest entry of the combination matrix that is left in place."""

@@ -128,7 +128,7 @@ class Target:
     """One weight, or several on one input stacked to one, as a form sees it.
 
     Attributes:
-        weight: W in canonical layout (:mod:`fxcompress.forms.shape`), in the model's type.
+        weight: W in canonical layout (:mod:`fxcompress.operators.shape`), in the model's type.
         quadratic: the metric; None once it was given up, to free its memory.
         views: what was computed of :meth:`truncations`.
     """

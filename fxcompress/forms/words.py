@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from fxcompress.operators.words import CONVOLUTIONS, TRANSPOSED
+from fxcompress.operators.words import TRANSPOSED, operators_of
 
 GROUP = "fxcompress.forms"
 """Entry points of this group name modules that register forms when they are imported."""
@@ -33,8 +33,8 @@ class FormWord:
     joint: bool = False
 
 
-_CONVOLUTIONS = frozenset(CONVOLUTIONS)
-_BOTH_WAYS = _CONVOLUTIONS | frozenset(TRANSPOSED)
+_BOTH_WAYS = operators_of("convolution")
+_CONVOLUTIONS = _BOTH_WAYS - TRANSPOSED
 
 BUILT_IN: Mapping[str, FormWord] = {
     "fxcompress.forms.low_rank:LOW_RANK": FormWord("low_rank", frozenset({"linear"})),

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, Weight
-from fxcompress.operators.modules import is_hf_conv1d
+from fxcompress.operators.modules import kind_of
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -125,12 +125,6 @@ def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator
     return None
 
 
-_PLAIN_CLASSES = (
-    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-
-
 # What a linear map, a convolution and a look-up can be written with.
 _PARTS: dict[type[nn.Module], set[str]] = {
     nn.Linear: {"linear", "matmul", "mm", "transpose", "add", "addmm"},
@@ -207,11 +201,8 @@ def _inputs(module: Any, draw: torch.Generator) -> list[torch.Tensor]:
 
 def _runs_as_usual(module: nn.Module) -> bool:
     """Whether a module computes what its base class does, in the same way."""
-    for base in _PLAIN_CLASSES:
-        if isinstance(module, base):
-            methods = ("forward", "_conv_forward", "_output_padding")
-            return all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
-    return is_hf_conv1d(module) and type(module).__name__ == "Conv1D"
+    kind = kind_of(module)
+    return kind is not None and kind.is_plain(module)
 
 
 def _scopes(strangers: tuple[str, ...]) -> str:

@@ -9,14 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fxcompress.operators.words import OPERATORS
+
 MODULES: Mapping[str, str] = MappingProxyType(
     {
-        "Conv1d": "conv1d",
-        "Conv2d": "conv2d",
-        "Conv3d": "conv3d",
-        "ConvTranspose1d": "conv_transpose1d",
-        "ConvTranspose2d": "conv_transpose2d",
-        "ConvTranspose3d": "conv_transpose3d",
         "BatchNorm1d": "batch_norm",
         "BatchNorm2d": "batch_norm",
         "BatchNorm3d": "batch_norm",
@@ -52,7 +48,7 @@ _GELU = {
     **dict.fromkeys(("GELUTanh", "PytorchGELUTanh"), "tanh"),
 }
 # These promise their attributes to a rule, so a class that only has the name is not one.
-_WEIGHTED = {"linear", "embedding", *(name for name in MODULES.values() if "conv" in name)}
+_WEIGHTED = OPERATORS.keys()
 # Torch has two names for some functions.
 _ALIASES = {
     "absolute": "abs",

@@ -33,7 +33,6 @@ from fxcompress.errors import RecordError
 from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.eager import eager
 from fxcompress.graph.flops import FlopCounter
-from fxcompress.graph.functional import CONVOLUTIONS
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.names import function_name, function_operator
 from fxcompress.graph.operator import Operator
@@ -43,6 +42,7 @@ from fxcompress.graph.randomness import Watched, expect_draws
 from fxcompress.graph.union import union
 from fxcompress.graph.values import is_tensor, shape_of, tensors_in
 from fxcompress.graph.versions import Version, Versions, counter
+from fxcompress.operators.words import OPERATORS
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
 # attribute (``__get__``) that is no tensor itself: ``x.shape``, but not ``x.T``.
@@ -399,7 +399,8 @@ class _Recorder(TorchFunctionMode):
         self.reads[key].append(node)
         self.sources[key].append(f"{producer}@{self.versions.of(data)}")
         op = node.meta["op"]
-        extents = int(op[-2]) if op in CONVOLUTIONS else None
+        takes = OPERATORS[op].takes if op in OPERATORS else "rows"
+        extents = OPERATORS[op].ops[op] if takes == "patches" else None
         data = physical(data, extents).detach()
         if not data.dim() or not data.numel():
             return
@@ -409,15 +410,13 @@ class _Recorder(TorchFunctionMode):
             few = max(1, SAMPLE_ENTRIES // max(1, items[:1].numel()))
             self.samples[key].append(items[: min(few, SAMPLE_ROWS)].nan_to_num(0, 0, 0))
             return
-        rows = data.reshape(-1) if op == "embedding" else data.reshape(-1, data.shape[-1])
+        rows = data.reshape(-1) if takes == "indices" else data.reshape(-1, data.shape[-1])
         self.rows[key] += len(rows)
-        if data.is_floating_point() or op == "embedding":
+        if data.is_floating_point() or takes == "indices":
             step = max(1, len(rows) // SAMPLE_ROWS)
             some = rows[::step][:SAMPLE_ROWS]
             # Padding may hold anything.
-            self.samples[key].append(
-                some.nan_to_num(0, 0, 0) if op != "embedding" else some.clone()
-            )
+            self.samples[key].append(some.nan_to_num(0, 0, 0) if takes == "rows" else some.clone())
 
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""

@@ -30,14 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import LinearShape
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric.moments import normalized, times_power
 from fxcompress.metric.passes import InputKey, input_key, input_mask
 from fxcompress.metric.quadratic import Kronecker
-from fxcompress.metric.rows import input_rows
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
@@ -71,7 +69,7 @@ def correctable(
     return [
         site
         for site in sites
-        if isinstance(site.shape, LinearShape)
+        if site.shape.takes == "rows"
         and ranks.get(site.name) is not None
         and isinstance(metric := metrics[site.name], Kronecker)
         and isinstance(metric.outputs, Whitener)
@@ -183,7 +181,7 @@ def _inputs(
             value = args[0] if args else next(iter(kwargs.values()))
             with mask.paused():
                 real = input_mask(mask, site, value, value)
-                seen.setdefault(key, []).extend(input_rows(value, site.shape, real))
+                seen.setdefault(key, []).extend(site.shape.input_rows(value, real))
 
         return keep
 

@@ -24,7 +24,6 @@ from fxcompress.graph.marks import PAD
 from fxcompress.graph.padding import NONE, Padding
 from fxcompress.metric.passes import output_marks
 from fxcompress.metric.quadratic import Kronecker
-from fxcompress.metric.rows import output_rows
 from fxcompress.metric.whiten import Whitener
 from fxcompress.pipeline.sites import Site
 
@@ -108,7 +107,7 @@ class Features:
             if not calls:
                 continue
             rows = [
-                output_rows(after, site.shape, real) - output_rows(before, site.shape, real)
+                site.shape.output_rows(after, real) - site.shape.output_rows(before, real)
                 for (before, _), (after, real) in calls
             ]
             change = torch.cat([each.flatten(0, -2) for each in rows]).float()

@@ -16,13 +16,12 @@ decomposed in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fxcompress.errors import RuleError
@@ -37,12 +36,11 @@ from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
 from fxcompress.pipeline.decomposition import (
     Decomposed,
     Decomposition,
-    decompose_bundle,
-    decompose_site,
+    decompose,
     metric_from,
 )
 from fxcompress.pipeline.pricing import Costs, Pricing
-from fxcompress.pipeline.sites import Site, SiteBundle, decoded
+from fxcompress.pipeline.sites import Group, Site, decoded
 from fxcompress.pipeline.solving import Solution, solve
 from fxcompress.plans.plan import Unit
 from fxcompress.rules import LoadedRules
@@ -133,38 +131,21 @@ class Thresholded:
 
     def ranks(self) -> dict[str, int | None]:
         """Rank of every site, as the solver encodes it, that of its bundle if it has one."""
-        allocation = self.solution.allocation
-        joint = {
-            site.name: allocation.joint[bundle.name].rank
-            for bundle in self.analysis.bundles
-            if bundle.name in allocation.joint
-            for site in bundle.sites
+        return {
+            site.name: choice.rank
+            for group, choice in self.solution.decided(self.analysis.groups)
+            for site in group.sites
         }
-        own = {name: choice.rank for name, choice in allocation.choices.items()}
-        return {**own, **joint}
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
         """Every site that does not stay as it is, with its new weight (canonical layout)."""
-        allocation, analysis = self.solution.allocation, self.analysis
-        together: set[str] = set()
-        for bundle in analysis.bundles:
-            choice = allocation.joint.get(bundle.name)
-            if choice is not None and choice.form is not None:
-                assert choice.rank is not None
-                target = analysis.decomposed.bundles[bundle.name].target
-                left, right = target.truncations().factors(choice.rank)
-                rows = [site.out_features for site in bundle.sites]
-                for site, part in zip(bundle.sites, torch.split(left, rows), strict=True):
-                    together.add(site.name)
-                    yield site, part @ right
-        for site in analysis.sites:
-            choice = allocation.choices[site.name]
-            if site.name in together or choice.form is None or choice.rank is None:
+        for group, choice in self.solution.decided(self.analysis.groups):
+            if choice.form is None or choice.rank is None:
                 continue
-            form = site.forms[choice.form]
-            rank = decoded(form.full_rank(site.shape), choice.rank)
-            factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
-            yield site, form.product(site.shape, factors)
+            form = group.forms[choice.form]
+            rank = decoded(form.full_rank(), choice.rank)
+            factors = form.factors(self.analysis.decomposed.groups[group.name].target, rank)
+            yield from zip(group.sites, form.products(factors), strict=True)
 
 
 def threshold(
@@ -193,54 +174,50 @@ def threshold(
     survey = replace(survey, rules=rules)
     if len(rules.rules.budgets) > 1 or rules.rules.solver.allocation != "global":
         starts = {}  # there is no one multiplier to tell by what may be missing
-    sites = {site.name: site for site in survey.sites}
-    together = {
-        bundle.name: metric
-        for bundle in survey.bundles
-        if (metric := _stacked(bundle, metrics)) is not None
+    metrics = {
+        **metrics,
+        **{
+            group.name: metric
+            for group in survey.several
+            if (metric := _stacked(group, metrics)) is not None
+        },
     }
-    bundles = {bundle.name: bundle for bundle in survey.bundles if bundle.name in together}
+    groups = {group.name: group for group in survey.groups if group.name in metrics}
 
-    def decompose(name: str, iterations: int | None) -> Decomposed:
-        if name in sites:
-            metric = _warmed(metrics[name], starts.get(name), iterations)
-            return decompose_site(survey.model, sites[name], metric)
-        metric = _warmed(together[name], starts.get(name), iterations)
-        return decompose_bundle(survey.model, bundles[name], metric)
+    def decomposed(name: str, iterations: int | None) -> Decomposed:
+        metric = _warmed(metrics[name], starts.get(name), iterations)
+        return decompose(survey.model, groups[name], metric)
 
     found: dict[str, Decomposed] = {}
-    for name in (*sites, *bundles):
-        found[name] = decompose(name, ITERATIONS[0])
+    for name in groups:
+        found[name] = decomposed(name, ITERATIONS[0])
         tick()
     full = {name for name in found if name not in starts}
     for iterations in (*ITERATIONS[1:], None, None):
-        analysis = _analysis(survey, found, metrics, bundles)
+        analysis = _analysis(survey, found, metrics)
         solution = solve(analysis, pricings, {})
         more = _uncertain(analysis, solution, pricings)
         if not more:
             break
         # Another λ may cast doubt on others: the last time, nothing that is doubtful is left.
         for name in more:
-            found[name] = decompose(name, iterations)
+            found[name] = decomposed(name, iterations)
         if iterations is None:
             full |= more
     else:
         full = {*found}
-        found = {name: decompose(name, None) for name in found}
-        analysis = _analysis(survey, found, metrics, bundles)
+        found = {name: decomposed(name, None) for name in found}
+        analysis = _analysis(survey, found, metrics)
         solution = solve(analysis, pricings, {})
     return Thresholded(
-        analysis, solution, dict(_starts(analysis, {**metrics, **together}, solution)),
-        frozenset(full),
+        analysis, solution, dict(_starts(analysis, metrics, solution)), frozenset(full)
     )  # fmt: skip
 
 
-def _stacked(bundle: SiteBundle, metrics: Metrics) -> Quadratic | None:
-    """The metric of a bundle; None if one of its sites has no influence."""
-    parts = [metrics[site.name] for site in bundle.sites]
-    if any(part.null for part in parts):
-        return None
-    return stacked(parts, [site.out_features for site in bundle.sites])
+def _stacked(group: Group, metrics: Metrics) -> Quadratic | None:
+    """The metric of several sites; None if one of them has no influence."""
+    parts = [metrics[site.name] for site in group.sites]
+    return None if any(part.null for part in parts) else stacked(parts, group.rows)
 
 
 def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> Quadratic:
@@ -254,13 +231,9 @@ def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> 
     return Warm(metric.inputs, metric.outputs, {}, basis, iterations, tight=iterations > 1)
 
 
-def _analysis(
-    survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics, bundles: Collection[str]
-) -> Analysis:
-    sites = {name: each for name, each in found.items() if name not in bundles}
-    joint = {name: each for name, each in found.items() if name in bundles}
-    idle = tuple(name for name in sites if metrics[name].null)
-    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, idle))
+def _analysis(survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics) -> Analysis:
+    idle = tuple(name for name in found if metrics[name].null)
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(found, idle))
 
 
 def _spectrum(decomposed: Decomposed) -> Spectrum | None:
@@ -278,18 +251,14 @@ def _uncertain(
     so no choices within the budget lose less than these by more than the duality gap and that.
     """
     pricing, multiplier = next(iter(pricings.values())), solution.limits[0].multiplier
-    parts: list[tuple[Site | SiteBundle, Decomposed]] = [
-        *((site, analysis.decomposed.sites[site.name]) for site in analysis.sites),
-        *((bundle, analysis.decomposed.bundles[bundle.name]) for bundle in analysis.bundles),
-    ]
     out, excess = set(), {}
-    for part, decomposed in parts:
+    for part in analysis.groups:
+        decomposed = analysis.decomposed.groups[part.name]
         spectrum = _spectrum(decomposed)
         if not isinstance(spectrum, Partial):
             continue
         ranks = {form: part.ranks(form) for form in part.forms}
-        price = pricing.single if isinstance(part, Site) else pricing.joint
-        costs = {form: price(part, form, ranks[form]) for form in part.forms}  # type: ignore[arg-type]
+        costs = {form: pricing.at(part, form, ranks[form]) for form in part.forms}
         found = (
             None
             if multiplier is None
@@ -344,8 +313,10 @@ def _starts(
     analysis: Analysis, metrics: Metrics, solution: Solution
 ) -> Iterator[tuple[str, Tensor]]:
     """Bases of all that was cut in the matrix view by a Kronecker metric."""
-    found = {**analysis.decomposed.sites, **analysis.decomposed.bundles}
-    chosen = {**solution.allocation.choices, **solution.allocation.joint}
+    found = analysis.decomposed.groups
+    choices = solution.allocation.choices
+    joint = (group for group in analysis.several if group.name in choices)
+    chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
         choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]

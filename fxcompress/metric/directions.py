@@ -22,9 +22,8 @@ from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
 from fxcompress.metric.quadratic import Stacked
-from fxcompress.metric.rows import BLOCK, conv_rows
 from fxcompress.metric.split import SplitTruncations
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
+from fxcompress.operators.shape import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,29 +160,5 @@ def inner_products(data: Tensor, gradient: Tensor, shape: Shape, these: Componen
     """``⟨∇W, c_i⟩`` for every sample (samples x g x k); a matrix is one position a sample."""
     wide = torch.promote_types(gradient.dtype, these.left.dtype)
     left, right, g = these.left.to(wide), these.right.to(wide), gradient.to(wide)
-    if isinstance(shape, ConvShape):
-        batched = data.dim() > shape.dims + 1
-        out = g.new_zeros(len(data) if batched else 1, shape.groups, left.shape[2])
-        for those, taps, rows in conv_rows(data.to(wide), g, shape):
-            assert rows is not None
-            out[those] += _products(rows, taps, left, right)
-        return out
-    g = g.reshape(len(g), 1, -1, g.shape[-1])
-    if isinstance(shape, EmbeddingShape):
-        columns = [right[..., where].permute(0, 3, 1, 2) for where in data.reshape(len(data), -1)]
-        parts = zip(g, columns, strict=True)
-        return torch.cat([_products(rows[None], each[None], left, None) for rows, each in parts])
-    a = data.to(wide).reshape(len(data), 1, -1, data.shape[-1])
-    some = max(1, BLOCK // (g.shape[2] * left.shape[2]))
-    pairs = zip(torch.split(g, some), torch.split(a, some), strict=True)
-    return torch.cat([_products(rows, inputs, left, right) for rows, inputs in pairs])
-
-
-def _products(rows: Tensor, inputs: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """(s x g x k) from gradients (s x g x l x m) and inputs (s x g x l x n).
-
-    Without ``right`` the inputs are in its coordinates already (s x g x l x k x q).
-    """
-    above = torch.einsum("sglm,gmkq->sglkq", rows, left)
-    below = inputs if right is None else torch.einsum("sgln,gkqn->sglkq", inputs, right)
-    return (above * below).sum((2, 4))
+    data = data.to(wide) if data.is_floating_point() else data
+    return shape.inner_products(data, g, left, right)

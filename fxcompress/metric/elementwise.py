@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, View, arrange, stack
 from fxcompress.metric.metric import Metric
-from fxcompress.operators.shape import ConvShape, Shape
+from fxcompress.operators.shape import Shape, is_grouped
 
 ELEMENTWISE = Metric("elementwise", frozenset({"entries"}), "nats per prediction", None)
 
@@ -73,10 +73,10 @@ class Elementwise:
         """
         if not bool(entries.isfinite().all()):
             raise ValueError("the Fisher weights are not finite")
-        if not isinstance(shape, ConvShape):
+        if not is_grouped(shape):
             return Elementwise(entries, False, unit)
-        sizes = (shape.group_in, *shape.kernel_size)
-        return Elementwise(entries.reshape(*entries.shape[:2], *sizes), True, unit)
+        sizes = (*shape.matrix[:2], -1, *shape.kernel_size)
+        return Elementwise(entries.reshape(sizes), True, unit)
 
     @property
     def null(self) -> bool:

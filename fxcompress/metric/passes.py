@@ -40,7 +40,7 @@ from fxcompress.graph.physical import (
 )
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
+from fxcompress.operators.shape import Shape, channels_of, extents_of
 
 
 class SiteFacts(Protocol):
@@ -282,10 +282,6 @@ def _not_shared(name: str, batch: int) -> str:
     )
 
 
-def _extents(site: SiteFacts) -> int | None:
-    return site.shape.dims if isinstance(site.shape, ConvShape) else None
-
-
 @dataclass
 class _Call:
     """One call of a site.
@@ -435,7 +431,7 @@ class _Session:
 
     @staticmethod
     def _plain(site: SiteFacts, data: Tensor) -> Tensor:
-        return physical(data, _extents(site)).detach()
+        return physical(data, extents_of(site.shape)).detach()
 
     def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
         real = input_mask(self.padding, site, data, out)
@@ -480,11 +476,9 @@ class _Session:
             self.answered[site.name] += call.rows
         if not gradient.numel():
             return  # an expert that nothing was sent to
-        gradient = folded(ordered(gradient.detach()), _extents(site))
+        gradient = folded(ordered(gradient.detach()), extents_of(site.shape))
         if mask is not None:
-            conv = isinstance(site.shape, ConvShape)
-            rows = mask.unsqueeze(-site.shape.dims - 1 if conv else -1)  # type: ignore[union-attr]
-            gradient = gradient.masked_fill(~rows, 0)
+            gradient = gradient.masked_fill(~mask.unsqueeze(channels_of(site.shape)), 0)
         if call.swapped:
             gradient, mask = gradient.transpose(0, 1), None if mask is None else mask.T
         finite = self.visitor.gradient(site, data, gradient, mask)
@@ -511,10 +505,10 @@ def input_mask(padding: Padding, site: SiteFacts, data: Tensor, out: Tensor) -> 
     Raises:
         CalibrationError: which rows are padding could not be followed.
     """
-    if isinstance(site.shape, ConvShape):
+    if site.shape.takes == "patches":
         marks = output_marks(padding, site, out)
         return None if marks is None else marks != PAD
-    dims = 0 if isinstance(site.shape, EmbeddingShape) else 1
+    dims = 0 if site.shape.takes == "indices" else 1
     return padding.real(physical(data), f"the input of {site.name}", dims)
 
 
@@ -529,9 +523,7 @@ def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | Non
     Raises:
         CalibrationError: as :func:`input_mask`.
     """
-    rows = physical(out, _extents(site))
-    if isinstance(site.shape, ConvShape):
-        rows = rows.movedim(-site.shape.dims - 1, -1)
+    rows = physical(out, extents_of(site.shape)).movedim(channels_of(site.shape), -1)
     return padding.row_marks(rows, f"the output of {site.name}")
 
 

@@ -31,7 +31,7 @@ from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
 from fxcompress.metric.split import SplitTruncations
 from fxcompress.metric.tucker import TuckerTruncations
 from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
-from fxcompress.operators.shape import ConvShape, Shape
+from fxcompress.operators.shape import Shape, is_grouped
 
 
 class Whiteners:
@@ -78,7 +78,7 @@ def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whitene
         assert moments.entries is not None
         return Elementwise.of(moments.entries, shape, moments.units[2])
     a, g = metric.factors(moments)
-    groups = shape.groups if isinstance(shape, ConvShape) else 0
+    groups = shape.matrix[0] if is_grouped(shape) else 0
     first, second = _units(moments)
     outputs = whiteners.outputs(g, groups, second)
     pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
@@ -110,7 +110,7 @@ def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor
     for factor, unit in zip(found, _units(moments), strict=True):
         if factor is not None:
             change = change * unit
-    grouped = isinstance(shape, ConvShape)
+    grouped = is_grouped(shape)
     parts = change.flatten(2) if grouped else change[None]
     factors = [
         [None] * len(parts) if factor is None else [*factor] if grouped else [factor]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
 from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
-from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site
+from fxcompress.pipeline.sites import Group
 
 DAMPING = (1e-3, 1e-1)
 """Of the input and the output factor, where there is nothing to choose them on."""
@@ -146,7 +145,7 @@ def default_damping(given: tuple[float | None, float | None]) -> tuple[float, fl
 
 def choose_damping(
     model: nn.Module,
-    sites: Sequence[Site],
+    groups: Sequence[Group],
     metric: Metric,
     moments: Mapping[str, Moments],
     held: Mapping[str, Moments],
@@ -159,14 +158,14 @@ def choose_damping(
 
     Args:
         model: has the weights.
-        sites: of it.
+        groups: of one site each.
         metric: of the rules.
         moments: that sites are decomposed with, by name.
         held: of the batches held back.
         given: what the rules say; None is to be chosen.
     """
     fallback = default_damping(given)
-    usable = [site for site in sites if site.forms and site.name in held]
+    usable = [group for group in groups if group.forms and group.name in held]
     if metric.factors is None or not usable:
         return fallback
     places = sorted({len(usable) * at // PROBES for at in range(PROBES)})
@@ -188,20 +187,22 @@ def choose_damping(
 
 def _lost(
     model: nn.Module,
-    site: Site,
+    group: Group,
     metric: Metric,
     moments: Mapping[str, Moments],
     held: Mapping[str, Moments],
     whiteners: Whiteners,
 ) -> float:
     """Loss of a site on the data held back, at half of the ranks that it may have."""
-    weight = canonical_weight(model.get_submodule(site.name)).detach()
+    (site,) = group.sites
+    weight = site.weight_in(model)
     target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
-    form = next(iter(site.forms))
-    ranks = site.ranks(form)
+    form = next(iter(group.forms))
+    ranks = group.ranks(form)
     if not len(ranks):
         return 0.0
     rank = ranks[len(ranks) // 2]
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
-    change = site.approximated(form, target, at) - weight.to(torch.float64)
+    (approximated,) = group.approximated(form, target, at)
+    change = approximated - weight.to(torch.float64)
     return undamped_loss(metric, site.shape, held[site.name], change)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Calibration
 from fxcompress.metric.capture import UNANSWERED
@@ -94,7 +93,7 @@ def _partly_answered(found: Calibration) -> Iterator[str]:
 def _few_rows(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
     few = []
     for site in sites:
-        reach, width = found.reach.get(site.name), _width(site.shape)
+        reach, width = found.reach.get(site.name), site.shape.informative_rows
         if reach is not None and reach.rows < width:
             few.append((reach.rows / width, f"{site.name} ({reach.rows:,} rows, {width:,} wide)"))
     if few:
@@ -103,13 +102,6 @@ def _few_rows(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
             f"{_listed([name for _, name in few])}: fewer calibration rows than the layer is wide; "
             "what they do not show counts for nothing: give more data, or exclude it"
         )
-
-
-def _width(shape: Shape) -> int:
-    """Rows that it takes at least to tell all inputs of an operator apart."""
-    if isinstance(shape, ConvShape):
-        return shape.group_in * shape.taps
-    return shape.out_features if isinstance(shape, EmbeddingShape) else shape.in_features
 
 
 def unrecorded(model: nn.Module, recording: Recording, rules: RuleSet) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxcompress.budget import Bundle as BudgetBundle
-from fxcompress.budget import Candidate, Option
+from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
-from fxcompress.pipeline.sites import CountUnit, Site, SiteBundle, encoded
+from fxcompress.pipeline.sites import CountUnit, Group, encoded
 from fxcompress.rules import Bundle, Match
 
 Costs = NDArray[np.float64]
@@ -24,14 +23,11 @@ Costs = NDArray[np.float64]
 class Pricing(Protocol):
     """What operators cost in one unit, in the recorded example where it depends on one."""
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +36,13 @@ class Counted:
 
     unit: CountUnit
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
-        return float(getattr(site.dense_size(), self.unit))
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
+        return float(sum(getattr(site.dense_size(), self.unit) for site in group.sites))
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-        return site.counts(form, ranks)[self.unit].astype(np.float64)
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
-        return bundle.counts(form, ranks)[self.unit].astype(np.float64)
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
+        return group.counts(form, ranks)[self.unit].astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,125 +55,109 @@ class Timed:
 
     times: Mapping[str, float]
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
-        return self.times[Entry((site.shape,)).key]
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
+        return sum(self.times[Entry((site.shape,)).key] for site in group.sites)
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-        chosen, permitted = site.forms[form], site.ranks(form)
-        return interpolated(self.times, (site.shape,), chosen, permitted, ranks)
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
-        chosen, permitted = bundle.forms[form], bundle.ranks(form)
-        return interpolated(self.times, bundle.shapes, chosen, permitted, ranks)
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
+        return interpolated(self.times, group.forms[form], group.ranks(form), ranks)
 
 
 def timed(
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
-    device: torch.device,
-    table: Table,
-    tick: Callable[[], None],
+    groups: Sequence[Group], device: torch.device, table: Table, tick: Callable[[], None]
 ) -> Timed:
-    """Measure whatever of sites and bundles the table does not have.
+    """Measure whatever of the groups the table does not have.
 
     Args:
-        sites, bundles: with all their forms.
+        groups: with all their forms.
         device: that the model is on.
         table: of times that are known.
         tick: called as the measurement goes on.
     """
     entries: list[Entry] = []
-    for site in sites:
-        entries.append(Entry((site.shape,)))
-        for name, form in site.forms.items():
-            if len(ranks := site.ranks(name)):
-                entries += entries_for((site.shape,), form, ranks)
-    for bundle in bundles:
-        for name, joint in bundle.forms.items():
-            if len(ranks := bundle.ranks(name)):
-                entries += entries_for(bundle.shapes, joint, ranks)
+    for group in groups:
+        entries += [Entry((shape,)) for shape in group.shapes]
+        for name, form in group.forms.items():
+            if len(ranks := group.ranks(name)):
+                entries += entries_for(form, ranks)
     return Timed(table.measure(entries, device, tick))
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Sites and bundles as the solver sees them, with their costs in one unit.
-
-    Attributes:
-        candidates: one per site, in their order.
-        bundles: one per bundle.
-    """
-
-    candidates: tuple[Candidate, ...]
-    bundles: tuple[BudgetBundle, ...]
-
-
 def problems(
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
+    groups: Sequence[Group],
     decomposed: Decomposition,
     pricings: Sequence[Pricing],
     excluded: Mapping[str, Collection[str]],
-) -> list[Problem]:
-    """The same choices with their costs in each of several units.
+) -> list[tuple[Entity, ...]]:
+    """What the solver is to choose, with costs in each of several units.
+
+    Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
+    forms, which has the name of their group.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
 
     Args:
-        sites, bundles: to choose for.
+        groups: to choose for.
         decomposed: what their forms lose.
         pricings: one for each unit.
-        excluded: forms that are not to be chosen, by the name of a site or bundle.
+        excluded: forms that are not to be chosen, by the name of a group.
     """
     idle = {*decomposed.idle}
 
-    def measured(site: Site) -> bool:
-        return site.name not in idle or site.match.limits.unmeasured
+    def measured(group: Group) -> bool:
+        return group.name not in idle or group.sites[0].match.limits.unmeasured
 
-    singles = []
-    for site in sites:
-        dense = [pricing.dense(site) for pricing in pricings]
+    offered = []
+    for group in groups:
+        dense = [pricing.dense(group) for pricing in pricings]
         offers = []
-        for form in site.forms if measured(site) else ():
-            if form not in excluded.get(site.name, ()):
-                ranks = site.ranks(form)
-                costs = [pricing.single(site, form, ranks) for pricing in pricings]
-                loss = decomposed.sites[site.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, site.match))
-        singles.append((site, dense, offers))
-    joints = []
-    for bundle in bundles:
-        dense = [sum(pricing.dense(site) for site in bundle.sites) for pricing in pricings]
-        offers = []
-        for form in bundle.forms:
-            if form not in excluded.get(bundle.name, ()):
-                ranks = bundle.ranks(form)
-                costs = [pricing.joint(bundle, form, ranks) for pricing in pricings]
-                loss = decomposed.bundles[bundle.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, bundle.match))
-        joints.append((bundle, offers))
+        for form in group.forms if measured(group) else ():
+            if form not in excluded.get(group.name, ()):
+                ranks = group.ranks(form)
+                costs = [pricing.at(group, form, ranks) for pricing in pricings]
+                loss = decomposed.groups[group.name].losses[form]
+                offers.append(_options(form, ranks, loss, costs, dense, group.match))
+        offered.append((group, dense, offers))
     return [
-        Problem(
-            tuple(
-                Candidate(
-                    site.name,
-                    dense[at],
-                    _taken(offers, at),
-                    site.match.group if measured(site) else None,
-                )
-                for site, dense, offers in singles
-            ),
-            tuple(
-                BudgetBundle(bundle.name, tuple(s.name for s in bundle.sites), _taken(offers, at))
-                for bundle, offers in joints
-            ),
+        tuple(
+            _entities(
+                {
+                    group.name: Candidate(
+                        group.name,
+                        dense[at],
+                        _taken(offers, at),
+                        group.sites[0].match.group if measured(group) else None,
+                    )
+                    for group, dense, offers in offered
+                    if len(group.sites) == 1
+                },
+                [
+                    (group, _taken(offers, at))
+                    for group, _, offers in offered
+                    if len(group.sites) > 1
+                ],
+            )
         )
         for at in range(len(pricings))
     ]
+
+
+def _entities(
+    candidates: Mapping[str, Candidate], joint: Sequence[tuple[Group, tuple[Option, ...]]]
+) -> Iterator[Entity]:
+    """Sites by themselves, and groups that a joint form is offered for, where their first is."""
+    offered = {site.name: pair for pair in joint if pair[1] for site in pair[0].sites}
+    for name, candidate in candidates.items():
+        if name not in offered:
+            yield candidate
+            continue
+        bundle, options = offered[name]
+        if name == bundle.sites[0].name:
+            single = Mode("single", tuple(candidates[site.name] for site in bundle.sites))
+            whole = Mode("joint", (Candidate(bundle.name, None, options),))
+            yield Alternatives(bundle.name, (single, whole))
 
 
 def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:

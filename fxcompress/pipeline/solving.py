@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fxcompress.budget import (
     Allocation,
-    Bundle,
-    Option,
+    Candidate,
+    Choice,
+    Entity,
     Resource,
     allocate,
     allocate_uniform,
@@ -20,7 +21,8 @@ from fxcompress.budget import (
 )
 from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
-from fxcompress.pipeline.pricing import Pricing, Problem, problems
+from fxcompress.pipeline.pricing import Pricing, problems
+from fxcompress.pipeline.sites import Group
 from fxcompress.plans.plan import Limit, Unit
 from fxcompress.report.quantities import amount
 from fxcompress.rules import Budget
@@ -40,13 +42,18 @@ class Solution:
     bound: float | None
     limits: tuple[Limit, ...]
 
+    def decided(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Choice]]:
+        """Groups with what was chosen for them: of every site either its own, or one of several."""
+        choices = self.allocation.choices
+        return ((group, choices[group.name]) for group in groups if group.name in choices)
+
 
 @dataclass(frozen=True)
 class _Demand:
     """One budget, of all operators or of those of one rule."""
 
     limit: Limit
-    problem: Problem
+    entities: tuple[Entity, ...]
 
     @property
     def name(self) -> str:
@@ -70,23 +77,23 @@ def solve(
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
     rules = analysis.rules.rules
-    units = list(pricings)
-    found = problems(
-        analysis.sites, analysis.bundles, analysis.decomposed, [*pricings.values()], excluded
-    )
-    by_unit = dict(zip(units, found, strict=True))
-    demands = [_demand(analysis, budget, by_unit[budget.unit]) for budget in rules.budgets]
+    found = problems(analysis.groups, analysis.decomposed, [*pricings.values()], excluded)
+    by_unit = dict(zip(pricings, found, strict=True))
+    demands = [
+        _demand(analysis, budget, pricings[budget.unit], by_unit[budget.unit])
+        for budget in rules.budgets
+    ]
     demands += [
-        _rule_demand(analysis, rule.id, rule.rewrite.keep, unit, by_unit[unit])
+        _rule_demand(analysis, rule.id, rule.rewrite.keep, unit, pricing, by_unit[unit])
         for rule in rules.rules
         if rule.rewrite != "none" and rule.rewrite.keep is not None
-        for unit in units
+        for unit, pricing in pricings.items()
     ]
     glob = rules.solver.allocation == "global"
     if len(demands) == 1:
         (only,) = demands
         choose = allocate if glob else allocate_uniform
-        allocation = choose(only.problem.candidates, only.limit.limit, only.problem.bundles)
+        allocation = choose(only.entities, only.limit.limit)
         multiplier = allocation.multiplier if glob else None
         limit = only.limit.model_copy(update={"cost": allocation.cost, "multiplier": multiplier})
         return Solution(allocation, allocation.bound if glob else None, (limit,))
@@ -95,9 +102,7 @@ def solve(
             "allocation: uniform keeps the same fraction everywhere, which is one budget; with "
             "several, or with keep in a rule, choose allocation: global"
         )
-    resources = [
-        Resource(d.name, d.limit.limit, d.problem.candidates, d.problem.bundles) for d in demands
-    ]
+    resources = [Resource(d.name, d.limit.limit, d.entities) for d in demands]
     together = allocate_within(resources)
     limits = tuple(
         d.limit.model_copy(
@@ -108,16 +113,18 @@ def solve(
     return Solution(together.allocation, together.bound, limits)
 
 
-def _demand(analysis: Analysis, budget: Budget, problem: Problem) -> _Demand:
+def _demand(
+    analysis: Analysis, budget: Budget, pricing: Pricing, entities: tuple[Entity, ...]
+) -> _Demand:
     """A budget for all matched operators, which by itself can be met."""
-    dense = sum(candidate.dense_cost for candidate in problem.candidates)
+    dense = sum(map(pricing.dense, analysis.singles))
     if budget.of == "model":
         whole = float(getattr(analysis.size, budget.unit))
         rest = float(getattr(analysis.folded_size, budget.unit)) - dense
     else:
         whole, rest = dense, 0.0
     limit = budget.keep * whole - rest
-    least = least_cost(problem.candidates, problem.bundles)
+    least = least_cost(entities)
     if least > limit:
         kept = sum(
             not site.match.limits.unmeasured
@@ -130,7 +137,7 @@ def _demand(analysis: Analysis, budget: Budget, problem: Problem) -> _Demand:
             keep=budget.keep, of=budget.of, unit=budget.unit, limit=limit, cost=dense,
             dense=dense, multiplier=None,
         ),
-        problem,
+        entities,
     )  # fmt: skip
 
 
@@ -160,25 +167,39 @@ def _unmeasured(count: int) -> str:
 
 
 def _rule_demand(
-    analysis: Analysis, rule: str, keep: float, unit: Unit, problem: Problem
+    analysis: Analysis,
+    rule: str,
+    keep: float,
+    unit: Unit,
+    pricing: Pricing,
+    entities: tuple[Entity, ...],
 ) -> _Demand:
     """A budget for what one rule matches: everything else costs nothing in it."""
     own = {site.name for site in analysis.sites if site.match.rule_id == rule}
-    candidates = tuple(
-        c if c.name in own else replace(c, dense_cost=0.0, options=_free(c.options))
-        for c in problem.candidates
-    )
-    bundles = tuple(
-        b if own.issuperset(b.members) else Bundle(b.name, b.members, _free(b.options))
-        for b in problem.bundles
-    )
-    dense = sum(candidate.dense_cost for candidate in candidates)
+    groups = [g for g in analysis.groups if own.issuperset(site.name for site in g.sites)]
+    dense = sum(pricing.dense(group) for group in groups if len(group.sites) == 1)
     limit = Limit(
         keep=keep, of="matched", unit=unit, limit=keep * dense, cost=dense, dense=dense,
         multiplier=None, rule=rule,
     )  # fmt: skip
-    return _Demand(limit, Problem(candidates, bundles))
+    names = {group.name for group in groups}
+    return _Demand(limit, tuple(_only(names, entity) for entity in entities))
 
 
-def _free(options: Sequence[Option]) -> tuple[Option, ...]:
-    return tuple(replace(option, cost=np.zeros_like(option.cost)) for option in options)
+def _only(own: Collection[str], entity: Entity) -> Entity:
+    """What is not among some candidates costs nothing."""
+    if isinstance(entity, Candidate):
+        return _only_candidate(own, entity)
+    modes = (
+        replace(mode, members=tuple(_only_candidate(own, member) for member in mode.members))
+        for mode in entity.modes
+    )
+    return replace(entity, modes=tuple(modes))
+
+
+def _only_candidate(own: Collection[str], candidate: Candidate) -> Candidate:
+    if candidate.name in own:
+        return candidate
+    dense = None if candidate.dense_cost is None else 0.0
+    options = (replace(option, cost=np.zeros_like(option.cost)) for option in candidate.options)
+    return replace(candidate, dense_cost=dense, options=tuple(options))

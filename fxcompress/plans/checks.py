@@ -17,19 +17,10 @@ from operator import add
 import numpy as np
 import torch
 
-from fxcompress.forms import (
-    ConvShape,
-    Form,
-    JointForm,
-    LinearShape,
-    Rank,
-    Shape,
-    find_form,
-    find_joint_form,
-)
-from fxcompress.operators.shape import parse_shape
+from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
+from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
-from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
 
 Problem = tuple[str, str]
@@ -74,8 +65,7 @@ def body_problems(
         parts: of a site or of all members of a bundle, by its name.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    alone = {site.name: (site,) for site in plan.rewritten if not site.bundle}
-    for name, sites in (alone | plan.bundles).items():
+    for name, sites in plan.groups.items():
         for site, found in zip(sites, parts(name), strict=True):
             if site.parts != found:
                 yield places[site.name], "they are not what the form consists of"
@@ -149,29 +139,27 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
 
 def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Problem]:
     form, rank = site.choice
-    found = _known(lambda: find_form(form, site.op, plan.templates))
-    if not isinstance(found, Form) or site.op not in found.operators:
+    found = _fitted(form, site.op, plan, [shape])
+    if found is None or site.op not in found.form.operators:
         yield "form", f"{form} is no form for one {site.op}"
         return
     if form not in site.forms:
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(shape):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    yield from _rank_problems(site, found.full_rank(shape))
-    if site.full_rank != found.full_rank(shape):
+    yield from _rank_problems(site, found.full_rank())
+    if site.full_rank != found.full_rank():
         return
     ranks = np.array([rank], dtype=np.int64)
-    weights = int(found.parameters(shape, ranks)[0])
-    stored = int(found.bytes(shape, ranks)[0]) + _bias(shape) * shape.dtype.itemsize
+    weights = int(found.parameters(ranks)[0])
+    stored = int(found.bytes(ranks)[0]) + _bias(shape) * shape.dtype.itemsize
     yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
-    if isinstance(shape, LinearShape) and site.before.macs >= 0:
+    if shape.takes == "rows" and site.before.macs >= 0:
         rows = site.before.macs // shape.weights
         if rows < MOST_ROWS:
-            counted = LinearShape(
-                shape.in_features, shape.out_features, shape.bias, shape.dtype, META, rows=rows
-            )
-            if site.after.macs != int(found.macs(counted, ranks)[0]):
+            counted = shape.counted_on(rows, ())
+            if site.after.macs != int(fit(found.form, [counted]).macs(ranks)[0]):
                 yield "after.macs", f"they are not those of {form} at rank {rank}"
 
 
@@ -191,7 +179,7 @@ def _size_problems(
         yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
     if size.macs < 0:
         yield f"{place}.macs", f"{size.macs}"
-    if place == "before" and isinstance(shape, LinearShape) and size.macs % shape.weights:
+    if place == "before" and shape.takes == "rows" and size.macs % shape.weights:
         yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
 
 
@@ -199,10 +187,11 @@ def _bias(shape: Shape) -> int:
     return shape.out_features if shape.bias else 0
 
 
-def _known(find: Callable[[], Form | JointForm]) -> Form | JointForm | None:
+def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+    """A form for operators; None if there is none of that name for them."""
     try:
-        return find()
-    except KeyError:
+        return fit(find_form(form, op, plan.templates), shapes)
+    except (KeyError, ValueError):
         return None
 
 
@@ -214,26 +203,25 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _known(lambda: find_joint_form(form, plan.templates))
-    if not isinstance(found, JointForm):
+    found = _fitted(form, "linear", plan, own)
+    if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
         return
-    linear = [shape for shape in own if isinstance(shape, LinearShape)]
-    if len(linear) < len(own) or not isinstance(rank, int):
+    if found is None or not isinstance(rank, int):
         yield "op", f"{form} is for linear operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
         return
-    if len({(shape.in_features, shape.dtype) for shape in linear}) > 1:
+    if len({(shape.in_features, shape.dtype) for shape in own}) > 1:
         yield "in_features", "its sites differ in type or input"
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(linear):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    full = found.full_rank(linear)
+    full = found.full_rank()
     yield from _rank_problems(first, full)
     if [site.member for site in sites] != list(range(len(sites))):
         yield "member", "its sites are not counted from 0"
@@ -242,23 +230,19 @@ def _bundle_problems(
         return
     ranks = np.array([rank], dtype=np.int64)
     after = reduce(add, (site.after for site in sites), ZERO)
-    biases = sum(map(_bias, linear))
-    weights = int(found.parameters(linear, ranks)[0]) + biases
-    stored = int(found.bytes(linear, ranks)[0]) + biases * linear[0].dtype.itemsize
+    biases = sum(map(_bias, own))
+    weights = int(found.parameters(ranks)[0]) + biases
+    stored = int(found.bytes(ranks)[0]) + biases * own[0].dtype.itemsize
     if (after.parameters, after.bytes) != (weights, stored):
         yield "after", "they are not what the form has at this rank"
 
 
 def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
     """Of the bodies of a site or a bundle, without memory."""
-    sites = plan.bundles.get(name) or tuple(site for site in plan.sites if site.name == name)
-    own = [shapes[site.name] for site in sites]
+    sites = plan.groups[name]
     form, rank = sites[0].choice
-    if not sites[0].bundle:
-        return [layers(find_form(form, sites[0].op, plan.templates).empty(own[0], rank))]
-    assert isinstance(rank, int)
-    joint = find_joint_form(form, plan.templates)
-    return joint_layers(joint.empty([s for s in own if isinstance(s, LinearShape)], rank))
+    found = find_form(form, sites[0].op, plan.templates)
+    return layers(fit(found, [shapes[site.name] for site in sites]).empty(rank))
 
 
 # ---- what is about several sites ------------------------------------------------------

@@ -184,6 +184,11 @@ class SitePlan(_Frozen):
         return self.form, self.rank
 
     @property
+    def group(self) -> str:
+        """Name of what it is rewritten with: the bundle, or the site itself."""
+        return self.bundle or self.name
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The rank, or both of them; the full one of a site that stays dense."""
         return _as_tuple(self.full_rank if self.rank is None else self.rank)
@@ -471,6 +476,15 @@ class Plan(_Frozen):
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.form is not None)
+
+    @property
+    def groups(self) -> dict[str, tuple[SitePlan, ...]]:
+        """The sites that are rewritten, a single one by its name, several by that of the bundle."""
+        found: dict[str, tuple[SitePlan, ...]] = {}
+        bundles = self.bundles
+        for site in self.rewritten:
+            found[site.group] = bundles.get(site.group, (site,))
+        return found
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:

@@ -22,7 +22,6 @@ from fxcompress.budget import (
     Candidate,
     Choice,
     Option,
-    _search,
     allocate,
     allocate_uniform,
     permitted_ranks,
@@ -289,8 +288,8 @@ def test_promises_hold_where_the_search_is_cut_short(
     rng = np.random.default_rng(2000 + seed)
     candidates, budget = random_problem(rng, sites=30, most=12)
     exact = allocate(candidates, budget)
-    for limit in (1, 1000):
-        monkeypatch.setattr(_search, "SEARCH_LIMIT", limit)
+    for name, limit in (("NODES", 1), ("SIZES", (4,)), ("SIZES", ())):
+        monkeypatch.setattr(solver, name, limit)
         found = allocate(candidates, budget)
         assert_sound(candidates, budget, found)
         assert list(better_single_moves(candidates, budget, found)) == []
@@ -301,7 +300,7 @@ def test_promises_hold_where_the_search_is_cut_short(
 def test_the_fill_looks_beyond_the_next_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     # The dual leaves 3 units: too few for the jump of b.  The next choice of a gains 0.1 per
     # unit, the next of b 1.5, but the one after next of a 2.
-    monkeypatch.setattr(solver, "search", lambda *_, **__: None)
+    monkeypatch.setattr(solver, "solved", lambda *_: None)
     ranks = permitted_ranks(3)
     a = Option("f", ranks, np.array([10.0, 9.9, 4.0]), np.array([0.0, 1.0, 3.0]))
     b = Option("f", ranks, np.array([300.0, 298.5, 0.0]), np.array([0.0, 1.0, 100.0]))

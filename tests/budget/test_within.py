@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from fxcompress.budget import (
-    Bundle,
+    Alternatives,
     Candidate,
+    Entity,
+    Mode,
     Option,
     Resource,
     allocate,
@@ -69,58 +71,60 @@ def instance(seed: int, units: int, *, special: bool = False) -> list[Resource]:
             )
             for index, forms in enumerate(sites)
         )
-        bundles: tuple[Bundle, ...] = ()
+        entities: tuple[Entity, ...] = candidates
         if bundle:
             ranks, loss, costs = bundle
-            bundles = (Bundle("b", members, (Option("joint", ranks, loss, costs[unit]),)),)
-        total = sum(candidate.dense_cost for candidate in candidates)
+            whole = Candidate("b", None, (Option("joint", ranks, loss, costs[unit]),))
+            single = tuple(each for each in candidates if each.name in members)
+            modes = (Mode("single", single), Mode("joint", (whole,)))
+            alone = (each for each in candidates if each.name not in members)
+            entities = (*alone, Alternatives("b", modes))
+        total = sum(each.dense_cost or 0.0 for each in candidates)
         budget = float(np.round(total * draw.uniform(0.2, 1.0)))
-        resources.append(Resource(NAMES[unit], budget, candidates, bundles))
+        resources.append(Resource(NAMES[unit], budget, entities))
     return resources
 
 
 def ways(resources: list[Resource]) -> Iterator[tuple[float, list[float]]]:
     """Loss and costs of every choice there is."""
-    sites = []
-    for each in zip(*(r.candidates for r in resources), strict=True):
-        own: dict[Any, tuple[float, list[float]]] = {None: (0.0, [c.dense_cost for c in each])}
-        for options in zip(*(c.options for c in each), strict=True):
-            for at, rank in enumerate(options[0].ranks):
-                key = (options[0].form, int(rank))
-                own[key] = (float(options[0].loss[at]), [float(o.cost[at]) for o in options])
-        sites.append(own)
-    names = [c.name for c in resources[0].candidates]
-    groups = [c.group for c in resources[0].candidates]
-    joint: list[Any] = [None]
-    members: tuple[str, ...] = ()
-    if resources[0].bundles:
-        members = resources[0].bundles[0].members
-        options = [r.bundles[0].options[0] for r in resources]
-        joint += [
-            (float(options[0].loss[at]), [float(o.cost[at]) for o in options])
-            for at in range(len(options[0].ranks))
-        ]
-    for whole in joint:
-        free = [
-            [None] if whole and name in members else list(own)
-            for name, own in zip(names, sites, strict=True)
-        ]
-        for keys in itertools.product(*free):
-            by_group: dict[str, set[Any]] = {}
-            for key, group in zip(keys, groups, strict=True):
-                if group:
-                    by_group.setdefault(group, set()).add(key)
-            if any(len(different) > 1 for different in by_group.values()):
-                continue
-            taken = [
-                own[key]
-                for key, own, name in zip(keys, sites, names, strict=True)
-                if not (whole and name in members)
-            ]
-            taken += [whole] if whole else []
+    every = zip(*(resource.entities for resource in resources), strict=True)
+    yield from combined([own_ways(each) for each in every])
+
+
+Way = tuple[float, list[float], dict[str, Any]]  # with what every group takes in it
+
+
+def own_ways(each: tuple[Any, ...]) -> list[Way]:
+    """Those of one entity, which is given for every resource."""
+    first = each[0]
+    if isinstance(first, Alternatives):
+        found: list[Way] = []
+        for modes in zip(*(e.modes for e in each), strict=True):
+            members = [own_ways(m) for m in zip(*(mode.members for mode in modes), strict=True)]
+            fixed: Way = (modes[0].loss, [mode.cost for mode in modes], {})
+            found += [(loss, costs, {}) for loss, costs in combined([[fixed], *members])]
+        return found
+
+    def group(key: Any) -> dict[str, Any]:
+        return {first.group: key} if first.group else {}
+
+    found = [] if first.dense_cost is None else [(0.0, [c.dense_cost for c in each], group(None))]
+    for options in zip(*(c.options for c in each), strict=True):
+        for at, rank in enumerate(options[0].ranks):
+            costs = [float(o.cost[at]) for o in options]
+            taken = group((options[0].form, int(rank)))
+            found.append((float(options[0].loss[at]), costs, taken))
+    return found
+
+
+def combined(parts: list[list[Way]]) -> Iterator[tuple[float, list[float]]]:
+    """Every combination in which all members of a group take the same."""
+    for taken in itertools.product(*parts):
+        agreed: dict[str, Any] = {}
+        if all(agreed.setdefault(g, key) == key for *_, own in taken for g, key in own.items()):
             yield (
-                math.fsum(loss for loss, _ in taken),
-                [math.fsum(cost[u] for _, cost in taken) for u in range(len(resources))],
+                math.fsum(loss for loss, *_ in taken),
+                [math.fsum(costs) for costs in zip(*(each[1] for each in taken), strict=True)],
             )
 
 
@@ -155,7 +159,6 @@ def test_against_brute_force(units: int, special: bool) -> None:
         assert found.allocation.loss >= least - 1e-9
         # What is said of the answer is true of it.
         told = math.fsum(c.loss for c in found.allocation.choices.values())
-        told += math.fsum(c.loss for c in found.allocation.joint.values())
         assert found.allocation.loss == pytest.approx(told)
         optimal += found.allocation.loss <= least + 1e-9
     assert possible > 70
@@ -166,7 +169,7 @@ def test_against_brute_force(units: int, special: bool) -> None:
 def test_one_resource_is_the_ordinary_problem(seed: int) -> None:
     (resource,) = instance(seed, 1, special=bool(seed % 2))
     try:
-        alone = allocate(resource.candidates, resource.budget, resource.bundles)
+        alone = allocate(resource.entities, resource.budget)
     except BudgetError:
         with pytest.raises(BudgetError):
             allocate_within([resource])
@@ -181,9 +184,9 @@ def test_one_resource_is_the_ordinary_problem(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_budget_that_does_not_bind_changes_nothing(seed: int) -> None:
     first, second = instance(seed, 2)
-    loose = Resource(second.name, 1e6, second.candidates)
+    loose = Resource(second.name, 1e6, second.entities)
     try:
-        alone = allocate(first.candidates, first.budget)
+        alone = allocate(first.entities, first.budget)
     except BudgetError:
         return
     found = allocate_within([first, loose])
@@ -213,12 +216,12 @@ def test_errors() -> None:
     first, second = instance(3, 2)
     with pytest.raises(ValueError, match="distinct names"):
         allocate_within([first, first])
-    other = Resource("other", 5.0, instance(4, 1)[0].candidates[: len(first.candidates)])
+    other = Resource("other", 5.0, instance(4, 1)[0].entities[: len(first.entities)])
     with pytest.raises(ValueError, match="in more than its costs"):
         allocate_within([first, other])
     dear = tuple(
         replace(c, options=tuple(replace(o, cost=o.cost + 1) for o in c.options))
-        for c in second.candidates
+        for c in second.entities
     )
     with pytest.raises(BudgetError, match="budget of macs cannot be met"):
         allocate_within([first, Resource("macs", 0.0, dear)])

@@ -20,7 +20,7 @@ from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.elementwise import Elementwise, approximate
 from fxcompress.metric.quadratic import Kronecker, Whiteners, quadratic
 from fxcompress.metric.whiten import Whitener
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 from tests.isvt.problems import Branches, Problem, mlp, rules
 
 

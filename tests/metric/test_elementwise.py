@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import LinearShape, Target, find_form
-from fxcompress.forms.convolution import convolution_shape
 from fxcompress.metric import elementwise
 from fxcompress.metric.elementwise import Elementwise, approximate
+from fxcompress.operators.modules import shape_of
 from tests.convolutions import CASES, build
 
 
@@ -96,7 +96,7 @@ def test_two_ranks(pair: tuple[int, int]) -> None:
 def test_every_form_has_the_loss_that_it_says(name: str) -> None:
     torch.manual_seed(0)
     layer = build(CASES["2d, strided, dilated, groups"])
-    shape = convolution_shape(layer)
+    shape = shape_of(layer)
     weight = shape.canonical(layer.weight.detach())
     f = torch.rand(2, 4, 3 * 6, dtype=torch.float64) ** 4
     metric = Elementwise.of(f, shape)

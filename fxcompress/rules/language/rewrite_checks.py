@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fxcompress.forms.template import JOINT, Template, TemplateErrors, build_template
 from fxcompress.forms.words import form_words, forms_for
@@ -265,20 +265,32 @@ def _check_cost(
     template: Template,
     bound: Mapping[str, Bound],
 ) -> None:
-    """A cost has to be what the template's weights have, whatever the sizes are."""
+    """A cost has to be what the template's weights have, whatever the sizes are.
+
+    Two different polynomials of degree d agree on a draw from n values with a probability of at
+    most d / n (Schwartz and Zippel).
+    """
     numbers = {
         name: [
             attribute
-            for attribute in sorted(shared_attributes(each.ops))
+            for attribute in shared_attributes(each.ops)
             if ALL_OPERATORS[each.ops[0]][attribute].kind in ("int", "float")
         ]
         for name, each in bound.items()
     }
+    draw = random.Random(0)
     try:
         expression = parse_cost(text, numbers)
-        for sizes, rank in _assignments(numbers, template):
+        for _ in range(_TRIALS):
+            rank, width = draw.randint(2, _LARGEST), draw.randint(2, _LARGEST)
+            sizes = {
+                name: {key: draw.randint(2, _LARGEST) for key in keys}
+                for name, keys in numbers.items()
+            }
+            for role in template.roles:
+                sizes[role]["in_features"] = width  # they read one value
             said = evaluate_number(expression, sizes, rank)
-            flat = {f"{n}.{a}": size for n, own in sizes.items() for a, size in own.items()}
+            flat = {f"{n}.{key}": size for n, own in sizes.items() for key, size in own.items()}
             found = template.parameters({RANK: rank, **flat})
             if abs(said - found) > 1e-9 * found:
                 message = f"cost says {' '.join(text.split())}, the graph has {template.cost}"
@@ -286,29 +298,3 @@ def _check_cost(
                 return
     except ExpressionError as error:
         findings.expression(error, text, path)
-
-
-def _assignments(
-    numbers: Mapping[str, Sequence[str]], template: Template
-) -> Iterator[tuple[dict[str, dict[str, int]], int]]:
-    """Random sizes and ranks; two polynomials that agree on all of them are the same one.
-
-    Two different ones of degree d agree on a draw from n values with a probability of at most
-    d / n (Schwartz and Zippel).
-    """
-    draw = random.Random(0)
-    for _ in range(_TRIALS):
-        width = draw.randint(2, _LARGEST)
-        yield (
-            {
-                name: {
-                    # The operators of a template read one value, so they are equally wide.
-                    attribute: width
-                    if attribute == "in_features" and name in template.roles
-                    else draw.randint(2, _LARGEST)
-                    for attribute in attributes
-                }
-                for name, attributes in numbers.items()
-            },
-            draw.randint(2, _LARGEST),
-        )

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from fxcompress.operators.words import OPERATORS as WEIGHTED
+from fxcompress.operators.words import Type
+
 
 @dataclass(frozen=True)
 class AttributeType:
@@ -22,7 +25,7 @@ class AttributeType:
         length: number of integers of an ``"ints"`` attribute (2 for ``conv2d``).
     """
 
-    kind: Literal["int", "float", "bool", "str", "ints", "ints|str"]
+    kind: Type
     length: int = 1
 
 
@@ -32,39 +35,18 @@ _STR = AttributeType("str")
 _FLOAT = AttributeType("float")
 
 
-def _convolution(dimensions: int) -> Mapping[str, AttributeType]:
-    ints = AttributeType("ints", dimensions)
+def _attributes(op: str) -> Mapping[str, AttributeType]:
+    words = WEIGHTED[op]
     return MappingProxyType(
         {
-            "in_channels": _INT,
-            "out_channels": _INT,
-            "kernel_size": ints,
-            "stride": ints,
-            "padding": AttributeType("ints|str", dimensions),
-            "dilation": ints,
-            "groups": _INT,
-            "bias": _BOOL,
-            "padding_mode": _STR,
-            "dtype": _STR,
+            name: AttributeType(kind, words.ops[op] if kind.startswith("ints") else 1)
+            for name, kind in words.attributes.items()
         }
     )
 
 
 OPERATORS: Mapping[str, Mapping[str, AttributeType]] = MappingProxyType(
-    {
-        "linear": MappingProxyType(
-            {"in_features": _INT, "out_features": _INT, "bias": _BOOL, "dtype": _STR}
-        ),
-        "conv1d": _convolution(1),
-        "conv2d": _convolution(2),
-        "conv3d": _convolution(3),
-        "conv_transpose1d": _convolution(1),
-        "conv_transpose2d": _convolution(2),
-        "conv_transpose3d": _convolution(3),
-        "embedding": MappingProxyType(
-            {"num_embeddings": _INT, "embedding_dim": _INT, "dtype": _STR}
-        ),
-    }
+    {op: _attributes(op) for op in WEIGHTED}
 )
 """Operators that read a weight: name -> attribute -> type. Only these can be rewritten."""
 

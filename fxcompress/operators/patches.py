@@ -1,9 +1,7 @@
-"""What an operator is given and what it is told, in the format of its linear map.
+"""Patches of a convolution's input.
 
-Everything is brought to ``[sample, group, position, feature]``: at each position of each sample a
-group maps a row of its input (for a convolution, a patch) to a row of outputs.  A convolution's
-patches take k times the memory of its input, so they come in blocks of at most
-:data:`BLOCK` entries, never all at once.
+They take k times the memory of the input, so they come in blocks of at most
+:data:`fxcompress.operators.rows.BLOCK` entries, never all at once.
 """
 
 from __future__ import annotations
@@ -11,18 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, LinearShape, Shape
+from fxcompress.operators import rows
 
-BLOCK = 1 << 24
-"""Entries of patches at a time (64 MiB in float32)."""
+if TYPE_CHECKING:
+    from fxcompress.operators.convolution import ConvShape
 
 
-def conv_rows(
+def blocks(
     data: Tensor, gradient: Tensor | None, shape: ConvShape
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Patches and output gradients of a convolution, block by block.
@@ -46,8 +45,8 @@ def conv_rows(
         for size, far, step in zip(spread.shape[2:], reach, stride, strict=True)
     ]
     across = max(1, shape.in_channels * shape.taps * math.prod(extents[1:]))
-    lines = max(1, min(extents[0], BLOCK // across))  # of the first dimension
-    samples = max(1, BLOCK // (across * extents[0]))
+    lines = max(1, min(extents[0], rows.BLOCK // across))  # of the first dimension
+    samples = max(1, rows.BLOCK // (across * extents[0]))
     for first in range(0, len(data), samples):
         those = slice(first, min(first + samples, len(data)))
         for line in range(0, extents[0], lines):
@@ -102,96 +101,31 @@ def _spread(data: Tensor, shape: ConvShape) -> tuple[Tensor, tuple[int, ...]]:
     return (F.pad(data, pads, mode=mode) if any(pads) else data), shape.stride
 
 
-def input_rows(data: Tensor, shape: Shape, mask: Tensor | None) -> Iterator[Tensor]:
-    """Rows that an operator is given, without padding.
-
-    Args:
-        data: its input.
-        shape: of the operator.
-        mask: which rows count: (...) of data (..., n); of an embedding, of its look-ups; of a
-            convolution, the positions of its output (items x extents).  None for all.
-
-    Yields:
-        (positions x n), or look-ups (positions), or for a convolution (g x positions x n/g·k).
-    """
-    if isinstance(shape, ConvShape):
-        for taps, real in _conv_patches(data, shape, mask):
-            rows = taps.transpose(0, 1).flatten(1, 2)
-            yield rows if real is None else rows[:, real]
-    elif isinstance(shape, EmbeddingShape):
-        yield data.reshape(-1) if mask is None else data[mask]
-    else:
-        yield _real(data, mask)
-
-
-def output_rows(gradient: Tensor, shape: Shape, mask: Tensor | None) -> Tensor:
-    """Rows that an operator is told: (positions x m), for a convolution (g x positions x m/g).
-
-    Args:
-        gradient: of its output.
-        shape: of the operator.
-        mask: which rows count: (...) of (..., m); of a convolution (items x extents).
-    """
-    if not isinstance(shape, ConvShape):
-        return _real(gradient, mask)
-    items = gradient.unsqueeze(0) if gradient.dim() < shape.dims + 2 else gradient
-    rows = items.reshape(len(items), shape.groups, shape.group_out, -1)
-    rows = rows.permute(1, 0, 3, 2).flatten(1, 2)
-    return rows if mask is None else rows[:, mask.reshape(-1)]
-
-
-def _real(data: Tensor, mask: Tensor | None) -> Tensor:
-    return data.reshape(-1, data.shape[-1]) if mask is None else data[mask]
-
-
-def _conv_patches(
+def masked(
     data: Tensor, shape: ConvShape, mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Patches (s x g x l x n/g·k) block by block, and which of them (s·l) count."""
     if mask is None:
-        for _, taps, _ in conv_rows(data, None, shape):
+        for _, taps, _ in blocks(data, None, shape):
             yield taps, None
         return
     # One channel a group that says whether a position counts goes along as its gradient.
     items = mask if mask.dim() > shape.dims else mask.unsqueeze(0)
     beside = items[:, None].expand(len(items), shape.groups, *items.shape[1:])
     beside = beside if data.dim() >= shape.dims + 2 else beside[0]
-    for _, taps, real in conv_rows(data, beside, shape):
+    for _, taps, real in blocks(data, beside, shape):
         assert real is not None
         yield taps, real[:, 0, :, 0].reshape(-1)
 
 
-def weight_gradients(data: Tensor, gradient: Tensor, shape: Shape) -> Iterator[Tensor]:
-    """Gradient of the weight for every sample, ``Σ_t g_t a_tᵀ``, some samples at a time.
-
-    A matrix (rows x features) is one position a sample.
-
-    Yields:
-        (samples x g x m/g x n/g·k), g = 1 for anything but a convolution; in order.
-    """
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    if isinstance(shape, ConvShape):
-        yield from _conv_gradients(data.to(wide), gradient.to(wide), shape)
-        return
-    g = gradient.to(wide).reshape(len(gradient), -1, gradient.shape[-1])
-    if isinstance(shape, EmbeddingShape):
-        for indices, rows in zip(data.reshape(len(data), -1), g, strict=True):
-            table = rows.new_zeros(shape.in_features, shape.out_features)
-            yield table.index_add_(0, indices, rows).T[None, None]
-        return
-    a = data.to(wide).reshape(len(data), -1, data.shape[-1])
-    some = max(1, BLOCK // shape.weights)
-    for rows, inputs in zip(torch.split(g, some), torch.split(a, some), strict=True):
-        yield (rows.transpose(1, 2) @ inputs).unsqueeze(1)
-
-
-def _conv_gradients(data: Tensor, gradient: Tensor, shape: ConvShape) -> Iterator[Tensor]:
+def weight_gradients(data: Tensor, gradient: Tensor, shape: ConvShape) -> Iterator[Tensor]:
+    """As :meth:`fxcompress.operators.shape.Shape.weight_gradients`, of types that are equal."""
     waiting: tuple[slice, Tensor] | None = None
-    some = max(1, BLOCK // shape.weights)
+    some = max(1, rows.BLOCK // shape.weights)
     for first in range(0, len(data), some):
         part = slice(first, first + some)
-        for those, taps, rows in conv_rows(data[part], gradient[part], shape):
-            product = torch.einsum("sglm,sglp->sgmp", rows, taps)
+        for those, taps, told in blocks(data[part], gradient[part], shape):
+            product = torch.einsum("sglm,sglp->sgmp", told, taps)
             if waiting is not None and waiting[0] == those:
                 product = waiting[1] + product  # another part of the same samples
             elif waiting is not None:
@@ -200,24 +134,3 @@ def _conv_gradients(data: Tensor, gradient: Tensor, shape: ConvShape) -> Iterato
         if waiting is not None:
             yield waiting[1]
             waiting = None
-
-
-def squared_gradients(data: Tensor, gradient: Tensor, shape: Shape, *, entries: bool) -> Tensor:
-    """Squares of :func:`weight_gradients`, summed over samples, float64.
-
-    Args:
-        data, gradient, shape: as there.
-        entries: for every entry (g x m/g x n/g·k); or means over each row (g x m/g).
-    """
-    if isinstance(shape, LinearShape) and data.dim() <= 2:
-        # One position a sample: (g_i a_j)² = g_i² a_j².
-        a, g = (each.to(torch.float64).square() for each in (data, gradient))
-        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-        return (g.T @ a)[None] if entries else (g.T @ a.mean(1))[None]
-    total: Tensor | None = None
-    for part in weight_gradients(data, gradient, shape):
-        squares = part.to(torch.float64).square()  # of inputs in units of all sizes
-        found = squares.sum(0) if entries else squares.mean(3).sum(0)
-        total = found if total is None else total + found
-    assert total is not None
-    return total

@@ -1,30 +1,52 @@
-"""Bundles against every combination of choices, joint ones included."""
+"""Sites by themselves or in a joint form, against every combination of choices."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from fxcompress.budget import (
     Allocation,
-    Bundle,
+    Alternatives,
     Candidate,
     Choice,
+    Entity,
+    Mode,
     Option,
-    _modes,
-    _search,
     allocate,
     allocate_uniform,
     least_cost,
+    solver,
 )
 from fxcompress.errors import BudgetError
 
-Combination = dict[str, Choice]
+
+class Bundle(NamedTuple):
+    """Names of candidates, and the joint forms that they may take together."""
+
+    name: str
+    members: tuple[str, ...]
+    options: tuple[Option, ...]
+
+
+def entities(candidates: list[Candidate], bundles: list[Bundle]) -> list[Entity]:
+    """Candidates outside of bundles, then the bundles as alternatives."""
+    by_name = {candidate.name: candidate for candidate in candidates}
+    inside = {name for bundle in bundles for name in bundle.members}
+    found: list[Entity] = [each for name, each in by_name.items() if name not in inside]
+    for name, members, options in bundles:
+        modes = [Mode("single", tuple(by_name[member] for member in members))]
+        if options:
+            modes.append(Mode("joint", (Candidate(name, None, options),)))
+        found.append(Alternatives(name, tuple(modes)))
+    return found
 
 
 def option(form: str, losses: list[float], costs: list[float]) -> Option:
@@ -107,23 +129,27 @@ def assert_sound(
     candidates: list[Candidate], bundles: list[Bundle], budget: float, found: Allocation
 ) -> None:
     """The answer is one of the possible ones, and its sums are what it says."""
-    assert list(found.choices) == [candidate.name for candidate in candidates]
-    spent = [*found.choices.values(), *found.joint.values()]
+    spent = found.choices.values()
     assert found.cost == math.fsum(choice.cost for choice in spent) <= budget
     assert found.loss == math.fsum(choice.loss for choice in spent)
     assert found.bound <= found.loss
-    joined = {name: bundle for bundle in bundles for name in bundle.members}
-    for candidate in candidates:
-        choice = found.choices[candidate.name]
-        bundle = joined.get(candidate.name)
-        if bundle is not None and bundle.name in found.joint:
-            whole = found.joint[bundle.name]
-            assert whole in choices_of(bundle.options)
-            assert choice == Choice(whole.form, whole.rank, 0.0, 0.0)
+    assert list(found.modes) == [bundle.name for bundle in bundles]
+    whole = {bundle.name: bundle for bundle in bundles if found.modes[bundle.name] == "joint"}
+    inside = {name for bundle in whole.values() for name in bundle.members}
+    alone = {each.name: each for each in candidates if each.name not in inside}
+    assert found.choices.keys() == {*alone, *whole}
+    for name, choice in found.choices.items():
+        if name in whole:
+            assert choice in choices_of(whole[name].options)
         elif choice.form is None:
-            assert choice == Choice(None, None, 0.0, candidate.dense_cost)
+            assert choice == Choice(None, None, 0.0, alone[name].dense_cost)
         else:
-            assert choice in choices_of(candidate.options)
+            assert choice in choices_of(alone[name].options)
+
+
+def joint(found: Allocation) -> dict[str, Choice]:
+    """What bundles in a joint form take."""
+    return {n: found.choices[n] for n, mode in found.modes.items() if mode == "joint"}
 
 
 PROBLEMS = [random_problem(seed) for seed in range(300)]
@@ -131,30 +157,30 @@ PROBLEMS = [random_problem(seed) for seed in range(300)]
 
 def budgets(candidates: list[Candidate], bundles: list[Bundle], seed: int) -> list[float]:
     """From the least to more than all dense; some that are met, or missed, by a rounding."""
-    low = least_cost(candidates, bundles)
+    low = least_cost(entities(candidates, bundles))
     high = math.fsum(candidate.dense_cost for candidate in candidates)
     rng = np.random.default_rng(seed)
     between = [low + (high - low) * float(part) for part in rng.random(3)]
-    met = allocate(candidates, between[0], bundles).cost
+    met = allocate(entities(candidates, bundles), between[0]).cost
     return [low, *between, met, max(low, math.nextafter(met, 0.0)), high, 2.0 * high]
 
 
 @pytest.mark.parametrize("block", range(5))
 def test_is_the_optimum_of_small_problems(block: int) -> None:
-    joint = 0
+    taken = 0
     for seed in range(60 * block, 60 * (block + 1)):
         candidates, bundles = PROBLEMS[seed]
         everything = combinations(candidates, bundles)
-        assert least_cost(candidates, bundles) == min(cost for cost, _ in everything)
+        assert least_cost(entities(candidates, bundles)) == min(cost for cost, _ in everything)
         for budget in budgets(candidates, bundles, seed):
-            found = allocate(candidates, budget, bundles)
+            found = allocate(entities(candidates, bundles), budget)
             assert_sound(candidates, bundles, budget, found)
             optimum = min(loss for cost, loss in everything if cost <= budget)
             assert found.bound <= optimum * (1.0 + 1e-12)
             # All of them are small enough for the searches to be exact.
             assert found.loss == pytest.approx(optimum, rel=1e-12, abs=1e-12), (seed, budget)
-            joint += bool(found.joint)
-    assert joint > 100  # else this says nothing
+            taken += bool(joint(found))
+    assert taken > 100  # else this says nothing
 
 
 def dual_maximum(candidates: list[Candidate], bundles: list[Bundle], budget: float) -> float:
@@ -172,7 +198,7 @@ def dual_maximum(candidates: list[Candidate], bundles: list[Bundle], budget: flo
 def test_bound_is_the_maximum_of_the_dual(seed: int) -> None:
     candidates, bundles = PROBLEMS[seed]
     for budget in budgets(candidates, bundles, seed):
-        found = allocate(candidates, budget, bundles)
+        found = allocate(entities(candidates, bundles), budget)
         expected = min(max(dual_maximum(candidates, bundles, budget), 0.0), found.loss)
         assert found.bound == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
@@ -181,11 +207,10 @@ def test_promises_hold_where_the_searches_are_cut_short(monkeypatch: pytest.Monk
     worse = 0
     for seed, (candidates, bundles) in enumerate(PROBLEMS):
         budget = budgets(candidates, bundles, seed)[1]
-        exact = allocate(candidates, budget, bundles)
+        exact = allocate(entities(candidates, bundles), budget)
         with monkeypatch.context() as patch:
-            patch.setattr(_search, "SEARCH_LIMIT", 1)
-            patch.setattr(_modes, "SEARCH_LIMIT", 1)
-            found = allocate(candidates, budget, bundles)
+            patch.setattr(solver, "solved", lambda *_: None)
+            found = allocate(entities(candidates, bundles), budget)
         assert_sound(candidates, bundles, budget, found)
         assert found.bound <= exact.loss <= found.loss * (1.0 + 1e-12)
         worse += found.loss > exact.loss * (1.0 + 1e-9)
@@ -196,7 +221,7 @@ def test_without_joint_options_bundles_change_nothing() -> None:
     for seed, (candidates, bundles) in enumerate(PROBLEMS[:60]):
         empty = [Bundle(bundle.name, bundle.members, ()) for bundle in bundles]
         for budget in budgets(candidates, [], seed):
-            assert allocate(candidates, budget, empty).loss == pytest.approx(
+            assert allocate(entities(candidates, empty), budget).loss == pytest.approx(
                 allocate(candidates, budget).loss, rel=1e-12, abs=1e-12
             )
 
@@ -211,30 +236,30 @@ def test_the_whole_dense_costs_what_its_members_cost() -> None:
     members = [Candidate(f"s{at}", cost, ()) for at, cost in enumerate(costs)]
     candidates = [*members, Candidate("other", other, ())]
     bundle = Bundle("b", tuple(each.name for each in members), (option("joint", [1.0], [1.0]),))
-    assert not allocate(candidates, total, [bundle]).joint
-    assert allocate(candidates, below, [bundle]).joint
+    assert not joint(allocate(entities(candidates, [bundle]), total))
+    assert joint(allocate(entities(candidates, [bundle]), below))
 
 
 def test_below_the_least_cost_is_an_error() -> None:
     for candidates, bundles in PROBLEMS[:50]:
-        low = least_cost(candidates, bundles)
+        low = least_cost(entities(candidates, bundles))
         with pytest.raises(BudgetError, match="the smallest total cost these rules allow is"):
-            allocate(candidates, low - 0.5, bundles)
+            allocate(entities(candidates, bundles), low - 0.5)
         with pytest.raises(BudgetError, match="the smallest total cost these rules allow is"):
-            allocate_uniform(candidates, low - 0.5, bundles)
+            allocate_uniform(entities(candidates, bundles), low - 0.5)
 
 
 def test_uniform_keeps_the_budget() -> None:
-    joint = 0
+    taken = 0
     for seed, (candidates, bundles) in enumerate(PROBLEMS[:100]):
         for budget in budgets(candidates, bundles, seed):
-            found = allocate_uniform(candidates, budget, bundles)
+            found = allocate_uniform(entities(candidates, bundles), budget)
             assert_sound(candidates, bundles, budget, found)
             assert (found.bound, math.isnan(found.multiplier)) == (0.0, True)
-            best = allocate(candidates, budget, bundles)
+            best = allocate(entities(candidates, bundles), budget)
             assert best.loss <= found.loss * (1.0 + 1e-12) + 1e-12
-            joint += bool(found.joint)
-    assert joint > 50
+            taken += bool(joint(found))
+    assert taken > 50
 
 
 @pytest.mark.parametrize(
@@ -251,9 +276,9 @@ def test_uniform_takes_the_better_mode_within_the_fraction(
 ) -> None:
     members = [Candidate(name, 50.0, (option("low_rank", [2.0], [25.0]),)) for name in "qk"]
     bundle = Bundle("b", ("q", "k"), (option("joint", [9.0, 5.0], [10.0, 30.0]),))
-    found = allocate_uniform(members, budget, [bundle])
+    found = allocate_uniform(entities(members, [bundle]), budget)
     assert {(choice.form, choice.rank) for choice in found.choices.values()} == {ranks}
-    assert bool(found.joint) == (ranks[0] == "joint")
+    assert bool(joint(found)) == (ranks[0] == "joint")
 
 
 def low_rank(name: str, sigma: list[float], m: int, n: int) -> Candidate:
@@ -274,19 +299,19 @@ def test_a_bundle_of_equals_shares_its_half() -> None:
     """Three operators with one row space: the joint form loses nothing at its rank."""
     members = [low_rank(name, [3.0, 2.0, 1.0, 0.5], 8, 8) for name in "qkv"]
     bundle = joint_of("b", members, [math.sqrt(3) * s for s in (3.0, 2.0, 1.0, 0.5)], 8 + 3 * 8)
-    found = allocate(members, 100.0, [bundle])
-    assert found.joint["b"].rank == 3
+    found = allocate(entities(members, [bundle]), 100.0)
+    assert joint(found)["b"].rank == 3
     apart = allocate(members, 100.0)
     assert found.loss < apart.loss
-    assert not apart.joint
+    assert not joint(apart)
 
 
 def test_a_bundle_of_strangers_stays_apart() -> None:
     """No common row space: the stacked spectrum is the union, and sharing saves too little."""
     members = [low_rank(name, [3.0, 2.0, 1.0, 0.5], 8, 8) for name in "qkv"]
     bundle = joint_of("b", members, sorted([3.0, 2.0, 1.0, 0.5] * 3, reverse=True), 8 + 3 * 8)
-    found = allocate(members, 100.0, [bundle])
-    assert not found.joint
+    found = allocate(entities(members, [bundle]), 100.0)
+    assert not joint(found)
     assert dict(found.choices) == dict(allocate(members, 100.0).choices)
 
 
@@ -294,60 +319,87 @@ def test_a_generous_budget_leaves_all_members_dense() -> None:
     members = [low_rank(name, [3.0, 2.0], 8, 8) for name in "qk"]
     bundle = joint_of("b", members, [3.0, 2.0], 24)
     # A joint choice without loss is cheaper than dense, and taken whatever the budget.
-    assert allocate(members, 1000.0, [bundle]).joint["b"].rank == 2
+    assert joint(allocate(entities(members, [bundle]), 1000.0))["b"].rank == 2
     lossy = Bundle("b", ("q", "k"), (option("joint", [1.0], [10.0]),))
     bare = [Candidate(name, 64.0, ()) for name in "qk"]
-    found = allocate(bare, 128.0, [lossy])
+    found = allocate(entities(bare, [lossy]), 128.0)
     assert {choice.form for choice in found.choices.values()} == {None}
     assert (found.loss, found.cost, found.multiplier) == (0.0, 128.0, 0.0)
-    assert allocate(bare, 127.0, [lossy]).joint["b"].cost == 10.0
+    assert joint(allocate(entities(bare, [lossy]), 127.0))["b"].cost == 10.0
 
 
 def test_degenerate_bundles() -> None:
     bare = [Candidate(name, 4.0, ()) for name in "qk"]
     empty = Bundle("b", ("q", "k"), ())
-    assert allocate(bare, 8.0, [empty]).cost == 8.0
+    assert allocate(entities(bare, [empty]), 8.0).cost == 8.0
     with pytest.raises(BudgetError):
-        allocate(bare, 7.0, [empty])
+        allocate(entities(bare, [empty]), 7.0)
     alone = Bundle("b", ("q",), (option("joint", [0.5], [1.0]),))
-    assert allocate(bare, 5.0, [alone]).joint["b"].loss == 0.5
+    assert joint(allocate(entities(bare, [alone]), 5.0))["b"].loss == 0.5
     tie = [Candidate("q", 4.0, (option("low_rank", [1.0], [2.0]),))]
     same = Bundle("b", ("q",), (option("joint", [1.0], [2.0]),))
-    assert not allocate(tie, 2.0, [same]).joint  # of equal ones the members' own
-    assert allocate([], 0.0, []).loss == 0.0
+    assert not joint(allocate(entities(tie, [same]), 2.0))  # of equal ones the members' own
+    assert allocate([], 0.0).loss == 0.0
+
+
+def mode(name: str, *members: str) -> Mode:
+    return Mode(name, tuple(Candidate(member, 4.0, ()) for member in members))
 
 
 @pytest.mark.parametrize(
-    ("bundles", "message"),
+    ("given", "message"),
     [
-        ([Bundle("b", ("q", "x"), ())], "bundle 'b': its member 'x' is not a candidate"),
         (
-            [Bundle("b", ("q",), ()), Bundle("c", ("q",), ())],
-            "bundle 'c': its member 'q' is in bundle 'b' already",
+            [Alternatives("b", (mode("single", "q"),)), Alternatives("c", (mode("single", "q"),))],
+            "alternatives 'c': their member 'q' is in alternatives 'b' already",
         ),
-        ([Bundle("b", ("q", "q"), ())], "bundle 'b': its member 'q' is in bundle 'b' already"),
-        ([Bundle("b", ("g",), ())], "bundle 'b': its member 'g' is in group 'all'"),
-        ([Bundle("b", ("q",), ()), Bundle("b", ("k",), ())], "two bundles have the name 'b'"),
+        (
+            [Candidate("q", 4.0, ()), Alternatives("b", (mode("single", "q"),))],
+            "alternatives 'b': their member 'q' is a candidate already",
+        ),
+        (
+            [Alternatives("b", (mode("single", "q"),)), Candidate("q", 4.0, ())],
+            "two candidates have the name 'q'",
+        ),
+        (
+            [Alternatives("b", (mode("single", "q"),)), Alternatives("b", (mode("single", "k"),))],
+            "two alternatives have the name 'b'",
+        ),
     ],
 )
-def test_malformed_bundles_are_named(bundles: list[Bundle], message: str) -> None:
-    candidates = [Candidate(name, 4.0, ()) for name in "qk"]
-    candidates += [Candidate("g", 4.0, (), "all")]
+def test_names_that_clash_are_named(given: list[Entity], message: str) -> None:
     for solve in (allocate, allocate_uniform):
         with pytest.raises(ValueError, match=message):
-            solve(candidates, 100.0, bundles)
+            solve(given, 100.0)
     with pytest.raises(ValueError, match=message):
-        least_cost(candidates, bundles)
+        least_cost(given)
 
 
-def test_a_malformed_option_names_the_bundle() -> None:
-    with pytest.raises(ValueError, match="bundle 'b', option 'joint': loss must be finite"):
-        Bundle("b", ("q",), (option("joint", [np.inf, 2.0], [1.0, 2.0]),))
-
-
-def test_a_bundle_without_members_is_rejected() -> None:
-    with pytest.raises(ValueError, match="bundle 'b' has no members"):
-        Bundle("b", (), ())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mode("single", "q", "q"), "mode 'single': its member 'q' is in it already"),
+        (
+            lambda: Mode("single", (Candidate("g", 4.0, (), "all"),)),
+            "mode 'single': its member 'g' is in group 'all'",
+        ),
+        (lambda: Mode("8", (), -1.0), "mode '8': loss must be finite and not negative"),
+        (lambda: Mode("8", (), 0.0, math.inf), "mode '8': cost must be finite and not negative"),
+        (lambda: Alternatives("b", ()), "alternatives 'b' have no mode"),
+        (
+            lambda: Alternatives("b", (mode("8", "q"), mode("8", "k"))),
+            "alternatives 'b': two modes have the name '8'",
+        ),
+        (lambda: Candidate("b", None, ()), "candidate 'b' has no rank, and it cannot stay dense"),
+        (
+            lambda: Candidate("b", None, (option("joint", [np.inf, 2.0], [1.0, 2.0]),)),
+            "candidate 'b', option 'joint': loss must be finite",
+        ),
+    ],
+)
+def test_what_is_malformed_is_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def large(bundles: int, rank: int) -> tuple[list[Candidate], list[Bundle]]:
@@ -372,12 +424,12 @@ def large(bundles: int, rank: int) -> tuple[list[Candidate], list[Bundle]]:
 def test_many_bundles() -> None:
     candidates, bundles = large(200, 64)
     budget = 0.5 * sum(candidate.dense_cost for candidate in candidates)
-    found = allocate(candidates, budget, bundles)
+    found = allocate(entities(candidates, bundles), budget)
     assert_sound(candidates, bundles, budget, found)
-    assert 0 < len(found.joint) < len(bundles)
+    assert 0 < len(joint(found)) < len(bundles)
     assert found.gap <= 1e-3 * found.loss
     assert found.loss <= allocate(candidates, budget).loss
-    assert found == allocate(candidates, budget, bundles)
+    assert found == allocate(entities(candidates, bundles), budget)
 
 
 @pytest.mark.slow
@@ -385,7 +437,7 @@ def test_ten_thousand_sites_in_bundles_take_seconds() -> None:
     candidates, bundles = large(3333, 4096)
     budget = 0.5 * sum(candidate.dense_cost for candidate in candidates)
     start = time.process_time()
-    found = allocate(candidates, budget, bundles)
+    found = allocate(entities(candidates, bundles), budget)
     assert time.process_time() - start < 30
     assert found.gap <= 1e-6 * found.loss
-    assert found.joint
+    assert joint(found)
