@@ -27,6 +27,7 @@ import fxcompress
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.files import try_directory
 from fxcompress.rules import (
+    Case,
     LoadedRules,
     MatchResult,
     json_schema,
@@ -35,7 +36,6 @@ from fxcompress.rules import (
     preset_path,
     run_cases,
 )
-from fxcompress.rules.schema import Case
 
 if TYPE_CHECKING:
     from torch import nn

@@ -315,7 +315,7 @@ def survey(
     matched = match_model(work, loaded, recording)
     matched.check()
     before, size = recording.operators, _model_size(work, recording)
-    asked = {match.weight: match.path for match in matched.matches if match.fold}
+    asked = {match.weight: match.path for match in matched.matches if match.limits.fold_batch_norm}
     folded, reasons = find_batch_norms(work, recording, asked)
     if folded:
         fold_batch_norms(work, folded)

@@ -27,8 +27,7 @@ from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
-from fxcompress.rules import Explanation, Rules, read_rules, with_keep
-from fxcompress.rules.diagnostics import choices, suggest
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
 
 M = TypeVar("M", bound=nn.Module)
 

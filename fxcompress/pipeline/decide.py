@@ -267,7 +267,7 @@ def _site_plan(
 def _dense_reason(
     site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
 ) -> str:
-    if site.name in analysis.decomposed.idle and not site.match.unmeasured:
+    if site.name in analysis.decomposed.idle and not site.match.limits.unmeasured:
         known = analysis.estimate.calibration.unmeasured
         why = known.get(site.name, "every statistic of it is zero")
         return f"no influence was measured: {why}"

@@ -26,8 +26,7 @@ from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.plans.plan import Size, total_size
-from fxcompress.rules import Match, MatchResult
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match, MatchResult
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,10 @@ def _permitted(full_rank: Rank, match: Match | Bundle) -> Ranks:
 
     def within(full: int) -> Ranks:
         return permitted_ranks(
-            full, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
+            full,
+            minimum=match.limits.min_rank,
+            maximum=match.limits.max_rank,
+            multiple_of=match.limits.multiple_of,
         )
 
     if isinstance(full_rank, int):

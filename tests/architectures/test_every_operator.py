@@ -25,9 +25,7 @@ from fxcompress.metric.whiten import whitener
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
-from fxcompress.rules import match_rules
-from fxcompress.rules.loader import load_rules
-from fxcompress.rules.schema import RuleSet
+from fxcompress.rules import RuleSet, load_rules, match_rules
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors

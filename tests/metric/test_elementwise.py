@@ -145,7 +145,7 @@ def test_linear_layers_by_the_whole_compiler() -> None:
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
     batches = [torch.randn(32, 12) for _ in range(4)]
     rules = fxcompress.rules.load_rules("every-linear").rules.model_copy(
-        update={"metric": fxcompress.rules.schema.Metric(kind="elementwise")}
+        update={"metric": fxcompress.rules.Metric(kind="elementwise")}
     )
     small = fxcompress.compile(model, rules, batches, keep=0.7)
     plan = fxcompress.plan_of(small)
