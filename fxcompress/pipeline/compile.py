@@ -1,7 +1,7 @@
 """``compile`` and ``plan``: the stages in order.
 
 record → match → calibrate → spectrum → budget → rewrite, each a function over frozen values
-(README, "How it works").  The model that was given is only read;
+(docs/how-it-works.md).  The model that was given is only read;
 all work happens on a copy of its structure that shares its parameters until the end.
 """
 

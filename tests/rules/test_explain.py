@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -42,9 +42,8 @@ def result() -> MatchResult:
     )
 
 
-def test_text() -> None:
-    golden = Path(__file__).parent / "golden" / "explain.txt"
-    assert f"{Explanation.of(result())}\n" == golden.read_text(encoding="utf-8")
+def test_text(golden: Callable[[str, str], None]) -> None:
+    golden("explain.txt", f"{Explanation.of(result())}\n")
 
 
 def test_the_plan_adds_a_last_step() -> None:
@@ -130,9 +129,8 @@ def joint() -> Explanation:
     return Explanation.of(matched, {"h.1.attn.q.weight": "no saving"})
 
 
-def test_a_rule_about_several_operators() -> None:
-    golden = Path(__file__).parent / "golden" / "explain_joint.txt"
-    assert f"{joint()}\n" == golden.read_text(encoding="utf-8")
+def test_a_rule_about_several_operators(golden: Callable[[str, str], None]) -> None:
+    golden("explain_joint.txt", f"{joint()}\n")
 
 
 def test_its_json_lists_the_members() -> None:
