@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxcompress.rules import Explanation, match_rules, parse_rules
-from fxcompress.rules.folding import fold_numbers, fold_paths
-from fxcompress.rules.globs import expand
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import Explanation, MatchResult, match_rules, parse_rules
+from fxcompress.rules.language.globs import expand
+from fxcompress.rules.matching.folding import fold_numbers, fold_paths
 from tests.rules.graphs import blocks, decoder
 
 TEXT = """\
