@@ -6,9 +6,11 @@ operators and make a :class:`Body` of one graph per operator, and of what these 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +62,20 @@ class Fitted:
         """Why the form cannot take these operators, or None."""
         found: str | None = self._form.misfit(self._shape)
         return found
+
+    def break_even(self) -> int | None:
+        """The lowest rank with no fewer weights than the operators; None for pairs of ranks.
+
+        It is the full rank of a form that saves at every rank below that one.
+        """
+        full, dense = self.full_rank(), sum(shape.weights for shape in self.shapes)
+        if not isinstance(full, int):
+            return None
+
+        def saves_nothing(rank: int) -> bool:
+            return bool(self.parameters(np.array([rank]))[0] >= dense)
+
+        return 1 + bisect_left(range(1, full), True, key=saves_nothing)
 
     def parameters(self, ranks: Ranks) -> Counts:
         """Weight entries of all operators together at each rank (biases not counted)."""
