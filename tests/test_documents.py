@@ -337,5 +337,11 @@ def test_forms_metrics_and_presets_are_explained() -> None:
         assert presets <= words_of(name)
 
 
+def test_every_target_of_make_is_explained() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert {f"make {target}" for target in phony.split()} <= {*Document("CONTRIBUTING.md").inline}
+
+
 def test_no_figure_is_missing() -> None:
     assert not [page.name for page in PAGES if "<!--" in page.text]
