@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import Alternative
 from fxcompress.rules.matching.candidates import Candidate
 from fxcompress.rules.matching.dataflow import Dataflow
@@ -62,7 +63,7 @@ def places_of(
     keys: Keys,
     index: SiteIndex,
     graph: Dataflow,
-    locate: Callable[[Keys], str],
+    loaded: LoadedRule,
 ) -> Places:
     """The places of one alternative.
 
@@ -71,12 +72,12 @@ def places_of(
         keys: where it stands in its rule.
         index: the graph's sites.
         graph: the same graph.
-        locate: ``"file:line:column"`` of keys.
+        loaded: the rule.
     """
     if alternative.nodes is not None:
-        return _Connected(alternative, keys, index, graph, locate)
+        return _Connected(alternative, keys, index, graph, loaded)
     if alternative.group is not None:
-        return _Grouped(alternative, keys, index, graph, locate)
+        return _Grouped(alternative, keys, index, graph, loaded)
     return _Single(alternative, keys, index)
 
 
@@ -89,13 +90,13 @@ class _Connected:
         keys: Keys,
         index: SiteIndex,
         graph: Dataflow,
-        locate: Callable[[Keys], str],
+        loaded: LoadedRule,
     ) -> None:
         most_steps = MOST_STEPS + _STEPS_PER_OPERATOR * len(graph.operators)
         self._pattern = GraphPattern.of(alternative, graph)
         self._search = Search(self._pattern, graph, most_steps=most_steps)
         self._index = index
-        self._locations = {name: locate((*keys, "nodes", name)) for name in self._pattern.tests}
+        self._locations = {name: loaded.at(*keys, "nodes", name) for name in self._pattern.tests}
         self.anchor = self._pattern.anchor
         self.test = self._pattern.tests[self.anchor]
         self.keys: Keys = (*keys, "nodes", self.anchor)
@@ -143,14 +144,14 @@ class _Grouped:
         keys: Keys,
         index: SiteIndex,
         graph: Dataflow,
-        locate: Callable[[Keys], str],
+        loaded: LoadedRule,
     ) -> None:
         assert alternative.group is not None
         self._group = alternative.group
         self._within = innermost(alternative.scope) if alternative.scope is not None else None
         self._index = index
         self._graph = graph
-        self._locate = locate
+        self._loaded = loaded
         self.anchor = alternative.group.bound_name
         self.test = NodeTest.of(alternative.group)
         self.keys: Keys = (*keys, "group")
@@ -170,7 +171,7 @@ class _Grouped:
     def _start(self, value: int | None, members: tuple[Site, ...]) -> Start:
         key, wrong = self._wrong_count(value, len(members))
         found = Candidate({self.anchor: members})
-        lost = Lost("pattern", wrong, self._locate((*self.keys, key)))
+        lost = Lost("pattern", wrong, self._loaded.at(*self.keys, key))
         return Start(members, lambda taken: iter(() if wrong else (found,)), lambda: lost)
 
     def _wrong_count(self, value: int | None, count: int) -> tuple[str, str]:
