@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from fxcompress.errors import RuleError
 from fxcompress.rules.language.loader import LoadedRule
-from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.candidates import Candidate, CandidateCheck
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.folding import fold
 from fxcompress.rules.matching.places import Places, Start, places_of
-from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match
+from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match, later
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
 from fxcompress.rules.matching.search import SearchLimit
 from fxcompress.rules.matching.sites import Site, SiteIndex
@@ -131,7 +130,7 @@ class GraphRun(Run):
             if isinstance(outcome, _Found):
                 kept = outcome
             else:
-                lost = _later(lost, outcome)
+                lost = later(lost, outcome)
                 self._share(candidate, outcome)
         if kept is not None or lost is not None:
             return kept or lost  # type: ignore[return-value]
@@ -177,12 +176,12 @@ class GraphRun(Run):
         """A lost match is lost for all of its operators, not for the anchor only."""
         for operator in candidate.operators:
             position = self._index.orders[operator.name]
-            self._shared[position] = _later(self._shared.get(position), lost)
+            self._shared[position] = later(self._shared.get(position), lost)
 
     def _lose(self, position: int, lost: Lost) -> None:
         known = self._lost.get(position)
         if known is None or known is not lost:
-            self._lost[position] = _later(known, lost)
+            self._lost[position] = later(known, lost)
 
     # ---- against the other rules ------------------------------------------------------
 
@@ -249,7 +248,7 @@ class GraphRun(Run):
         missed = [position for position in self._lost if position not in done]
         return Losses(
             tuple(map(self._anchors.__getitem__, missed)),
-            tuple(_later(self._shared.get(at), self._lost[at]) for at in missed),
+            tuple(later(self._shared.get(at), self._lost[at]) for at in missed),
         )
 
     def funnel(self) -> Funnel:
@@ -265,10 +264,3 @@ class GraphRun(Run):
     @property
     def count(self) -> int:
         return len(self._kept)
-
-
-def _later(known: Lost | None, other: Lost) -> Lost:
-    """The loss at the later step; of two at the same, the first."""
-    if known is None or STEPS.index(other.step) > STEPS.index(known.step):
-        return other
-    return known

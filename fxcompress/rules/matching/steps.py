@@ -16,10 +16,9 @@ from fxcompress.rules.language.expressions import Expression, ExpressionError, e
 from fxcompress.rules.language.globs import compile_globs
 from fxcompress.rules.language.loader import LoadedRule, LoadedRules
 from fxcompress.rules.language.schema import Alternative, Exclusion
-from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.literals import matches_literal, show
 from fxcompress.rules.matching.patterns import NodeTest, quoted
-from fxcompress.rules.matching.result import Lost
+from fxcompress.rules.matching.result import Lost, later
 from fxcompress.rules.matching.scopes import scope_test
 from fxcompress.rules.matching.sites import Site
 
@@ -97,8 +96,7 @@ def _positives(loaded: LoadedRule) -> list[Step]:
             lost = next((lost for step in steps for lost in step([calls]) if lost), None)
             if lost is None:
                 return None
-            if furthest is None or STEPS.index(lost.step) > STEPS.index(furthest.step):
-                furthest = lost
+            furthest = later(furthest, lost)
         return furthest
 
     whole = (
