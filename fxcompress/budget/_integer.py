@@ -151,35 +151,37 @@ def _solution(
         return np.zeros(0) if min(room) >= 0.0 else None
     costs = np.array(programme.costs).reshape(size, count)
     unit = gap or max(programme.objective) or 1.0
-    # One more variable for each budget: what is unspent, in the unit of its row.
+    # In a row, a unit of the gap is about 1.
     priced = np.array(prices) / unit
     greatest = np.maximum(np.abs(costs).max(0), np.abs(room))
     scale = np.maximum(priced, 1.0 / np.where(greatest > 0.0, greatest, 1.0))
-    most = np.full(count, np.inf)
-    if gap is not None:
-        most = np.divide(scale, priced, out=most, where=priced > 0.0)
+    highest = np.array(room) * scale - margin
+    lowest = np.full(count, -np.inf)
+    if gap is not None:  # what is unspent costs at most the gap
+        lowest = highest - np.divide(scale, priced, out=-lowest, where=priced > 0.0)
     at, row = np.nonzero(costs)
     first = len(programme.equals)
     entries = np.array(programme.rows, dtype=np.float64).reshape(-1, 3)
     matrix = coo_array(
         (
-            np.concatenate([entries[:, 2], costs[at, row] * scale[row], np.ones(count)]),
+            np.concatenate([entries[:, 2], costs[at, row] * scale[row]]),
             (
-                np.concatenate([entries[:, 0], first + row, first + np.arange(count)]).astype(int),
-                np.concatenate([entries[:, 1], at, size + np.arange(count)]).astype(int),
+                np.concatenate([entries[:, 0], first + row]).astype(int),
+                np.concatenate([entries[:, 1], at]).astype(int),
             ),
         ),
-        shape=(first + count, size + count),
+        shape=(first + count, size),
     ).tocsr()
-    equals = np.append(programme.equals, np.array(room) * scale - margin)
     found = milp(
-        np.append(np.array(programme.objective) / unit, priced / scale),
-        constraints=LinearConstraint(matrix, equals, equals),
-        integrality=np.append(np.ones(size), np.zeros(count)),
-        bounds=Bounds(0.0, np.append(np.ones(size), most)),
+        np.array(programme.objective) / unit - costs @ priced,
+        constraints=LinearConstraint(
+            matrix, np.append(programme.equals, lowest), np.append(programme.equals, highest)
+        ),
+        integrality=np.ones(size),
+        bounds=Bounds(0.0, 1.0),
         options={"node_limit": nodes, "mip_rel_gap": 0.0},
     )
-    return None if found.x is None else np.asarray(found.x[:size], dtype=np.float64)
+    return None if found.x is None else np.asarray(found.x, dtype=np.float64)
 
 
 def _picks(programme: _Programme, base: Sequence[Pick], core: Core, values: Floats) -> list[Pick]:

@@ -45,7 +45,7 @@ from fxcompress.budget._instance import (
 from fxcompress.budget._integer import solved
 from fxcompress.budget.problem import Allocation, Entity
 
-SIZES = (300, 1200, 4800, 19200)
+SIZES = (200, 800, 3200)
 """Choices that integer programmes are about, one after the other while they find something better;
 the best of each site is not counted."""
 
