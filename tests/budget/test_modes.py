@@ -184,7 +184,7 @@ def test_a_width_is_worth_what_its_members_make_of_it() -> None:
     for budget, mode, rank in (
         (33.0, "8", None),
         (32.0, "4", None),
-        (16.0, "4", None),
+        (16.5, "4", None),
         (13.0, "4", 2),
     ):
         found = allocate([hidden], budget)
