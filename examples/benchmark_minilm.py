@@ -129,8 +129,8 @@ def relative(decomposed: Decomposition) -> Decomposition:
         losses = {name: loss / whole for name, loss in site.losses.items()}
         return replace(site, losses=losses)
 
-    sites = {name: shares(site) for name, site in decomposed.sites.items()}
-    return replace(decomposed, sites=sites)
+    groups = {name: shares(group) for name, group in decomposed.groups.items()}
+    return replace(decomposed, groups=groups)
 
 
 def compress(
@@ -138,15 +138,15 @@ def compress(
 ) -> tuple[nn.Module, Plan]:
     """What ``compile`` does with :func:`rules`, from an analysis that offers more forms."""
     offered = {method.form, "embedding"}
-    sites = tuple(
-        replace(site, forms={name: form for name, form in site.forms.items() if name in offered})
-        for site in analysis.sites
+    groups = tuple(
+        replace(group, forms={name: form for name, form in group.forms.items() if name in offered})
+        for group in analysis.groups
     )
     found = analysis.decomposed
     analysis = replace(
         analysis,
         rules=rules(method, keep, [method.form]),
-        sites=sites,
+        groups=groups,
         decomposed=relative(found) if method.relative else found,
     )
     with stages(False) as silent:

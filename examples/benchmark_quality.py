@@ -31,10 +31,10 @@ from smollm2 import (
 )
 from torch import nn
 
-from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
+from fxcompress.metric import METRICS, Calibration, Draws, KroneckerMetric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse, match_model
 from fxcompress.pipeline.build import rewrite
-from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
+from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import gather_sites
 from fxcompress.plans.plan import Plan
@@ -42,7 +42,7 @@ from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
 
 RESULTS = Path(__file__).parent / "results"
-EVERYTHING = Metric(
+EVERYTHING = KroneckerMetric(
     "all", frozenset({"input", "output", "weight"}), "", lambda moments: (None, None)
 )
 BASELINE = ("activation", "uniform", "low_rank")
@@ -121,9 +121,10 @@ def measure(
             if decomposed is None:
                 whole = match_model(base.model, everything, base.recording)
                 spec = everything.rules.metric
-                decomposed = decompose_sites(
+                _, groups = gather_sites(base.model, base.recording, whole)
+                decomposed = decompose_groups(
                     base.model,
-                    *gather_sites(base.model, base.recording, whole),
+                    groups,
                     metric_from(
                         dict(calibration.moments),
                         METRICS[metric],
@@ -132,13 +133,13 @@ def measure(
                 )
             loaded = rules(metric, allocation, form, keep)
             matched = match_model(base.model, loaded, base.recording)
-            sites, bundles = gather_sites(base.model, base.recording, matched)
+            sites, groups = gather_sites(base.model, base.recording, matched)
             analysis = replace(
                 base,
                 rules=loaded,
                 matched=matched,
                 sites=sites,
-                bundles=bundles,
+                groups=groups,
                 decomposed=decomposed,
             )
             with stages(False) as silent:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.operators.shape import ConvShape
+from fxcompress.operators.convolution import ConvShape
 
 CASES: dict[str, dict[str, Any]] = {
     "1d": {"dims": 1, "kernel_size": 5, "padding": 2},

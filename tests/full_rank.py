@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.forms import JointBody, find_form, find_joint_form
+from fxcompress.forms import Body, find_form
 from fxcompress.graph.eligible import obstacle
-from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
 from fxcompress.rewrite import (
-    Bodies,
     Factorized,
     JointMember,
     apply_plan,
     own_parameters,
+    planned_weight,
     prepared,
+    record_operators,
     skeleton,
 )
 from fxcompress.rules import MatchResult, load_rules, match_rules
@@ -44,7 +45,7 @@ class Rewritten:
 
 def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tuple[Site, ...]]:
     """What the preset ``every-linear`` finds in a prepared model."""
-    recording = record(model, [example])
+    recording = record_operators(model, [example])
     legality = obstacle(model, recording, (Factorized,))
     matched = match_rules(load_rules("every-linear"), recording.operators, legality)
     return matched, gather_sites(model, recording, matched)[0]
@@ -67,15 +68,18 @@ def rewrite(
     joined = {site.name for those in bundles.values() for site in those}
     alone = [site for site in sites if site.name not in joined]
     single = "low_rank" if form == "joint" else form
-    bodies = Bodies(
-        {site.name: body_of(work.get_submodule(site.name), site, single, rank) for site in alone},
-        {name: joint_body_of(work, those, rank) for name, those in bundles.items()},
-    )
+    bodies = {name: joint_body_of(work, those, rank) for name, those in bundles.items()}
+    for site in alone:
+        head = body_of(operator_at(work, site.name), site, single, rank)
+        bodies[site.name] = Body(None, (head,))
     rewritten = skeleton(model)
     entries = [entry(site, single, rank or site.shape.full_rank) for site in alone]
     for name, those in bundles.items():
-        full = find_joint_form("joint").full_rank([site.shape for site in those])
+        full = find_form("joint").full_rank([site.shape for site in those])
         entries += [entry(site, "joint", rank or full, full, name) for site in those]
+    for place, each in enumerate(entries):
+        weight, applied = planned_weight(work, each.weight)
+        entries[place] = each.model_copy(update={"weight": weight, "applied": applied})
     apply_plan(rewritten, plan_for(entries), bodies)
     return Rewritten(model, own_parameters(rewritten, model), sites)
 
@@ -95,16 +99,16 @@ def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -
     return body
 
 
-def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> JointBody:
+def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> Body:
     """A filled joint body for linear modules on one input, decomposed in a random metric."""
-    modules = [model.get_submodule(site.name) for site in sites]
+    modules = [operator_at(model, site.name) for site in sites]
     spectrum = decompose(
         torch.cat([canonical_weight(module) for module in modules]),
         random_spd(sites[0].in_features),
         random_spd(sum(site.out_features for site in sites)),
         damping=(0.0, 0.0),
     )
-    form = find_joint_form("joint")
+    form = find_form("joint")
     rank = rank or form.full_rank([site.shape for site in sites])
     body = form.empty([site.shape for site in sites], rank)
     lefts = spectrum.left[:, :rank].split([site.out_features for site in sites])

@@ -102,7 +102,7 @@ def test_a_budget_of_one_rule(tmp_path: Path) -> None:
 def test_what_cannot_be_met_together(tmp_path: Path) -> None:
     model, batches = setting()
     path = rules(tmp_path, "[{keep: 0.9}, {keep: 0.001, unit: macs}]")
-    with pytest.raises(fxcompress.BudgetError, match=r"keep 0.001 of .* macs"):
+    with pytest.raises(fxcompress.BudgetError, match=r"keep 0.001 of .* MACs"):
         fxcompress.plan(model, path, batches)
     path = rules(tmp_path, "{keep: 0.9}", ", keep: 0.001")
     with pytest.raises(fxcompress.BudgetError, match="rule early cannot be met"):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import Form, LinearShape, Target, find_form, find_joint_form
+from fxcompress.forms import Form, LinearShape, Target, find_form, fit
 from fxcompress.metric import METRICS, Moments
-from fxcompress.pipeline.decomposition import Decomposition, decompose_sites, metric_from
-from fxcompress.pipeline.sites import Site, SiteBundle
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
+from fxcompress.pipeline.sites import Group, Site
+from fxcompress.rules import Bundle, Limits, Match
 from tests.full_rank import random_spd
 
 N, WIDTHS = 7, (6, 3, 4)
@@ -24,18 +22,22 @@ DAMPING = (1e-3, 1e-1)
 
 def match(weight: str, forms: tuple[str, ...]) -> Match:
     return Match(
-        rule_id="r", weight=weight, operators=(weight,), op="linear", forms=forms, min_rank=1,
-        max_rank=None, multiple_of=1, min_saving=0.0, fold=False, group=None,
-        location="r.yaml:1", path=weight,
+        rule_id="r", weight=weight, operators=(weight,), op="linear", forms=forms,
+        limits=Limits(), group=None, location="r.yaml:1", path=weight,
     )  # fmt: skip
 
 
-def site(name: str, m: int, forms: dict[str, Form]) -> Site:
+def site(name: str, m: int, forms: tuple[str, ...]) -> Site:
     return Site(
         name=name, weight=f"{name}.weight", op="linear",
         shape=LinearShape(N, m, False, torch.float64, rows=10), calls=1, source="x",
-        forms=forms, match=match(f"{name}.weight", tuple(forms)),
+        match=match(f"{name}.weight", forms),
     )  # fmt: skip
+
+
+def single(site: Site, forms: dict[str, Form]) -> Group:
+    fitted = {name: fit(form, [site.shape]) for name, form in forms.items()}
+    return Group(site.name, (site,), fitted, site.match)
 
 
 class Case:
@@ -47,18 +49,19 @@ class Case:
             {k: nn.Linear(N, m, bias=False) for k, m in zip("qkv", WIDTHS, strict=True)}
         ).double()
         forms = forms or {"low_rank": find_form("low_rank")}
-        self.sites = tuple(site(k, m, forms) for k, m in zip("qkv", WIDTHS, strict=True))
+        self.sites = tuple(site(k, m, tuple(forms)) for k, m in zip("qkv", WIDTHS, strict=True))
         self.a = random_spd(N)
         self.g = {k: random_spd(m) for k, m in zip("qkv", WIDTHS, strict=True)}
         words = ("b", "r", "r.yaml:1", (), ("q", "k", "v"), ("joint",))
-        limits = Bundle(*words, 1, None, 1, 0.0, False)
-        joint = MappingProxyType({"joint": find_joint_form("joint")})
-        self.bundle = SiteBundle("b", self.sites, joint, limits)
+        limits = Bundle(*words, Limits())
+        joint = {"joint": fit(find_form("joint"), [site.shape for site in self.sites])}
+        self.bundle = Group("b", self.sites, joint, limits)
+        self.groups = (*(single(site, forms) for site in self.sites), self.bundle)
 
     def decompose(self) -> Decomposition:
         moments = {k: Moments(input=self.a, output=self.g[k]) for k in "qkv"}
         metric_of = metric_from(moments, METRICS["kfac"], DAMPING)
-        return decompose_sites(self.model, self.sites, [self.bundle], metric_of)
+        return decompose_groups(self.model, self.groups, metric_of)
 
     def damped(self, matrix: Tensor, damping: float) -> Tensor:
         return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix)).double()
@@ -76,7 +79,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 def test_the_joint_spectrum_is_that_of_the_stacked_whitened_weights() -> None:
     case = Case()
-    found = case.decompose().bundles["b"]
+    found = case.decompose().groups["b"]
     a, g = case.roots()
     stacked = torch.cat([g[k] @ case.model[k].weight @ a for k in "qkv"])
     torch.testing.assert_close(found.target.spectrum.sigma, torch.linalg.svdvals(stacked))
@@ -91,7 +94,7 @@ def test_the_joint_spectrum_is_that_of_the_stacked_whitened_weights() -> None:
 def test_the_loss_of_every_member(rank: int) -> None:
     """Each one's part is what its own rows lose; the parts add up to the whole."""
     case = Case()
-    found = case.decompose().bundles["b"]
+    found = case.decompose().groups["b"]
     a, g = case.roots()
     approximations = (
         found.target.spectrum.left[:, :rank] @ found.target.spectrum.right[:rank]
@@ -108,7 +111,7 @@ def test_the_loss_of_every_member(rank: int) -> None:
 def test_no_rank_is_better_than_the_truncation() -> None:
     """Eckart and Young: any other matrix of that rank loses more."""
     case = Case()
-    found = case.decompose().bundles["b"]
+    found = case.decompose().groups["b"]
     a, g = case.roots()
     blocks = torch.block_diag(*(g[k] for k in "qkv"))
     stacked = torch.cat([case.model[k].weight for k in "qkv"]).detach()
@@ -129,12 +132,14 @@ def test_one_operator_in_a_bundle_of_equals_is_that_operator() -> None:
     case = Case()
     twins = tuple(replace(case.sites[0], name=k, weight=f"{k}.weight") for k in ("q", "k"))
     model = nn.ModuleDict(dict.fromkeys(("q", "k"), case.model["q"]))
-    bundle = replace(case.bundle, sites=twins)
+    joint = {"joint": fit(find_form("joint"), [site.shape for site in twins])}
+    bundle = replace(case.bundle, sites=twins, forms=joint)
+    groups = [*(single(each, {"low_rank": find_form("low_rank")}) for each in twins), bundle]
     moments = {k: Moments(input=case.a, output=case.g["q"]) for k in ("q", "k")}
-    found = decompose_sites(model, twins, [bundle], metric_from(moments, METRICS["kfac"], DAMPING))
-    single = found.sites["q"].losses["low_rank"]
-    np.testing.assert_allclose(found.bundles["b"].losses["joint"][:6], 2 * single, atol=1e-12)
-    assert found.bundles["b"].predicted(1.0, 2) == pytest.approx((0.5, 0.5))
+    found = decompose_groups(model, groups, metric_from(moments, METRICS["kfac"], DAMPING))
+    alone = found.groups["q"].losses["low_rank"]
+    np.testing.assert_allclose(found.groups["b"].losses["joint"][:6], 2 * alone, atol=1e-12)
+    assert found.groups["b"].predicted(1.0, 2) == pytest.approx((0.5, 0.5))
 
 
 def test_a_member_without_influence_is_not_bundled() -> None:
@@ -143,8 +148,7 @@ def test_a_member_without_influence_is_not_bundled() -> None:
     case.g["k"] = torch.zeros_like(case.g["k"])
     found = case.decompose()
     assert found.idle == ("k",)
-    assert not found.bundles
-    assert set(found.sites) == {"q", "k", "v"}
+    assert set(found.groups) == {"q", "k", "v"}
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -155,7 +159,7 @@ def test_a_rank_deficient_stack(rank: int) -> None:
         shared = torch.randn(rank, N).double()
         for k, m in zip("qkv", WIDTHS, strict=True):
             case.model[k].weight.copy_(torch.randn(m, rank).double() @ shared)
-    found = case.decompose().bundles["b"]
+    found = case.decompose().groups["b"]
     scale = float(found.target.spectrum.sigma[0]) ** 2
     assert float(found.losses["joint"][rank - 1]) < 1e-12 * scale
     assert sum(found.predicted(0.0, rank)) == 0
@@ -186,7 +190,7 @@ class Scaled(Form):
 
 def test_forms_may_ask_for_the_loss_of_any_weight() -> None:
     case = Case({"scaled": Scaled()})
-    found = case.decompose().sites["q"]
+    found = case.decompose().groups["q"]
     a, g = case.roots()
     w = case.model["q"].weight.detach()
     wanted = [0.5 * float((g["q"] @ (w - w / (1 + r)) @ a).square().sum()) for r in range(1, 7)]
@@ -196,7 +200,7 @@ def test_forms_may_ask_for_the_loss_of_any_weight() -> None:
 
 def test_the_metric_is_given_up_where_no_form_needs_it() -> None:
     case = Case()
-    found = case.decompose().sites["q"]
+    found = case.decompose().groups["q"]
     assert found.target.quadratic is None
     with pytest.raises(RuntimeError, match="given up"):
         found.target.loss(case.model["q"].weight)

@@ -108,9 +108,9 @@ def test_balf_sees_shares(examples: Any, material: Any) -> None:
     with stages(False) as silent:
         rules = benchmark.rules(method, 1.0, ["low_rank"])
         analysis = analyse(model, rules, Request(silent, data, forward=minilm.embed))
-    shares = benchmark.relative(analysis.decomposed).sites
-    assert list(shares) == list(analysis.decomposed.sites)
-    for name, site in analysis.decomposed.sites.items():
+    shares = benchmark.relative(analysis.decomposed).groups
+    assert list(shares) == list(analysis.decomposed.groups)
+    for name, site in analysis.decomposed.groups.items():
         sigma = site.sigma.square()
         expected = 1 - sigma.cumsum(0) / sigma.sum()  # at ranks 1 to full
         found = torch.from_numpy(shares[name].losses["low_rank"])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form
-from fxcompress.forms.convolution import convolution_shape
+from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form, fit
+from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline import latency
 from fxcompress.pipeline.latency import (
     Entry,
@@ -23,6 +23,7 @@ from fxcompress.pipeline.latency import (
     rank_grid,
     table_path,
 )
+from tests.made_up_times import made_up_times
 
 CPU = torch.device("cpu")
 LINEAR = LinearShape(64, 48, True, rows=10)
@@ -42,21 +43,22 @@ def test_a_larger_operator_takes_longer(tmp_path: Path) -> None:
 def test_the_operator_that_is_timed_is_the_real_one() -> None:
     """Of a convolution and of bodies: outputs have the size that they have in the model."""
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
-    shape = latency.replace(convolution_shape(conv), inputs=((2, 9, 7), (1, 5, 5)))
+    shape = latency.replace(shape_of(conv), inputs=((2, 9, 7), (1, 5, 5)))
     module, inputs = latency._built(Entry((shape,)), CPU, torch.Generator())
     assert [tuple(each.shape) for each in inputs] == [(2, 3, 9, 7), (1, 3, 5, 5)]
     assert module(inputs[0]).shape == conv(inputs[0]).shape
     body, _ = latency._built(
         Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU, torch.Generator()
     )
-    assert body(inputs[1]).shape == conv(inputs[1]).shape
-    joint = Entry((LINEAR, LINEAR), fxcompress.forms.find_joint_form("joint"), 5)
+    (out,) = body(inputs[1])
+    assert out.shape == conv(inputs[1]).shape
+    joint = Entry((LINEAR, LINEAR), find_form("joint"), 5)
     module, (x,) = latency._built(joint, CPU, torch.Generator())
     assert [tuple(out.shape) for out in module(x)] == [(10, 48), (10, 48)]
 
 
 def test_keys_tell_apart_what_takes_different_times() -> None:
-    conv = convolution_shape(nn.Conv2d(4, 4, 3))
+    conv = shape_of(nn.Conv2d(4, 4, 3))
     low = find_form("low_rank")
     entries = [
         Entry((LINEAR,)),
@@ -82,22 +84,24 @@ def test_times_between_measured_ranks_are_interpolated() -> None:
     assert {1, 41} <= set(grid.tolist())
     times = {
         entry.key: 3.0 + 0.5 * float(str(entry.rank))
-        for entry in entries_for((LINEAR,), form, ranks)
+        for entry in entries_for(fit(form, (LINEAR,)), ranks)
     }
-    np.testing.assert_allclose(interpolated(times, (LINEAR,), form, ranks, ranks), 3 + 0.5 * ranks)
+    np.testing.assert_allclose(
+        interpolated(times, fit(form, (LINEAR,)), ranks, ranks), 3 + 0.5 * ranks
+    )
 
 
 def test_pairs_of_ranks_are_interpolated_too() -> None:
     pairs = np.stack(np.meshgrid(np.arange(1, 17), np.arange(2, 33, 2), indexing="ij"), -1)
     pairs = pairs.reshape(-1, 2)
-    shape = convolution_shape(nn.Conv2d(16, 32, 3))
+    shape = shape_of(nn.Conv2d(16, 32, 3))
     form = find_form("tucker2", "conv2d")
     times = {}
-    for entry in entries_for((shape,), form, pairs):
+    for entry in entries_for(fit(form, (shape,)), pairs):
         assert isinstance(entry.rank, tuple)
         first, second = entry.rank
         times[entry.key] = 1.0 + 2 * first + 3 * second + 0.25 * first * second
-    found = interpolated(times, (shape,), form, pairs, pairs)
+    found = interpolated(times, fit(form, (shape,)), pairs, pairs)
     a, b = pairs.T
     np.testing.assert_allclose(found, 1 + 2 * a + 3 * b + 0.25 * a * b)  # bilinear: exact
 
@@ -144,7 +148,7 @@ def test_times_that_are_none_are_measured_again(tmp_path: Path) -> None:
 def test_measuring_draws_no_random_numbers_of_the_user() -> None:
     before = torch.get_rng_state()
     table = EmbeddingShape(50, 8, torch.float32, CPU, None, False, False, None, rows=4)
-    conv = latency.replace(convolution_shape(nn.Conv2d(3, 8, 3)), inputs=((2, 9, 7),))
+    conv = latency.replace(shape_of(nn.Conv2d(3, 8, 3)), inputs=((2, 9, 7),))
     entries = [Entry((LINEAR,)), Entry((LINEAR,), find_form("low_rank"), 4)]
     torch.set_rng_state(before)
     Table(None).measure([*entries, Entry((table,)), Entry((conv,))], CPU, no_tick)
@@ -169,25 +173,7 @@ class Slow(Form):
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Times by a formula instead of a clock: a call costs 1, a multiply-accumulate 1e-6."""
-    asked: list[str] = []
-
-    def measured(entries: dict[str, Entry], device: torch.device, tick: object) -> dict[str, float]:
-        asked.extend(entries)
-        out = {}
-        for key, entry in entries.items():
-            (shape,) = entry.shapes
-            if entry.form is None:
-                out[key] = 1 + 1e-6 * shape.macs
-            else:
-                calls = {"low_rank": 2, "pivoted": 4}[entry.form.name]
-                macs = int(entry.form.macs(shape, np.array([entry.rank]))[0])
-                out[key] = calls + 1e-6 * macs
-        return out
-
-    monkeypatch.setattr(latency, "_measured", measured)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return asked
+    return made_up_times(monkeypatch, tmp_path)
 
 
 def network() -> tuple[nn.Module, list[Tensor]]:

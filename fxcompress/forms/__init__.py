@@ -5,33 +5,39 @@ from typing import TYPE_CHECKING
 from fxcompress.late import exported
 
 if TYPE_CHECKING:
+    from fxcompress.forms.body import Body as Body
+    from fxcompress.forms.fitted import Fitted as Fitted
+    from fxcompress.forms.fitted import fit as fit
     from fxcompress.forms.form import Form as Form
     from fxcompress.forms.form import FormError as FormError
-    from fxcompress.forms.form import JointBody as JointBody
     from fxcompress.forms.form import JointForm as JointForm
     from fxcompress.forms.graph import template_form as template_form
     from fxcompress.forms.registry import find_form as find_form
-    from fxcompress.forms.registry import find_joint_form as find_joint_form
     from fxcompress.forms.registry import register_form as register_form
     from fxcompress.forms.target import Rank as Rank
     from fxcompress.forms.target import Spectrum as Spectrum
     from fxcompress.forms.target import Target as Target
     from fxcompress.forms.template import Template as Template
     from fxcompress.forms.words import form_words as form_words
-    from fxcompress.operators.shape import ConvShape as ConvShape
-    from fxcompress.operators.shape import EmbeddingShape as EmbeddingShape
-    from fxcompress.operators.shape import LinearShape as LinearShape
+    from fxcompress.operators.convolution import ConvShape as ConvShape
+    from fxcompress.operators.embedding import EmbeddingShape as EmbeddingShape
+    from fxcompress.operators.linear import LinearShape as LinearShape
     from fxcompress.operators.shape import Shape as Shape
 
 __all__, __getattr__, __dir__ = exported(
     __name__,
     {
-        "fxcompress.forms.form": ("Form", "FormError", "JointBody", "JointForm"),
-        "fxcompress.forms.registry": ("find_form", "find_joint_form", "register_form"),
+        "fxcompress.forms.body": ("Body",),
+        "fxcompress.forms.fitted": ("Fitted", "fit"),
+        "fxcompress.forms.form": ("Form", "FormError", "JointForm"),
+        "fxcompress.forms.registry": ("find_form", "register_form"),
         "fxcompress.forms.graph": ("template_form",),
         "fxcompress.forms.target": ("Rank", "Spectrum", "Target"),
         "fxcompress.forms.template": ("Template",),
         "fxcompress.forms.words": ("form_words",),
-        "fxcompress.operators.shape": ("ConvShape", "EmbeddingShape", "LinearShape", "Shape"),
+        "fxcompress.operators.convolution": ("ConvShape",),
+        "fxcompress.operators.embedding": ("EmbeddingShape",),
+        "fxcompress.operators.linear": ("LinearShape",),
+        "fxcompress.operators.shape": ("Shape",),
     },
 )

@@ -24,19 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.forms.form import Counts, Form, assign
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.convolution import bare_convolution, convolution_shape
-from fxcompress.operators.shape import ConvShape
-from fxcompress.operators.words import CONVOLUTIONS, TRANSPOSED
+from fxcompress.operators.convolution import ConvShape
+from fxcompress.operators.modules import canonical_weight, shape_of
+from fxcompress.operators.words import operators_of
 
 
 class ConvForm(Form):
     """A form whose body is a chain of convolutions, of which the last one has the bias."""
 
-    operators = frozenset({*CONVOLUTIONS, *TRANSPOSED})
+    operators = operators_of("convolution")
 
     @abstractmethod
     def layers(self, shape: ConvShape, rank: Any) -> dict[str, ConvShape]:
@@ -70,14 +69,14 @@ class ConvForm(Form):
         root, graph = nn.Module(), fx.Graph()
         value = graph.placeholder("input")
         for name, layer in self.layers(shape, rank).items():
-            root.add_module(name, bare_convolution(layer))
+            root.add_module(name, layer.bare())
             value = graph.call_module(name, (value,))
         graph.output(value)
         return fx.GraphModule(root, graph, class_name=class_name(self.name))
 
     def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
         layers = _layers(body)
-        shapes = [convolution_shape(layer) for layer in layers]
+        shapes = [shape_of(layer) for layer in layers]
         kernels = [_kernel(f, shape.kernel_size) for f, shape in zip(factors, shapes, strict=True)]
         for layer, shape, kernel in zip(layers, shapes, balanced_chain(kernels), strict=True):
             assign(layer.weight, shape.stored(kernel))
@@ -86,22 +85,21 @@ class ConvForm(Form):
 
     def weight(self, body: fx.GraphModule, shape: ConvShape) -> Tensor:
         layers = _layers(body)
-        return composed([convolution_shape(layer).canonical(layer.weight) for layer in layers])
+        return composed([canonical_weight(layer) for layer in layers])
 
     def bias(self, body: fx.GraphModule, shape: ConvShape) -> Tensor | None:
-        return _layers(body)[0].bias
+        bias: Tensor | None = _layers(body)[0].bias
+        return bias
 
 
-def _layers(body: fx.GraphModule) -> list[_ConvNd]:
+def _layers(body: fx.GraphModule) -> list[Any]:
     """The convolutions of a chain, the last one first."""
-    return [convolution(body, name) for name, _ in body.named_children()][::-1]
+    return [*body.children()][::-1]
 
 
-def convolution(body: fx.GraphModule, name: str) -> _ConvNd:
+def convolution(body: fx.GraphModule, name: str) -> Any:
     """A convolution of a body."""
-    layer = body.get_submodule(name)
-    assert isinstance(layer, _ConvNd)
-    return layer
+    return body.get_submodule(name)
 
 
 def composed(kernels: Sequence[Tensor]) -> Tensor:

@@ -17,12 +17,13 @@ frequency of every row in the calibration data, which makes rare words cheap to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.form import Counts, Form, assign, balanced, bare_linear, linear
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.shape import EmbeddingShape
+from fxcompress.operators.embedding import EmbeddingShape
 
 
 class _Embedding(Form):
@@ -42,16 +43,7 @@ class _Embedding(Form):
 
     def empty(self, shape: EmbeddingShape, rank: int) -> fx.GraphModule:
         root, graph = nn.Module(), fx.Graph()
-        root.table = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Embedding,
-            shape.in_features,
-            rank,
-            padding_idx=shape.padding_idx,
-            scale_grad_by_freq=shape.scale_grad_by_freq,
-            sparse=shape.sparse,
-            dtype=shape.dtype,
-            device=shape.device,
-        )
+        root.table = shape.table(rank)
         root.up = bare_linear(rank, shape.out_features, False, shape)
         rows = graph.call_module("table", (graph.placeholder("input"),))
         graph.output(graph.call_module("up", (rows,)))
@@ -67,9 +59,7 @@ class _Embedding(Form):
 
 
 def _table(body: fx.GraphModule) -> nn.Embedding:
-    table = body.get_submodule("table")
-    assert isinstance(table, nn.Embedding)
-    return table
+    return cast("nn.Embedding", body.get_submodule("table"))
 
 
 EMBEDDING = _Embedding()

@@ -1,23 +1,26 @@
 """What a form of a factorization is.
 
 A form says what rank r costs, builds the fx body that replaces an operator, and can tell
-the dense weight that the body stands for.
+the dense weight that the body stands for.  A :class:`Form` is written for one operator, a
+:class:`JointForm` for several on one input; what all stages work with is either of them
+together with its operators (:mod:`fxcompress.forms.fitted`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.target import Losses, Rank, Ranks, Target, View
-from fxcompress.operators.shape import LinearShape, Shape
+from fxcompress.operators.linear import LinearShape
+from fxcompress.operators.shape import Shape
 
 Counts = NDArray[np.int64]
 
@@ -35,7 +38,7 @@ class Form(ABC):
     body; what it shares with truncation to rank r (the loss, the product that it computes) is
     here already.  ``fxcompress.register_form(MyForm())`` makes it known to rule files.
 
-    The weight of a shape is in canonical layout throughout (:mod:`fxcompress.forms.shape`).
+    The weight of a shape is in canonical layout throughout (:mod:`fxcompress.operators.shape`).
     """
 
     name: str
@@ -45,6 +48,8 @@ class Form(ABC):
     trains_as: str | None = None
     """Name of a form for the same operators with the same factors, whose body is trained in this
     one's place while ranks are found (:mod:`fxcompress.isvt`); None for itself."""
+    remarks: Mapping[str, str] = {}
+    """What torch functions in the body are for, by their names, where reports say so."""
 
     def full_rank(self, shape: Any) -> Rank:
         """The rank at which nothing is lost: min(m, n), unless the form counts otherwise."""
@@ -116,11 +121,17 @@ class JointForm(ABC):
     """One way to spend r ranks on several operators that read the same value.
 
     They are seen as one operator whose weight is stacked from theirs (Σm x n).  What they have
-    in common is computed once (:class:`JointBody`).
+    in common is computed once (:attr:`Body.shared`).
     """
 
     name: str
     operators: frozenset[str] = frozenset({"linear"})
+    view: View = "matrix"
+    """How it sees the stacked weight as a matrix."""
+    trains_as: str | None = None
+    """As of :class:`Form`: name of a joint form."""
+    remarks: Mapping[str, str] = {}
+    """As of :class:`Form`."""
 
     def full_rank(self, shapes: Shapes) -> int:
         """The rank at which nothing is lost: min(Σm, n)."""
@@ -142,14 +153,26 @@ class JointForm(ABC):
         """Bytes of everything stored (biases not counted)."""
         return self.parameters(shapes, ranks) * shapes[0].dtype.itemsize
 
+    def losses(self, target: Target, ranks: Ranks) -> Losses:
+        """Predicted loss of all operators at each rank; by default that of truncation."""
+        return target.truncations(self.view).losses(ranks)
+
+    def factors(self, target: Target, rank: int) -> tuple[Tensor, Tensor]:
+        """What the bodies are to compute the products of: (Σm x k) and (k x n).
+
+        By default the first r components of the stacked weight.
+        """
+        left, right = target.truncations(self.view).factors(rank)
+        return left, right
+
     @abstractmethod
-    def empty(self, shapes: Shapes, rank: int) -> JointBody:
+    def empty(self, shapes: Shapes, rank: int) -> Body:
         """The body with uninitialized parameters."""
 
     @abstractmethod
     def fill(
         self,
-        body: JointBody,
+        body: Body,
         lefts: Sequence[Tensor],
         right: Tensor,
         biases: Sequence[Tensor | None],
@@ -163,51 +186,6 @@ class JointForm(ABC):
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         """The parameter of a head that is the dense bias (m_i); None if there is no such one."""
         return None
-
-
-@dataclass(frozen=True, eq=False)
-class JointBody:
-    """The body of a joint form, in two parts.
-
-    Attributes:
-        shared: maps the input (..., n) to a tuple of values; runs once for all heads.
-        heads: one per operator; each maps the input and those values to (..., m_i).
-    """
-
-    shared: fx.GraphModule
-    heads: tuple[fx.GraphModule, ...]
-
-    def member(self, index: int) -> Member:
-        """One operator by itself."""
-        return Member(self.shared, self.heads[index])
-
-
-class Member(nn.Module):
-    """One operator of a joint body as a module by itself: ``head(x, *shared(x))``."""
-
-    def __init__(self, shared: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.shared = shared
-        self.head = head
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
-        out: Tensor = self.head(x, *self.shared(x))
-        return out
-
-
-def dense_weight_of(body: nn.Module, n: int) -> Tensor:
-    """The matrix (m x n) of a module that maps rows affinely, found by running it."""
-    some = next(body.parameters())
-    rows: Tensor = body(torch.eye(n, dtype=some.dtype, device=some.device))
-    return (rows - dense_bias_of(body, n)).T
-
-
-def dense_bias_of(body: nn.Module, n: int) -> Tensor:
-    """What such a module (rows of n to rows of m) adds (m)."""
-    some = next(body.parameters())
-    out: Tensor = body(some.new_zeros(1, n))
-    return out[0]
 
 
 def bare_linear(n: int, m: int, bias: bool, shape: Shape) -> nn.Linear:
@@ -242,6 +220,4 @@ def balanced_parts(lefts: Sequence[Tensor], right: Tensor) -> tuple[tuple[Tensor
 
 def linear(body: fx.GraphModule, name: str) -> nn.Linear:
     """A linear layer of a body."""
-    layer = body.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
+    return cast("nn.Linear", body.get_submodule(name))

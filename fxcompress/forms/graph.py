@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import RewriteError
+from fxcompress.forms.body import Body
 from fxcompress.forms.form import (
     Counts,
     Form,
-    JointBody,
     JointForm,
     Shapes,
     assign,
@@ -26,7 +26,7 @@ from fxcompress.forms.form import (
 from fxcompress.forms.target import Ranks
 from fxcompress.forms.template import Step, Template
 from fxcompress.forms.widths import size_of, source_shape
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "relu": F.relu,
@@ -75,7 +75,7 @@ class GraphJointForm(JointForm):
     def parameters(self, shapes: Shapes, ranks: Ranks) -> Counts:
         return _parameters(self.template, shapes, ranks)
 
-    def empty(self, shapes: Shapes, rank: int) -> JointBody:
+    def empty(self, shapes: Shapes, rank: int) -> Body:
         made = self.template
         sizes = _sizes(made, shapes, rank)
         by_role = dict(zip(made.roles, shapes, strict=True))
@@ -97,11 +97,11 @@ class GraphJointForm(JointForm):
             _add(steps, root, graph, values, sizes, by_role)
             graph.output(values[ends[role]])
             heads.append(fx.GraphModule(root, graph, class_name="Head"))
-        return JointBody(common, tuple(heads))
+        return Body(common, tuple(heads))
 
     def fill(
         self,
-        body: JointBody,
+        body: Body,
         lefts: Sequence[Tensor],
         right: Tensor,
         biases: Sequence[Tensor | None],
@@ -110,7 +110,7 @@ class GraphJointForm(JointForm):
         parts = dict(zip(self.template.roles, balanced_lefts, strict=True))
         named = dict(zip(self.template.roles, biases, strict=True))
         shared, own = _parts(self.template)
-        for steps, part in zip([shared, *own], [body.shared, *body.heads], strict=True):
+        for steps, part in zip([shared, *own], body.parts, strict=True):
             _fill(steps, part, parts, right, named)
 
 

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from fxcompress.forms.body import Body
 from fxcompress.forms.form import (
     Counts,
-    JointBody,
     JointForm,
     Shapes,
     assign,
@@ -40,7 +40,7 @@ class _Joint(JointForm):
     def parameters(self, shapes: Shapes, ranks: Ranks) -> Counts:
         return ranks * (shapes[0].in_features + sum(shape.out_features for shape in shapes))
 
-    def empty(self, shapes: Shapes, rank: int) -> JointBody:
+    def empty(self, shapes: Shapes, rank: int) -> Body:
         root = nn.Module()
         root.down = bare_linear(shapes[0].in_features, rank, False, shapes[0])
         graph = fx.Graph()
@@ -54,16 +54,17 @@ class _Joint(JointForm):
             graph.placeholder("input")
             graph.output(graph.call_module("up", (graph.placeholder("shared"),)))
             heads.append(fx.GraphModule(root, graph, class_name="Head"))
-        return JointBody(shared, tuple(heads))
+        return Body(shared, tuple(heads))
 
     def fill(
         self,
-        body: JointBody,
+        body: Body,
         lefts: Sequence[Tensor],
         right: Tensor,
         biases: Sequence[Tensor | None],
     ) -> None:
         parts, right = balanced_parts(lefts, right)
+        assert body.shared is not None
         assign(linear(body.shared, "down").weight, right)
         for head, part, bias in zip(body.heads, parts, biases, strict=True):
             assign(linear(head, "up").weight, part)

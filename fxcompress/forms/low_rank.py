@@ -25,7 +25,7 @@ from fxcompress.forms.form import (
     linear,
 )
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 
 
 class _LowRank(Form):

@@ -24,6 +24,7 @@ activations, not weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +38,7 @@ from fxcompress.forms.form import (
     linear,
 )
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.shape import LinearShape
+from fxcompress.operators.linear import LinearShape
 
 LARGEST_ENTRY = 4.0
 """Largest entry of the combination matrix that is left in place."""
@@ -48,6 +49,7 @@ EXCHANGES = 1000
 
 class _Pivoted(Form):
     name = "pivoted"
+    remarks = MappingProxyType({"index_select": "rows back in order"})
     trains_as = "low_rank"  # pivot rows and combinations differ in scale; balanced factors do not
 
     def parameters(self, shape: LinearShape, ranks: Ranks) -> Counts:

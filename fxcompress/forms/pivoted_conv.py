@@ -19,6 +19,7 @@ pivots, and the weights are those of all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,12 +29,13 @@ from fxcompress.forms.form import Counts, Form, assign
 from fxcompress.forms.pivoted import choose_pivots, complement
 from fxcompress.forms.separable import CHANNEL
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.convolution import bare_convolution, convolution_shape
-from fxcompress.operators.shape import ConvShape
+from fxcompress.operators.convolution import ConvShape
+from fxcompress.operators.modules import canonical_weight, shape_of
 
 
 class _PivotedConvolution(Form):
     name = "pivoted"
+    remarks = MappingProxyType({"index_select": "channels back in order"})
     operators = ConvForm.operators
 
     def full_rank(self, shape: ConvShape) -> int:
@@ -73,12 +75,12 @@ class _PivotedConvolution(Form):
         pivot, combine = self._layers(shape, rank)
         channels = -shape.dims - 1
         root, graph = nn.Module(), fx.Graph()
-        root.pivot = bare_convolution(pivot)
+        root.pivot = pivot.bare()
         order = torch.arange(shape.out_channels, dtype=torch.int32, device=shape.device)
         root.register_buffer("order", order)
         value = graph.call_module("pivot", (graph.placeholder("input"),))
         if combine.out_channels:  # torch knows no convolution to no channels
-            root.combine = bare_convolution(combine)
+            root.combine = combine.bare()
             rest = graph.call_module("combine", (value,))
             value = graph.call_function(torch.cat, ((value, rest), channels))
         places = graph.create_node("get_attr", "order")
@@ -102,11 +104,11 @@ class _PivotedConvolution(Form):
                 # combine() sees pivot channels with their bias: take its image out again.
                 shifts.append((own[chosen], own[others] - combination @ own[chosen]))
         layer = convolution(body, "pivot")
-        pivot = convolution_shape(layer)
+        pivot = shape_of(layer)
         weight = torch.stack(kept).reshape(groups, rank, -1, *pivot.kernel_size)
         assign(layer.weight, pivot.stored(weight))
         if rank < rows:
-            taps = (1,) * pivot.dims
+            taps = (1,) * len(pivot.kernel_size)
             combined = torch.stack(mixed).reshape(groups * (rows - rank), rank, *taps)
             assign(convolution(body, "combine").weight, combined)
         if layer.bias is not None:
@@ -118,8 +120,7 @@ class _PivotedConvolution(Form):
         body.get_buffer("order").copy_(_order(pivots, rows, rank))
 
     def weight(self, body: fx.GraphModule, shape: ConvShape) -> Tensor:
-        pivot = convolution(body, "pivot")
-        kept = convolution_shape(pivot).canonical(pivot.weight)
+        kept = canonical_weight(convolution(body, "pivot"))
         rows = kept.flatten(0, 1)
         if hasattr(body, "combine"):
             weight = convolution(body, "combine").weight
@@ -130,7 +131,7 @@ class _PivotedConvolution(Form):
         return rows.reshape(shape.groups, -1, *rows.shape[1:])
 
     def bias(self, body: fx.GraphModule, shape: ConvShape) -> Tensor | None:
-        bias = convolution(body, "pivot").bias
+        bias: Tensor | None = convolution(body, "pivot").bias
         if bias is None:
             return None
         if hasattr(body, "combine"):

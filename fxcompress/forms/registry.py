@@ -32,9 +32,11 @@ def register_form(form: Form | JointForm) -> None:
 
 
 def find_form(
-    name: str, op: str = "linear", templates: Mapping[str, Template] = MappingProxyType({})
-) -> Form:
-    """The form of one operator that has a name.
+    name: str,
+    op: str = "linear",
+    templates: Mapping[str, Template] = MappingProxyType({}),
+) -> Form | JointForm:
+    """The form of a name.
 
     Args:
         name: registered, or that of a template.
@@ -44,23 +46,6 @@ def find_form(
     Raises:
         KeyError: there is none.
     """
-    form = _find(name, op, templates)
-    if not isinstance(form, Form):
-        raise KeyError(name)
-    return form
-
-
-def find_joint_form(
-    name: str, templates: Mapping[str, Template] = MappingProxyType({})
-) -> JointForm:
-    """The form of several linear operators that has a name; arguments as :func:`find_form`."""
-    form = _find(name, "linear", templates)
-    if not isinstance(form, JointForm):
-        raise KeyError(name)
-    return form
-
-
-def _find(name: str, op: str, templates: Mapping[str, Template]) -> Form | JointForm:
     if name in templates:
         return template_form(templates[name])
     form_words()  # imports what plug-ins register

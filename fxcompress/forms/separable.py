@@ -32,8 +32,8 @@ from __future__ import annotations
 from fxcompress.forms.convolution import ConvForm
 from fxcompress.forms.form import Counts
 from fxcompress.forms.target import Ranks, View, row_dims
-from fxcompress.operators.shape import ConvShape
-from fxcompress.operators.words import CONVOLUTIONS
+from fxcompress.operators.convolution import ConvShape
+from fxcompress.operators.words import TRANSPOSED, operators_of
 
 
 class _Separable(ConvForm):
@@ -71,7 +71,7 @@ class _Separable(ConvForm):
 class _Pointwise(_Separable):
     """``low_rank`` for a convolution that is a linear map of every position."""
 
-    operators = frozenset(CONVOLUTIONS)
+    operators = operators_of("convolution") - TRANSPOSED
 
     def misfit(self, shape: ConvShape) -> str | None:
         if shape.taps > 1:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from fxcompress.forms.convolution import ConvForm
 from fxcompress.forms.form import Counts
 from fxcompress.forms.target import Ranks
-from fxcompress.operators.shape import ConvShape
+from fxcompress.operators.convolution import ConvShape
 
 
 class _Tucker2(ConvForm):

@@ -9,14 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fxcompress.operators.words import OPERATORS
+
 MODULES: Mapping[str, str] = MappingProxyType(
     {
-        "Conv1d": "conv1d",
-        "Conv2d": "conv2d",
-        "Conv3d": "conv3d",
-        "ConvTranspose1d": "conv_transpose1d",
-        "ConvTranspose2d": "conv_transpose2d",
-        "ConvTranspose3d": "conv_transpose3d",
         "BatchNorm1d": "batch_norm",
         "BatchNorm2d": "batch_norm",
         "BatchNorm3d": "batch_norm",
@@ -52,7 +48,7 @@ _GELU = {
     **dict.fromkeys(("GELUTanh", "PytorchGELUTanh"), "tanh"),
 }
 # These promise their attributes to a rule, so a class that only has the name is not one.
-_WEIGHTED = {"linear", "embedding", *(name for name in MODULES.values() if "conv" in name)}
+_WEIGHTED = OPERATORS.keys()
 # Torch has two names for some functions.
 _ALIASES = {
     "absolute": "abs",
@@ -102,25 +98,6 @@ def gelu_approximation(name: str) -> str | None:
     ('tanh', None)
     """
     return _GELU.get(name)
-
-
-def function_name(function: Any) -> str:
-    """Name of a torch function; of the attribute for ``Tensor.T.__get__``.
-
-    >>> from torch import ops
-    >>> [function_name(each) for each in (Tensor.relu, ops.aten.relu, ops.quantized.linear)]
-    ['relu', 'relu', 'quantized_linear']
-    """
-    packet = getattr(function, "overloadpacket", function)
-    name = getattr(packet, "__name__", str(function)).split(".")[0]
-    # An operator that some library registered has its own meaning, whatever its name.
-    library = getattr(packet, "_qualified_op_name", "aten::").partition("::")[0]
-    if library != "aten":
-        return f"{library}_{name}"
-    if name in ("__get__", "__set__"):
-        descriptor = getattr(function, "__self__", None)
-        return getattr(getattr(descriptor, "fget", descriptor), "__name__", "attribute")
-    return name
 
 
 def function_operator(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

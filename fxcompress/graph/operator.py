@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-AttributeValue = bool | int | float | str | None | tuple["AttributeValue", ...]
+from fxcompress.operators.words import AttributeValue as AttributeValue
 
 
 @dataclass(frozen=True)

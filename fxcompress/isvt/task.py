@@ -19,7 +19,7 @@ from fxcompress.pipeline.analysis import Survey
 from fxcompress.pipeline.held_back import DAMPING
 from fxcompress.pipeline.pricing import Pricing
 from fxcompress.pipeline.sites import Site
-from fxcompress.plans.plan import Round, Unit
+from fxcompress.plans.plan import Round
 from fxcompress.progress import Progress
 from fxcompress.rules import LoadedRules, at_progress
 
@@ -53,7 +53,7 @@ class Task:
     found: Survey
     dense: nn.Module
     metric_batches: Sequence[Any]
-    pricings: Mapping[Unit, Pricing]
+    pricings: Mapping[str, Pricing]
     objective: Objective
     training: Sequence[Any]
     judging: Sequence[Any]

@@ -7,7 +7,7 @@ meets the budget, for the forms and costs of the rules: the stages decompose and
     prox(W) = argmin_V  ½ ‖V - W‖²_M + λ cost(rank V)        # one weight
             = the components of W with ½ σ² > λ (cost(r) - cost(r - 1))     # cost linear
 
-Weights that moved little are decomposed from where they were (:mod:`fxcompress.isvt.subspace`).
+Weights that moved little are decomposed from where they were (:mod:`fxcompress.metric.subspace`).
 The ranks are then those of the full decomposition if no component that was not looked at could
 be worth its cost, and the weights lose no more than those of the full decomposition but for
 :data:`TOLERANCE` if the components were settled; a site for which either is not certain is
@@ -16,39 +16,33 @@ decomposed in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fxcompress.budget import Choice
 from fxcompress.errors import RuleError
-from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
-from fxcompress.isvt.subspace import Leading
-from fxcompress.isvt.warm import Partial, Warm, start
-from fxcompress.metric import METRICS, Calibration
+from fxcompress.forms.target import Certificate, Losses, Ranks
+from fxcompress.metric import METRICS, Calibration, QuadraticForm
+from fxcompress.metric.metric import by_group
 from fxcompress.metric.moments import Moments
-from fxcompress.metric.quadratic import Grouped, Kronecker, stacked
-from fxcompress.metric.whiten import Whitener
 from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
 from fxcompress.pipeline.decomposition import (
     Decomposed,
     Decomposition,
-    decompose_bundle,
-    decompose_site,
+    decompose,
     metric_from,
+    stacked,
 )
 from fxcompress.pipeline.pricing import Costs, Pricing
-from fxcompress.pipeline.sites import Site, SiteBundle, decoded
+from fxcompress.pipeline.sites import Site, decoded
 from fxcompress.pipeline.solving import Solution, solve
-from fxcompress.plans.plan import Unit
 from fxcompress.rules import LoadedRules
 
-Metrics = Mapping[str, Quadratic]
+Metrics = Mapping[str, QuadraticForm]
 """The metric at every site, by its name."""
 
 ITERATIONS = (1, 3)
@@ -78,7 +72,7 @@ def require_lasting_metric(loaded: LoadedRules) -> None:
 
 def metrics_of(
     survey: Survey, moments: Mapping[str, Moments], damping: tuple[float, float]
-) -> dict[str, Quadratic]:
+) -> dict[str, QuadraticForm]:
     """The metric at every site, to be used again and again.
 
     Args:
@@ -93,11 +87,7 @@ def metrics_of(
     found = {}
     for site in survey.sites:
         own = metric_of(site)
-        # The factors themselves are wanted for kernels only, and are as large as their roots.
-        if isinstance(own, Kronecker):
-            assert isinstance(own.outputs, Whitener)
-            own = Kronecker(replace(own.inputs, matrix=None), replace(own.outputs, matrix=None))
-        found[site.name] = own
+        found[site.name] = own if by_group(site.shape) else own.for_matrices()
     return found
 
 
@@ -134,40 +124,28 @@ class Thresholded:
 
     def ranks(self) -> dict[str, int | None]:
         """Rank of every site, as the solver encodes it, that of its bundle if it has one."""
-        chosen = _chosen(self.analysis, self.solution)
-        return {site.name: chosen[site.name].rank for site in self.analysis.sites}
+        return {
+            site.name: choice.rank
+            for group, choice in self.solution.decided(self.analysis.groups)
+            for site in group.sites
+        }
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
         """Every site that does not stay as it is, with its new weight (canonical layout)."""
-        allocation, analysis = self.solution.allocation, self.analysis
-        together: set[str] = set()
-        for bundle in analysis.bundles:
-            choice = allocation.choices.get(bundle.name)
-            if choice is not None and choice.form is not None:
-                assert choice.rank is not None
-                target = analysis.decomposed.bundles[bundle.name].target
-                left, right = target.truncations().factors(choice.rank)
-                rows = [site.out_features for site in bundle.sites]
-                for site, part in zip(bundle.sites, torch.split(left, rows), strict=True):
-                    together.add(site.name)
-                    yield site, part @ right
-        for site in analysis.sites:
-            if site.name in together:
-                continue
-            choice = allocation.choices[site.name]
+        for group, choice in self.solution.decided(self.analysis.groups):
             if choice.form is None or choice.rank is None:
                 continue
-            form = site.forms[choice.form]
-            rank = decoded(form.full_rank(site.shape), choice.rank)
-            factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
-            yield site, form.product(site.shape, factors)
+            form = group.forms[choice.form]
+            rank = decoded(form.full_rank(), choice.rank)
+            factors = form.factors(self.analysis.decomposed.groups[group.name].target, rank)
+            yield from zip(group.sites, form.products(factors), strict=True)
 
 
 def threshold(
     survey: Survey,
     metrics: Metrics,
     rules: LoadedRules,
-    pricings: Mapping[Unit, Pricing],
+    pricings: Mapping[str, Pricing],
     starts: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     tick: Callable[[], None] = lambda: None,
@@ -189,107 +167,72 @@ def threshold(
     survey = replace(survey, rules=rules)
     if len(rules.rules.budgets) > 1 or rules.rules.solver.allocation != "global":
         starts = {}  # there is no one multiplier to tell by what may be missing
-    sites = {site.name: site for site in survey.sites}
-    together = {
-        bundle.name: metric
-        for bundle in survey.bundles
-        if (metric := _stacked(bundle, metrics)) is not None
+    metrics = {
+        **metrics,
+        **{
+            group.name: metric
+            for group in survey.several
+            if (metric := stacked(group, metrics)) is not None
+        },
     }
-    bundles = {bundle.name: bundle for bundle in survey.bundles if bundle.name in together}
+    groups = {group.name: group for group in survey.groups if group.name in metrics}
 
-    def decompose(name: str, iterations: int | None) -> Decomposed:
-        if name in sites:
-            metric = _warmed(metrics[name], starts.get(name), iterations)
-            return decompose_site(survey.model, sites[name], metric)
-        metric = _warmed(together[name], starts.get(name), iterations)
-        return decompose_bundle(survey.model, bundles[name], metric)
+    def decomposed(name: str, iterations: int | None) -> Decomposed:
+        metric, basis = metrics[name], starts.get(name)
+        if basis is not None and iterations is not None:
+            metric = metric.starting_from(basis, iterations)
+        return decompose(survey.model, groups[name], metric)
 
     found: dict[str, Decomposed] = {}
-    for name in (*sites, *bundles):
-        found[name] = decompose(name, ITERATIONS[0])
+    for name in groups:
+        found[name] = decomposed(name, ITERATIONS[0])
         tick()
     full = {name for name in found if name not in starts}
     for iterations in (*ITERATIONS[1:], None, None):
-        analysis = _analysis(survey, found, metrics, bundles)
+        analysis = _analysis(survey, found, metrics)
         solution = solve(analysis, pricings, {})
         more = _uncertain(analysis, solution, pricings)
         if not more:
             break
         # Another λ may cast doubt on others: the last time, nothing that is doubtful is left.
         for name in more:
-            found[name] = decompose(name, iterations)
+            found[name] = decomposed(name, iterations)
         if iterations is None:
             full |= more
     else:
         full = {*found}
-        found = {name: decompose(name, None) for name in found}
-        analysis = _analysis(survey, found, metrics, bundles)
+        found = {name: decomposed(name, None) for name in found}
+        analysis = _analysis(survey, found, metrics)
         solution = solve(analysis, pricings, {})
     return Thresholded(
-        analysis, solution, dict(_starts(analysis, {**metrics, **together}, solution)),
-        frozenset(full),
+        analysis, solution, dict(_starts(analysis, metrics, solution)), frozenset(full)
     )  # fmt: skip
 
 
-def _stacked(bundle: SiteBundle, metrics: Metrics) -> Quadratic | None:
-    """The metric of a bundle; None if one of its sites has no influence."""
-    parts = [metrics[site.name] for site in bundle.sites]
-    if any(part.null for part in parts):
-        return None
-    return stacked(parts, [site.out_features for site in bundle.sites])
+def _analysis(survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics) -> Analysis:
+    idle = tuple(name for name in found if metrics[name].null)
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(found, idle))
 
 
-def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> Quadratic:
-    """A metric that starts from a basis, or has forgotten the weight it was asked about before."""
-    if isinstance(metric, Grouped):
-        return Grouped(tuple(Kronecker(part.inputs, part.outputs) for part in metric.groups))
-    if not isinstance(metric, Kronecker):
-        return metric
-    if basis is None or iterations is None:
-        return Kronecker(metric.inputs, metric.outputs)
-    return Warm(metric.inputs, metric.outputs, {}, basis, iterations, tight=iterations > 1)
-
-
-def _analysis(
-    survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics, bundles: Collection[str]
-) -> Analysis:
-    sites = {name: each for name, each in found.items() if name not in bundles}
-    joint = {name: each for name, each in found.items() if name in bundles}
-    idle = tuple(name for name in sites if metrics[name].null)
-    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(sites, joint, idle))
-
-
-def _spectrum(decomposed: Decomposed) -> Spectrum | None:
-    """The components of a weight seen as one matrix, in a metric that has them."""
-    found = decomposed.target.views.get("matrix")
-    return found if isinstance(found, Spectrum) else None
-
-
-def _uncertain(
-    analysis: Analysis, solution: Solution, pricings: Mapping[Unit, Pricing]
-) -> set[str]:
+def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pricing]) -> set[str]:
     """Sites and bundles that may be worth another rank, or lose too much more than they have to.
 
     With λ given, the choice at every part is then the best one but for what it loses in excess;
     so no choices within the budget lose less than these by more than the duality gap and that.
     """
     pricing, multiplier = next(iter(pricings.values())), solution.limits[0].multiplier
-    parts: list[tuple[Site | SiteBundle, Decomposed]] = [
-        *((site, analysis.decomposed.sites[site.name]) for site in analysis.sites),
-        *((bundle, analysis.decomposed.bundles[bundle.name]) for bundle in analysis.bundles),
-    ]
     out, excess = set(), {}
-    for part, decomposed in parts:
-        spectrum = _spectrum(decomposed)
-        if not isinstance(spectrum, Partial):
+    for part in analysis.groups:
+        decomposed = analysis.decomposed.groups[part.name]
+        certificate = decomposed.target.truncations().certificate
+        if certificate is None:
             continue
         ranks = {form: part.ranks(form) for form in part.forms}
-        price = pricing.single if isinstance(part, Site) else pricing.joint
-        costs = {form: price(part, form, ranks[form]) for form in part.forms}  # type: ignore[arg-type]
+        costs = {form: pricing.at(part, form, ranks[form]) for form in part.forms}
         found = (
             None
             if multiplier is None
-            else _excess(decomposed.losses, spectrum.found, ranks, costs, multiplier)
+            else _excess(decomposed.losses, certificate, ranks, costs, multiplier)
         )
         if found is None:
             out.add(part.name)
@@ -305,7 +248,7 @@ def _uncertain(
 
 def _excess(
     losses: Mapping[str, Losses],
-    own: Leading,
+    own: Certificate,
     ranks: Mapping[str, Ranks],
     costs: Mapping[str, Costs],
     multiplier: float,
@@ -336,25 +279,21 @@ def _excess(
     return out
 
 
-def _chosen(analysis: Analysis, solution: Solution) -> dict[str, Choice]:
-    """What every site and every bundle that is rewritten jointly takes; its sites what it does."""
-    choices = solution.allocation.choices
-    joint = (bundle for bundle in analysis.bundles if bundle.name in choices)
-    return {**choices, **{site.name: choices[b.name] for b in joint for site in b.sites}}
-
-
 def _starts(
     analysis: Analysis, metrics: Metrics, solution: Solution
 ) -> Iterator[tuple[str, Tensor]]:
-    """Bases of all that was cut in the matrix view by a Kronecker metric."""
-    found = {**analysis.decomposed.sites, **analysis.decomposed.bundles}
-    chosen = _chosen(analysis, solution)
+    """Bases of all that was cut, in metrics that can start from one."""
+    found = analysis.decomposed.groups
+    choices = solution.allocation.choices
+    joint = (group for group in analysis.several if group.name in choices)
+    chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
-        choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]
-        if choice is None or spectrum is None or not isinstance(metric, Kronecker):
+        choice = chosen.get(name)
+        if choice is None or choice.form is None or not choice.rank:
             continue
         if name in grouped:  # one rank for several: no component is judged by itself
             continue
-        if choice.form is not None and choice.rank and choice.rank <= len(spectrum.sigma):
-            yield name, start(spectrum, metric, choice.rank)
+        basis = metrics[name].start(decomposed.target.truncations(), choice.rank)
+        if basis is not None:
+            yield name, basis

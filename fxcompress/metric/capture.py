@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import (
@@ -19,9 +18,9 @@ from fxcompress.metric.moments import (
     CountSum,
     GramSum,
     Moments,
+    Named,
     RowSum,
     ScaledSum,
-    Statistic,
     finish_together,
     is_root,
     normalized,
@@ -29,10 +28,12 @@ from fxcompress.metric.moments import (
     unit_mean,
 )
 from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
+from fxcompress.metric.own_sums import OwnSums
+from fxcompress.metric.passes import DRAWS, Draws, Reach, run_pass
 from fxcompress.metric.pooled import Traces
-from fxcompress.metric.rows import input_rows, output_rows, squared_gradients, weight_gradients
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
+from fxcompress.metric.statistic import Statistic
+from fxcompress.metric.visitor import InputKey, Several, SiteFacts, input_key, same_samples
+from fxcompress.operators.shape import is_grouped, samples_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +85,18 @@ def calibrate(
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    sums = _Sums(model, sites, metric.needs, metric.backward, scaled=not metric.directions)
+    needs = frozenset(each for each in metric.needs if not isinstance(each, Statistic))
+    sums = _Sums(model, sites, needs, metric.backward, scaled=not metric.directions)
+    own = OwnSums([each for each in metric.needs if isinstance(each, Statistic)])
     passed = run_pass(
-        model, sites, batches, sums,
+        model, sites, batches, Several([sums, own]),
         drawn=drawn, loss=loss, forward=forward,
         everywhere=everywhere, places=places, watched=watched, tick=tick,
     )  # fmt: skip
-    moments = sums.finish(passed.predictions)
+    moments = {
+        name: replace(found, own=own.finish(site, passed.predictions))
+        for site, (name, found) in zip(sites, sums.finish(passed.predictions).items(), strict=True)
+    }
     unmeasured = {
         site.name: reason
         for site in sites
@@ -106,8 +112,8 @@ def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -
     """Why the moments say nothing of an influence on the output; None if they do."""
     if metric.backward and not reach.answered:
         return UNANSWERED
-    groups = site.shape.groups if isinstance(site.shape, ConvShape) else 1
-    stats = [s for s in (found.input, found.output, found.weight, found.entries) if s is not None]
+    groups = site.shape.matrix[0]
+    stats = found.tensors
     # A group whose inputs or gradients are all zero has none.
     alive = [stat.reshape(groups, -1).any(1) for stat in stats]
     if bool(torch.stack(alive).all(0).any()):
@@ -120,13 +126,13 @@ ZERO = "its inputs or the gradients that came back to it are all exactly zero"
 
 
 class _Sums:
-    """Running sums of one pass: a visitor (:class:`fxcompress.metric.passes.Visitor`)."""
+    """Running sums of one pass: a visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
 
     def __init__(
         self,
         model: nn.Module,
         sites: Sequence[SiteFacts],
-        needs: frozenset[Statistic],
+        needs: frozenset[Named],
         backward: bool,
         *,
         scaled: bool = True,
@@ -148,11 +154,11 @@ class _Sums:
         for site in sites:
             shape = site.shape
             dtype = torch.float64 if shape.dtype == torch.float64 else torch.float32
-            groups, m, n = sizes(shape)
+            groups, m, n = shape.matrix
             if "input" in needs and input_key(site) not in self.inputs:
                 self.inputs[input_key(site)] = (
                     CountSum(n, device)
-                    if isinstance(shape, EmbeddingShape)
+                    if shape.takes == "indices"
                     else _sums(groups, n, device, dtype, site, "input")
                 )
             if "output" in needs:
@@ -174,7 +180,7 @@ class _Sums:
         if sums is None:
             return not data.is_floating_point() or bool(data.isfinite().all())
         finite = True
-        for rows in input_rows(data, site.shape, mask):
+        for rows in site.shape.input_rows(data, mask):
             if isinstance(sums, CountSum):
                 sums.add(rows)
                 self.rows[key] += len(rows)
@@ -198,7 +204,7 @@ class _Sums:
         finite = True
         sums = self.outputs.get(site.name)
         if sums is not None:
-            finite = _add(sums, output_rows(gradient, site.shape, mask), self.exponent)
+            finite = _add(sums, site.shape.output_rows(gradient, mask), self.exponent)
         if self.traces is not None:
             self.traces.gradient(site, data, gradient, self.exponent)
             return finite
@@ -213,7 +219,7 @@ class _Sums:
             self._wait(site, data, gradient, exponent)
             return finite
         entries = "entries" in self.needs
-        squares = squared_gradients(data, gradient, site.shape, entries=entries)
+        squares = site.shape.squared_gradients(data, gradient, entries=entries)
         self._square(site.name, squares, exponent)
         return finite
 
@@ -224,18 +230,17 @@ class _Sums:
     def _wait(self, site: SiteFacts, data: Tensor, gradient: Tensor, exponent: int) -> None:
         """Add what one of several calls gives, times ``2^exponent``, to every sample's gradient."""
         shape = site.shape
-        if isinstance(shape, EmbeddingShape):
+        if shape.takes == "indices":
             # A table per sample would be far more than the few rows of it that are looked up.
             waiting = self.looked_up[site.name]
             waiting.append((data.reshape(len(data), -1), gradient.flatten(1, -2), exponent))
             same_samples(site, len(waiting[0][0]), len(data))
             return
-        single = isinstance(shape, ConvShape) and data.dim() < shape.dims + 2
-        count = 1 if single else len(data)
+        count = samples_in(data, shape)
         found = self.pending.get(site.name)
         if found is None:
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            found = gradient.new_zeros((count, *sizes(shape)), dtype=wide), exponent
+            found = gradient.new_zeros((count, *shape.matrix), dtype=wide), exponent
         total, unit = found
         same_samples(site, len(total), count)
         if bool(data.any()) and bool(gradient.any()):
@@ -243,7 +248,7 @@ class _Sums:
             if unit != top:
                 times_power(total, unit - top, out=total)
             start, unit = 0, top
-            for part in weight_gradients(data, gradient, shape):
+            for part in shape.weight_gradients(data, gradient):
                 total[start : start + len(part)] += times_power(part, exponent - top)
                 start += len(part)
         self.pending[site.name] = total, unit
@@ -264,7 +269,7 @@ class _Sums:
                 top = max((power for _, g, power in calls if bool(g.any())), default=0)
                 indices = torch.cat([each for each, _, _ in calls], 1)
                 gradients = torch.cat([times_power(g, power - top) for _, g, power in calls], 1)
-                found = squared_gradients(indices, gradients, site.shape, entries=entries)
+                found = site.shape.squared_gradients(indices, gradients, entries=entries)
                 self._square(site.name, found, top)
 
     def finish(self, predictions: int) -> dict[str, Moments]:
@@ -293,27 +298,6 @@ class _Sums:
         return found
 
 
-def same_samples(site: SiteFacts, first: int, now: int) -> None:
-    """Require that two calls of one layer are about the same samples.
-
-    Raises:
-        CalibrationError: they are not.
-    """
-    if first != now:
-        raise CalibrationError(
-            f"{site.name} is called on {first} samples and on {now} in one pass, so that the "
-            "gradient of its weight cannot be told sample by sample: choose metric: {kind: kfac}, "
-            "or exclude the layer (unless: [{name: ...}])"
-        )
-
-
-def sizes(shape: Shape) -> tuple[int, int, int]:
-    """Groups, and rows and columns of the matrix of each of them."""
-    if isinstance(shape, ConvShape):
-        return shape.groups, shape.group_out, shape.group_in * shape.taps
-    return 1, shape.out_features, shape.in_features
-
-
 def _sums(
     groups: int,
     features: int,
@@ -323,7 +307,7 @@ def _sums(
     what: str,
 ) -> list[GramSum | RowSum]:
     """One for each group.  Patches are many, and forms ask for their moments as a matrix."""
-    if features >= WIDE and not isinstance(site.shape, ConvShape):
+    if features >= WIDE and not is_grouped(site.shape):
         return [RowSum(features, device, dtype, f"{what} of {site.name}")]
     return [GramSum(features, device, dtype) for _ in range(groups)]
 
@@ -345,10 +329,10 @@ def _finish(
         mean, exponent = sums[0].finish_scaled(count)
         return mean, 2.0**exponent
     means, exponent = finish_together([each for each in sums if isinstance(each, GramSum)], count)
-    return torch.stack(means) if isinstance(site.shape, ConvShape) else means[0], 2.0**exponent
+    return torch.stack(means) if is_grouped(site.shape) else means[0], 2.0**exponent
 
 
 def _mean(squares: ScaledSum, count: int, site: SiteFacts) -> tuple[Tensor, float]:
     (total,) = squares.totals
     exponent = unit_mean([total], squares.exponent, count, float(total.max()))
-    return total if isinstance(site.shape, ConvShape) else total[0], 2.0**exponent
+    return total if is_grouped(site.shape) else total[0], 2.0**exponent

@@ -9,73 +9,18 @@ k numbers a position, and no gradient of a weight is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.target import Spectrum, Truncations
+from fxcompress.forms.target import Components
 from fxcompress.graph.inputs import Forward
-from fxcompress.metric.capture import same_samples
 from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
-from fxcompress.metric.quadratic import Stacked
-from fxcompress.metric.rows import BLOCK, conv_rows
-from fxcompress.metric.split import SplitTruncations
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Components:
-    """Components of one weight, or of one site's rows of stacked weights.
-
-    Attributes:
-        left: l_iq (g x m x k x q).
-        right: r_iq (g x k x q x n).
-    """
-
-    left: Tensor
-    right: Tensor
-
-    def rows(self, start: int, count: int) -> Components:
-        """Those of some rows of the weight only."""
-        return Components(self.left[:, start : start + count], self.right)
-
-
-def components(found: Truncations) -> Components | None:
-    """What truncations are sums of; None if it is no sum (Tucker-2)."""
-    groups = found.groups if isinstance(found, Stacked) else (found,)
-    lefts, rights = [], []
-    for group in groups:
-        if isinstance(group, Spectrum):
-            left, right = group.left.unsqueeze(2), group.right.unsqueeze(1)
-        elif isinstance(group, SplitTruncations):
-            left, right = group.components()
-        else:
-            return None
-        lefts.append(left)
-        rights.append(right)
-    return Components(torch.stack(lefts), torch.stack(rights))
-
-
-def remeasured(found: Truncations, energies: Tensor) -> Truncations:
-    """Truncations ranked by measured losses.
-
-    Args:
-        found: as :func:`components` were taken of.
-        energies: ``E[⟨∇W, c_i⟩²]`` of each (g x k).
-    """
-    if isinstance(found, Stacked):
-        pairs = zip(found.groups, energies, strict=True)
-        return Stacked(tuple(remeasured(group, part[None]) for group, part in pairs))
-    sigma = energies[0].sqrt()
-    if isinstance(found, SplitTruncations):  # its components are nested in their order
-        return replace(found, sigma=sigma)
-    assert isinstance(found, Spectrum)
-    order = torch.argsort(sigma, descending=True, stable=True)
-    return Spectrum(sigma[order], found.left[:, order], found.right[order])
+from fxcompress.metric.passes import DRAWS, Draws, run_pass
+from fxcompress.metric.visitor import SiteFacts, same_samples
+from fxcompress.operators.shape import Shape
 
 
 def measure_directions(
@@ -112,7 +57,7 @@ def measure_directions(
 
 
 class _Products:
-    """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
+    """A visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
 
     backward = True
 
@@ -161,29 +106,5 @@ def inner_products(data: Tensor, gradient: Tensor, shape: Shape, these: Componen
     """``⟨∇W, c_i⟩`` for every sample (samples x g x k); a matrix is one position a sample."""
     wide = torch.promote_types(gradient.dtype, these.left.dtype)
     left, right, g = these.left.to(wide), these.right.to(wide), gradient.to(wide)
-    if isinstance(shape, ConvShape):
-        batched = data.dim() > shape.dims + 1
-        out = g.new_zeros(len(data) if batched else 1, shape.groups, left.shape[2])
-        for those, taps, rows in conv_rows(data.to(wide), g, shape):
-            assert rows is not None
-            out[those] += _products(rows, taps, left, right)
-        return out
-    g = g.reshape(len(g), 1, -1, g.shape[-1])
-    if isinstance(shape, EmbeddingShape):
-        columns = [right[..., where].permute(0, 3, 1, 2) for where in data.reshape(len(data), -1)]
-        parts = zip(g, columns, strict=True)
-        return torch.cat([_products(rows[None], each[None], left, None) for rows, each in parts])
-    a = data.to(wide).reshape(len(data), 1, -1, data.shape[-1])
-    some = max(1, BLOCK // (g.shape[2] * left.shape[2]))
-    pairs = zip(torch.split(g, some), torch.split(a, some), strict=True)
-    return torch.cat([_products(rows, inputs, left, right) for rows, inputs in pairs])
-
-
-def _products(rows: Tensor, inputs: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """(s x g x k) from gradients (s x g x l x m) and inputs (s x g x l x n).
-
-    Without ``right`` the inputs are in its coordinates already (s x g x l x k x q).
-    """
-    above = torch.einsum("sglm,gmkq->sglkq", rows, left)
-    below = inputs if right is None else torch.einsum("sgln,gkqn->sglkq", inputs, right)
-    return (above * below).sum((2, 4))
+    data = data.to(wide) if data.is_floating_point() else data
+    return shape.inner_products(data, g, left, right)

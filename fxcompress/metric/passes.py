@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,62 +40,9 @@ from fxcompress.graph.physical import (
 )
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
-from fxcompress.operators.shape import ConvShape, EmbeddingShape, Shape
-
-
-class SiteFacts(Protocol):
-    """What a pass needs to know of a site."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def calls(self) -> int: ...
-
-
-InputKey = tuple[str, tuple[Any, ...]]
-
-
-def input_key(site: SiteFacts) -> InputKey:
-    """Equal for sites that see the same rows: the same value, read in the same way."""
-    return site.source, site.shape.reading
-
-
-class Visitor(Protocol):
-    """What is done with the values of a pass.
-
-    A mask says which rows count: positions of a value (its shape without features; of a
-    convolution, items x extents of its output; of an embedding, of its look-ups).  What it leaves
-    out is never NaN in inputs, and zero in gradients.
-
-    Attributes:
-        backward: whether gradients are wanted.
-    """
-
-    backward: bool
-
-    def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
-        """The input of a call, once for all sites on it; whether it is finite."""
-
-    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
-        """What of the input of a call is wanted together with its gradient; it takes memory."""
-
-    def predicted(self, count: int) -> None:
-        """The batch makes so many predictions; backward passes follow."""
-
-    def gradient(
-        self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
-    ) -> bool:
-        """The gradient of a call's output, with what was kept; whether it is finite."""
-
-    def start(self, exponent: int) -> None:
-        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
-
-    def end(self) -> None:
-        """A backward pass has ended."""
+from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.shape import channels_of, extents_of
 
 
 @dataclass(frozen=True)
@@ -282,10 +229,6 @@ def _not_shared(name: str, batch: int) -> str:
     )
 
 
-def _extents(site: SiteFacts) -> int | None:
-    return site.shape.dims if isinstance(site.shape, ConvShape) else None
-
-
 @dataclass
 class _Call:
     """One call of a site.
@@ -352,7 +295,7 @@ class _Session:
         try:
             self.model.eval()
             for site in self.sites:
-                module = self.model.get_submodule(site.name)
+                module = operator_at(self.model, site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
                 ran = partial(self._see_run, name)
@@ -435,7 +378,7 @@ class _Session:
 
     @staticmethod
     def _plain(site: SiteFacts, data: Tensor) -> Tensor:
-        return physical(data, _extents(site)).detach()
+        return physical(data, extents_of(site.shape)).detach()
 
     def _rows_of(self, site: SiteFacts, out: Tensor, data: Tensor) -> int:
         real = input_mask(self.padding, site, data, out)
@@ -480,11 +423,9 @@ class _Session:
             self.answered[site.name] += call.rows
         if not gradient.numel():
             return  # an expert that nothing was sent to
-        gradient = folded(ordered(gradient.detach()), _extents(site))
+        gradient = folded(ordered(gradient.detach()), extents_of(site.shape))
         if mask is not None:
-            conv = isinstance(site.shape, ConvShape)
-            rows = mask.unsqueeze(-site.shape.dims - 1 if conv else -1)  # type: ignore[union-attr]
-            gradient = gradient.masked_fill(~rows, 0)
+            gradient = gradient.masked_fill(~mask.unsqueeze(channels_of(site.shape)), 0)
         if call.swapped:
             gradient, mask = gradient.transpose(0, 1), None if mask is None else mask.T
         finite = self.visitor.gradient(site, data, gradient, mask)
@@ -511,10 +452,10 @@ def input_mask(padding: Padding, site: SiteFacts, data: Tensor, out: Tensor) -> 
     Raises:
         CalibrationError: which rows are padding could not be followed.
     """
-    if isinstance(site.shape, ConvShape):
+    if site.shape.takes == "patches":
         marks = output_marks(padding, site, out)
         return None if marks is None else marks != PAD
-    dims = 0 if isinstance(site.shape, EmbeddingShape) else 1
+    dims = 0 if site.shape.takes == "indices" else 1
     return padding.real(physical(data), f"the input of {site.name}", dims)
 
 
@@ -529,9 +470,7 @@ def output_marks(padding: Padding, site: SiteFacts, out: Tensor) -> Tensor | Non
     Raises:
         CalibrationError: as :func:`input_mask`.
     """
-    rows = physical(out, _extents(site))
-    if isinstance(site.shape, ConvShape):
-        rows = rows.movedim(-site.shape.dims - 1, -1)
+    rows = physical(out, extents_of(site.shape)).movedim(channels_of(site.shape), -1)
     return padding.row_marks(rows, f"the output of {site.name}")
 
 

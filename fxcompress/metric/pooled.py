@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.metric.moments import is_root
-from fxcompress.metric.passes import SiteFacts
-from fxcompress.operators.shape import LinearShape
+from fxcompress.metric.visitor import SiteFacts
 
 PROBES = 64
 """Pairs of random vectors, drawn anew for every batch."""
@@ -69,7 +68,7 @@ class Traces:
         """What is kept of the input of a call (samples x positions x probes); None for nothing."""
         if site.name in self.apart:
             return None
-        if not isinstance(site.shape, LinearShape) or data.dim() < 3:
+        if not site.shape.pooled or data.dim() < 3:
             self.apart.add(site.name)
             return None
         if self._done:  # another batch has other vectors, so that chance evens out

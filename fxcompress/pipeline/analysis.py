@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from operator import length_hint
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +26,7 @@ from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.output import Family, declared_by
 from fxcompress.pipeline.decomposition import (
     Decomposition,
-    decompose_sites,
+    decompose_groups,
     metric_from,
     wanted_directions,
     with_directions,
@@ -33,11 +34,17 @@ from fxcompress.pipeline.decomposition import (
 from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
 from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.sites import Site, SiteBundle, gather_sites
+from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
 from fxcompress.progress import Progress
-from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
+from fxcompress.rewrite import (
+    Factorized,
+    find_batch_norms,
+    fold_batch_norms,
+    prepared,
+    record_operators,
+)
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 
 
@@ -51,7 +58,8 @@ class Survey:
         recording, matched: of ``model``.
         before: operators of the model as it was given.
         folded: batch norms that became part of convolutions.
-        sites, bundles: of ``model``.
+        sites: of ``model``.
+        groups: one for each site, then those of several.
         examples: batches that graphs are recorded on.
         size: of the model as it was given.
         folded_size: of ``model``.
@@ -65,11 +73,41 @@ class Survey:
     before: tuple[Operator, ...]
     folded: tuple[Folded, ...]
     sites: tuple[Site, ...]
-    bundles: tuple[SiteBundle, ...]
+    groups: tuple[Group, ...]
     examples: Sequence[Any]
     size: Size
     folded_size: Size
     request: Request
+
+    @property
+    def singles(self) -> tuple[Group, ...]:
+        """The groups of one site, in graph order."""
+        return tuple(group for group in self.groups if len(group.sites) == 1)
+
+    @property
+    def several(self) -> tuple[Group, ...]:
+        """The groups of several sites."""
+        return tuple(group for group in self.groups if len(group.sites) > 1)
+
+    def group(self, name: str) -> Group:
+        """The group of a name; that of a site has the site's."""
+        return self._by_name[name]
+
+    def groups_of(self, site: str) -> tuple[Group, ...]:
+        """The groups that a site is in by its name, those of several sites first."""
+        return self._by_site[site]
+
+    @cached_property
+    def _by_site(self) -> dict[str, tuple[Group, ...]]:
+        found: dict[str, tuple[Group, ...]] = {}
+        for group in self.groups:
+            for site in group.sites:
+                found[site.name] = (group, *found.get(site.name, ()))
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -110,9 +148,9 @@ class Analysis(Survey):
 
     @classmethod
     def of(cls, survey: Survey, estimate: Estimate, decomposed: Decomposition) -> Analysis:
-        """A survey with what was found since, without bundles that have an idle site."""
+        """A survey with what was found since, without groups that have an idle site."""
         known = {each.name: getattr(survey, each.name) for each in fields(Survey)}
-        known["bundles"] = tuple(b for b in survey.bundles if b.name in decomposed.bundles)
+        known["groups"] = tuple(g for g in survey.groups if g.name in decomposed.groups)
         return cls(**known, estimate=estimate, decomposed=decomposed)
 
 
@@ -134,17 +172,28 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
-    decomposed = decompose_sites(work, sites, surveyed.bundles, metric_of, tick)
+    decomposed = decompose_groups(work, surveyed.groups, metric_of, tick)
+    request.notes.add(*_apart(surveyed, decomposed))
     if metric.directions:
-        wanted = wanted_directions(decomposed, sites, surveyed.bundles)
+        wanted = wanted_directions(decomposed, surveyed.groups)
         tick = request.show.stage("directions", division.count)
         energies = measure_directions(
             work, sites, wanted, used,
             drawn=draws(loaded), loss=request.loss, forward=request.forward,
             places=division.places, tick=tick,
         )  # fmt: skip
-        decomposed = with_directions(decomposed, sites, surveyed.bundles, energies)
+        decomposed = with_directions(decomposed, surveyed.groups, energies)
     return Analysis.of(surveyed, estimated, decomposed)
+
+
+def _apart(found: Survey, decomposed: Decomposition) -> Iterator[str]:
+    """What cannot be rewritten together, though every part of it has an influence."""
+    kind = found.rules.rules.metric.kind
+    for group in found.several:
+        known = group.name in decomposed.groups
+        if not known and not any(site.name in decomposed.idle for site in group.sites):
+            names = ", ".join(site.name for site in group.sites)
+            yield f"{names}: metric {kind} cannot weigh them together, so no joint form is offered"
 
 
 def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estimate:
@@ -177,7 +226,7 @@ def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estim
         )
         request.show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
-    damping = choose_damping(found.model, found.sites, metric, calibrated.moments, moments, given)
+    damping = choose_damping(found.model, found.singles, metric, calibrated.moments, moments, given)
     return Estimate(calibrated, HeldBack(tuple(held), moments), damping)
 
 
@@ -259,21 +308,21 @@ def survey(
 
     tick = request.show.stage("record", None)
     examples = examples or [first]
-    recording = record(work, examples, forward=request.forward)
+    recording = record_operators(work, examples, forward=request.forward)
     tick()
 
     request.show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
     before, size = recording.operators, _model_size(work, recording)
-    asked = {match.weight: match.path for match in matched.matches if match.fold}
+    asked = {match.weight: match.path for match in matched.matches if match.limits.fold_batch_norm}
     folded, reasons = find_batch_norms(work, recording, asked)
     if folded:
         fold_batch_norms(work, folded)
         recording = record(work, examples, forward=request.forward)
         matched = match_model(work, loaded, recording)
     templates = {template.name: template for template in loaded.templates.values()}
-    sites, bundles = gather_sites(work, recording, matched, templates)
+    sites, groups = gather_sites(work, recording, matched, templates)
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
@@ -296,7 +345,7 @@ def survey(
         before,
         folded,
         sites,
-        bundles,
+        groups,
         examples,
         size,
         _model_size(work, recording),
@@ -442,10 +491,4 @@ def _require_values(model: nn.Module) -> None:
 
 
 def _model_size(model: nn.Module, recording: Recording) -> Size:
-    parameters = list(model.parameters())
-    tensors = [*parameters, *model.buffers()]
-    return Size(
-        parameters=sum(p.numel() for p in parameters),
-        macs=recording.macs,
-        bytes=sum(t.numel() * t.element_size() for t in tensors),
-    )
+    return Size.of(lambda unit: unit.of_model(model, recording))

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
-from fxcompress.forms import ConvShape, FormError, JointBody, JointForm, find_form
-from fxcompress.forms.form import dense_bias_of, dense_weight_of
+from fxcompress.forms import Body, Fitted, FormError, find_form, fit
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.operators.applied import operator_at, operator_path
+from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.measure import measure_whole
-from fxcompress.pipeline.sites import Site, SiteBundle
-from fxcompress.plans.plan import Plan, SitePlan
+from fxcompress.pipeline.sites import Group, Site
+from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.rewrite import (
-    Bodies,
     ProjectedAttention,
     apply_plan,
     own_parameters,
@@ -67,7 +67,10 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     )  # fmt: skip
     if measured is not None:
         notes += parted(planned, measured)
-    counted = planned.model_after.model_copy(update={"macs": after.macs})
+    foretold = planned.model_after
+    counted = Size.of(
+        lambda unit: unit.of_model(rewritten, after) if unit.per_row else foretold[unit.word]
+    )
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(
@@ -144,15 +147,14 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
     Raises:
         BudgetError: the budget cannot be met.
     """
-    sites = {site.name: site for site in analysis.sites}
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis)
-        instead = {entry.name: _trained(entry, sites) for entry in planned.rewritten}
+        instead = {name: _trained(analysis, group) for name, group in planned.groups.items()}
         trained = planned.model_copy(
             update={
                 "sites": tuple(
-                    site.model_copy(update={"form": instead.get(site.name)})
+                    site.model_copy(update={"form": instead.get(site.group)})
                     for site in planned.sites
                 )
             }
@@ -165,107 +167,64 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
     apply_plan(made, trained, bodies)
     nn.Module.train(made, False)
 
-    joined = planned.bundles
-
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
-        for name, body in bodies.single.items():
-            site, form = sites[name], find_form(instead[name], sites[name].op, planned.templates)
-            weight = form.weight(body, site.shape)
-            yield site, site.shape.stored(weight), form.bias(body, site.shape)
-        for name, joint in bodies.joint.items():
-            for index, entry in enumerate(joined[name]):
-                site, member = sites[entry.name], joint.member(index)
-                bias = dense_bias_of(member, site.in_features) if site.shape.bias else None
-                weight = dense_weight_of(member, site.in_features)
+        for name, body in bodies.items():
+            group = analysis.group(name)
+            built = _form(group, instead[name], planned)
+            found = zip(group.sites, built.weights(body), built.biases(body), strict=True)
+            for site, weight, bias in found:
                 yield site, site.shape.stored(weight), bias
 
-    parts = [
-        *bodies.single.values(),
-        *(part for joint in bodies.joint.values() for part in (joint.shared, *joint.heads)),
-    ]
+    parts = [part for body in bodies.values() for part in body.parts]
     parameters = [parameter for part in parts for parameter in part.parameters()]
     return Student(made, planned, parameters, weights)
 
 
-def _trained(entry: SitePlan, sites: Mapping[str, Site]) -> str:
+def _trained(analysis: Analysis, entries: Sequence[SitePlan]) -> str:
     """The form whose body is trained in the place of the one that was chosen."""
-    chosen, _ = entry.choice
-    return chosen if entry.bundle else sites[entry.name].forms[chosen].trains_as or chosen
+    chosen, _ = entries[0].choice
+    return analysis.group(entries[0].group).forms[chosen].form.trains_as or chosen
+
+
+def _form(group: Group, name: str, planned: Plan) -> Fitted:
+    """A form for the operators of a group, whether its rule offers it or not."""
+    return fit(find_form(name, group.sites[0].op, planned.templates), group.shapes)
 
 
 def _build(
     analysis: Analysis, planned: Plan, instead: Mapping[str, str] | None = None
-) -> tuple[Bodies, dict[str, _Failure]]:
-    """A body for every rewritten site or bundle, and the failures by its name.
+) -> tuple[dict[str, Body], dict[str, _Failure]]:
+    """A body for every group that is rewritten, and the failures by its name.
 
     Args:
         analysis: has the decomposed weights.
         planned: what to build.
-        instead: form of each site by itself that is built for training, unchecked.
+        instead: form of each group that is built for training, unchecked.
     """
-    joined = planned.bundles
-    bundles = {bundle.name: bundle for bundle in analysis.bundles if bundle.name in joined}
-    entries = {entry.name: entry for entry in planned.rewritten}
-    alone = [s for s in analysis.sites if s.name in entries and not entries[s.name].bundle]
-    tick = analysis.request.show.stage("rewrite", len(entries))
-    single: dict[str, fx.GraphModule] = {}
-    joint: dict[str, JointBody] = {}
+    tick = analysis.request.show.stage("rewrite", len(planned.rewritten))
+    bodies: dict[str, Body] = {}
     failures: dict[str, _Failure] = {}
-
-    for site in alone:
-        chosen, rank = entries[site.name].choice
-        form = site.forms[chosen]
-        built = find_form(instead[site.name], site.op, planned.templates) if instead else form
-        single[site.name] = body = built.empty(site.shape, rank)
+    for name, entries in planned.groups.items():
+        group = analysis.group(name)
+        chosen, rank = entries[0].choice
+        form = group.forms[chosen]
+        built = _form(group, instead[name], planned) if instead else form
+        modules = [operator_at(analysis.model, site.name) for site in group.sites]
+        bodies[name] = body = built.empty(rank)
         try:
-            factors = form.factors(analysis.decomposed.sites[site.name].target, rank)
-            built.fill(body, factors, getattr(_module(analysis, site), "bias", None))
+            factors = form.factors(analysis.decomposed.groups[name].target, rank)
+            built.fill(body, factors, [getattr(module, "bias", None) for module in modules])
             if not instead:
-                _require_still_bias(_module(analysis, site), form.bias(body, site.shape))
-                exact = [factor.to(torch.float64) for factor in factors]
-                _verify(analysis, site, body, form.product(site.shape, exact))
-        except FormError as error:
-            failures[site.name] = _Failure(chosen, str(error))
-        tick()
-    for name, bundle in bundles.items():
-        chosen, rank = entries[bundle.sites[0].name].choice
-        joint_form = bundle.forms[chosen]
-        assert isinstance(rank, int)
-        joint[name] = joint_body = joint_form.empty(bundle.shapes, rank)
-        try:
-            _fill_joint(analysis, bundle, joint_form, joint_body, rank, check=not instead)
+                for module, bias in zip(modules, form.biases(body), strict=True):
+                    _require_still_bias(module, bias)
+                exact = form.products([factor.to(torch.float64) for factor in factors])
+                for index, (site, weight) in enumerate(zip(group.sites, exact, strict=True)):
+                    _verify(analysis, site, body.member(index), weight)
         except FormError as error:
             failures[name] = _Failure(chosen, str(error))
-        for _ in bundle.sites:
+        for _ in group.sites:
             tick()
-    return Bodies(single, joint), failures
-
-
-def _module(analysis: Analysis, site: Site) -> nn.Module:
-    return analysis.model.get_submodule(site.name)
-
-
-def _fill_joint(
-    analysis: Analysis,
-    bundle: SiteBundle,
-    form: JointForm,
-    body: JointBody,
-    rank: int,
-    *,
-    check: bool,
-) -> None:
-    rows = [site.out_features for site in bundle.sites]
-    left, right = analysis.decomposed.bundles[bundle.name].target.truncations().factors(rank)
-    lefts = torch.split(left, rows)
-    modules = [_module(analysis, site) for site in bundle.sites]
-    form.fill(body, lefts, right, [getattr(module, "bias", None) for module in modules])
-    if not check:
-        return
-    for module, head in zip(modules, body.heads, strict=True):
-        _require_still_bias(module, form.bias(head))
-    for index, (site, part) in enumerate(zip(bundle.sites, lefts, strict=True)):
-        product = part.to(torch.float64) @ right.to(torch.float64)
-        _verify(analysis, site, body.member(index), product)
+    return bodies, failures
 
 
 def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
@@ -289,13 +248,12 @@ def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
 def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
     """Compare a body with its operator given the weight that the body stands for."""
     inputs = _sample(analysis, site)
-    operator = copy.deepcopy(analysis.model.get_submodule(site.name)).double()
+    operator = copy.deepcopy(operator_at(analysis.model, site.name)).double()
     wide = inputs.double() if inputs.is_floating_point() else inputs
     with torch.no_grad():
         operator.weight = nn.Parameter(site.shape.stored(weight))
         exact = operator(wide)
-    channels = -site.shape.dims - 1 if isinstance(site.shape, ConvShape) else -1
-    verify(body, exact, inputs, channels)
+    verify(body, exact, inputs, channels_of(site.shape))
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:
@@ -304,12 +262,7 @@ def _sample(analysis: Analysis, site: Site) -> Tensor:
     if met is not None and usable and len(met):
         return met
     # The recorded input had another type (autocast): any values of the right type will do.
-    generator = torch.Generator().manual_seed(0)
-    shape = site.shape
-    size: tuple[int, ...] = (16, shape.in_features)
-    if isinstance(shape, ConvShape):
-        size = (2, shape.in_channels, *shape.inputs[0][1:])
-    return torch.randn(size, generator=generator).to(shape.device, shape.dtype)
+    return site.shape.example()
 
 
 def _rerecord(
@@ -328,8 +281,8 @@ def _rerecord(
     failures = {}
     within = containing(after.called)
     for entry in planned.rewritten:
-        if not _runs(after, within, entry.name):
-            failures[entry.bundle or entry.name] = _Failure(
+        if not _runs(after, within, operator_path(rewritten, entry.name)):
+            failures[entry.group] = _Failure(
                 str(entry.form), "the model runs past it, so the rewritten layer would save nothing"
             )
     return after, failures

@@ -13,25 +13,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import Form, Target
-from fxcompress.forms.target import Losses, Quadratic
-from fxcompress.metric import Metric, Moments
-from fxcompress.metric.directions import Components, components, remeasured
-from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
-from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site, SiteBundle
+from fxcompress.forms import Target
+from fxcompress.forms.target import Components, Losses
+from fxcompress.metric import Metric, Moments, QuadraticForm
+from fxcompress.metric.whiten import Whiteners
+from fxcompress.pipeline.sites import Group, Site
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """One site, or a bundle stacked to one, in its metric.
+    """One site, or several stacked to one, in their metric.
 
     Attributes:
         target: the weight, (m x n) or (Σm x n), or that of a convolution, and its metric if a form
             will ask for it again.
         losses: form -> predicted loss at each rank that is permitted; infinite where it is not
             offered.
-        parts: for a bundle, the loss of each of its sites at a rank, up to a common factor.
+        parts: of several sites, the loss of each at a rank, up to a common factor.
     """
 
     target: Target
@@ -59,29 +57,27 @@ class Decomposition:
     """The outcome of the stage.
 
     Attributes:
-        sites: by site name.
-        bundles: by name; without those of which a site has no influence on the output.
+        groups: by name; without those of several sites of which one has no influence on the
+            output.
         idle: names of sites without a measured influence on the output.
     """
 
-    sites: Mapping[str, Decomposed]
-    bundles: Mapping[str, Decomposed]
+    groups: Mapping[str, Decomposed]
     idle: tuple[str, ...]
 
 
-def decompose_sites(
+def decompose_groups(
     model: nn.Module,
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
-    metric_of: Callable[[Site], Quadratic],
+    groups: Sequence[Group],
+    metric_of: Callable[[Site], QuadraticForm],
     tick: Callable[[], None] = lambda: None,
 ) -> Decomposition:
-    """Approximate every site and every bundle, and ask their forms what they would lose.
+    """Approximate the weights of every group, and ask their forms what they would lose.
 
     Args:
         model: has the weights.
-        sites: in graph order, so that sites on one input follow one another.
-        bundles: of these sites.
+        groups: a single one for each site, in graph order, so that sites on one input follow one
+            another; then those of several sites.
         metric_of: the metric at a site, asked for once.
         tick: called after every site.
 
@@ -89,30 +85,45 @@ def decompose_sites(
         ValueError: a weight or a factor is not finite.
     """
     found: dict[str, Decomposed] = {}
-    joint: dict[str, Decomposed] = {}
     idle: list[str] = []
-    waiting = {site.name: bundle for bundle in bundles for site in bundle.sites}
-    parts: dict[str, Quadratic] = {}  # of sites whose bundle is not complete yet
-    for site in sites:
+    waiting = {site.name: each for each in groups if len(each.sites) > 1 for site in each.sites}
+    parts: dict[str, QuadraticForm] = {}  # of sites whose group is not complete yet
+    for single in groups:
+        if len(single.sites) > 1:
+            continue
+        (site,) = single.sites
         own = metric_of(site)
-        found[site.name] = decompose_site(model, site, own)
+        found[site.name] = decompose(model, single, own)
         if own.null:
             idle.append(site.name)
-        bundle = waiting.get(site.name)
-        if bundle is not None:
+        if (several := waiting.get(site.name)) is not None:
             parts[site.name] = own
-            if all(member.name in parts for member in bundle.sites):
-                those = [parts.pop(member.name) for member in bundle.sites]
-                if not any(part.null for part in those):
-                    together = stacked(those, [member.out_features for member in bundle.sites])
-                    joint[bundle.name] = decompose_bundle(model, bundle, together)
+            if all(member.name in parts for member in several.sites):
+                together = stacked(several, parts)
+                if together is not None:
+                    found[several.name] = decompose(model, several, together)
+                for member in several.sites:
+                    del parts[member.name]
         tick()
-    return Decomposition(found, joint, tuple(idle))
+    return Decomposition(found, tuple(idle))
+
+
+def stacked(group: Group, metrics: Mapping[str, QuadraticForm]) -> QuadraticForm | None:
+    """The metric of the stacked weights of several sites on one input.
+
+    None if one of them has no influence, or the metric cannot be that of several weights.
+
+    Args:
+        group: of the sites.
+        metrics: by site name.
+    """
+    parts = [metrics[site.name] for site in group.sites]
+    return None if any(part.null for part in parts) else parts[0].stacked(parts, group.rows)
 
 
 def metric_from(
     moments: dict[str, Moments], metric: Metric, damping: tuple[float, float]
-) -> Callable[[Site], Quadratic]:
+) -> Callable[[Site], QuadraticForm]:
     """The metric at each site, made of its moments.
 
     Args:
@@ -122,113 +133,94 @@ def metric_from(
     """
     whiteners = Whiteners(damping)
 
-    def metric_of(site: Site) -> Quadratic:
-        return quadratic(metric, site.shape, moments.pop(site.name), whiteners)
+    def metric_of(site: Site) -> QuadraticForm:
+        return metric.quadratic(site.shape, moments.pop(site.name), whiteners)
 
     return metric_of
 
 
-def decompose_site(model: nn.Module, site: Site, metric: Quadratic) -> Decomposed:
-    """Approximate the weight of one site.
-
-    Args:
-        model: has the weight.
-        site: with the forms that are asked.
-        metric: at the site.
-
-    Raises:
-        ValueError: the weight is not finite.
-    """
-    weight = canonical_weight(model.get_submodule(site.name)).detach()
-    target = Target(weight, metric)
-    losses = {name: form.losses(target, site.ranks(name)) for name, form in site.forms.items()}
-    target.truncations()  # for reports, whatever view the forms have
-    again = any(type(form).factors is not Form.factors for form in site.forms.values())
-    return Decomposed(target if again else target.without_metric(), losses)
-
-
-def decompose_bundle(model: nn.Module, bundle: SiteBundle, metric: Quadratic) -> Decomposed:
-    """Approximate the weights of a bundle, stacked.
+def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decomposed:
+    """Approximate the weights of a group, stacked if they are several.
 
     Args:
         model: has the weights.
-        bundle: of the sites.
-        metric: of the stacked weight (:func:`fxcompress.metric.quadratic.stacked`).
+        group: with the forms that are asked.
+        metric: at the site, or of the stacked weight (:func:`stacked`).
 
     Raises:
         ValueError: a weight is not finite.
     """
-    weights = [canonical_weight(model.get_submodule(s.name)).detach() for s in bundle.sites]
-    rows = [len(weight) for weight in weights]
-    target = Target(torch.cat(weights), metric)
-    found = target.truncations()
-    losses = {name: found.losses(bundle.ranks(name)) for name in bundle.forms}
-    return Decomposed(target.without_metric(), losses, shares(metric, target, rows))
+    weights = [site.weight_in(model) for site in group.sites]
+    target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
+    losses = {name: form.losses(target, group.ranks(name)) for name, form in group.forms.items()}
+    whole = target.truncations()  # for reports, whatever view the forms have
+    parts = metric.shares(target.weight, whole, group.rows) if len(weights) > 1 else None
+    again = any(form.projects for form in group.forms.values())
+    return Decomposed(target if again else target.without_metric(), losses, parts)
 
 
 def wanted_directions(
-    decomposition: Decomposition, sites: Sequence[Site], bundles: Sequence[SiteBundle]
+    decomposition: Decomposition, groups: Sequence[Group]
 ) -> dict[str, dict[str, Components]]:
-    """Components to measure, by site and by view; those of a bundle by its name, row by row."""
+    """Components to measure, by site and by view; those of several sites by their group's name.
+
+    Each of several sites has its own rows of the stacked components.
+    """
     wanted: dict[str, dict[str, Components]] = {}
-    for site in sites:
-        views = decomposition.sites[site.name].target.views
-        found = {view: components(each) for view, each in views.items()}
-        wanted[site.name] = {view: each for view, each in found.items() if each is not None}
-    for bundle in bundles:
-        if bundle.name in decomposition.bundles:
-            whole = components(decomposition.bundles[bundle.name].target.truncations())
-            assert whole is not None
-            start = 0
-            for site in bundle.sites:
-                wanted[site.name][bundle.name] = whole.rows(start, site.out_features)
-                start += site.out_features
+    for group in groups:
+        if group.name not in decomposition.groups:
+            continue
+        target = decomposition.groups[group.name].target
+        if len(group.sites) == 1:
+            found = {view: each.components() for view, each in target.views.items()}
+            wanted[group.name] = {view: each for view, each in found.items() if each is not None}
+            continue
+        whole = target.truncations().components()
+        assert whole is not None
+        start = 0
+        for site in group.sites:
+            wanted[site.name][group.name] = whole.rows(start, site.out_features)
+            start += site.out_features
     return wanted
 
 
 def with_directions(
     decomposition: Decomposition,
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
+    groups: Sequence[Group],
     energies: Mapping[tuple[str, str], Tensor],
 ) -> Decomposition:
-    """The same with losses that were measured along the components.
+    """A decomposition with losses that were measured along the components.
 
     Forms with a projection of their own keep the loss that they were given.
 
     Args:
-        energies: (site, view or name of a bundle) -> ``E[⟨∇W, c_i⟩²]`` of each component (g x k).
+        decomposition: with the losses that the factors of the metric predict.
+        groups: that it is of.
+        energies: (site, view or name of a group) -> ``E[⟨∇W, c_i⟩²]`` of each component (g x k).
     """
-    found = dict(decomposition.sites)
-    for site in sites:
-        before = found[site.name]
-        views = {
-            view: remeasured(each, energies[site.name, view])
-            if (site.name, view) in energies
-            else each
-            for view, each in before.target.views.items()
-        }
-        target = Target(before.target.weight, before.target.quadratic, views)
-        losses = {
-            name: form.losses(target, site.ranks(name))
-            if type(form).losses is Form.losses
-            else before.losses[name]
-            for name, form in site.forms.items()
-        }
-        found[site.name] = Decomposed(target, losses)
-    joint = dict(decomposition.bundles)
-    for bundle in bundles:
-        if bundle.name in joint:
-            before = joint[bundle.name]
+    found = dict(decomposition.groups)
+    for group in groups:
+        if group.name not in found:
+            continue
+        before = found[group.name]
+        views, quadratic, parts = dict(before.target.views), before.target.quadratic, before.parts
+        if len(group.sites) == 1:
+            for view, each in views.items():
+                if (group.name, view) in energies:
+                    views[view] = each.remeasured(energies[group.name, view])
+        else:
             # Operators are taken as independent, as they are for the choice of components.
-            parts = [energies[site.name, bundle.name][0] for site in bundle.sites]
-            order = torch.argsort(torch.stack(parts).sum(0), descending=True, stable=True)
-            measured = remeasured(before.target.truncations(), torch.stack(parts).sum(0)[None])
-            target = Target(before.target.weight, None, {"matrix": measured})
-            losses = {name: measured.losses(bundle.ranks(name)) for name in bundle.forms}
-            shares = partial(_tails, torch.stack([part[order] for part in parts]))
-            joint[bundle.name] = Decomposed(target, losses, shares)
-    return Decomposition(found, joint, decomposition.idle)
+            each_site = torch.stack([energies[site.name, group.name][0] for site in group.sites])
+            order = torch.argsort(each_site.sum(0), descending=True, stable=True)
+            views = {"matrix": before.target.truncations().remeasured(each_site.sum(0)[None])}
+            quadratic, parts = None, partial(_tails, each_site[:, order])
+        target = Target(before.target.weight, quadratic, views)
+        losses = {
+            name: before.losses[name] if form.predicts else form.losses(target, group.ranks(name))
+            for name, form in group.forms.items()
+        }
+        found[group.name] = Decomposed(target, losses, parts)
+    return Decomposition(found, decomposition.idle)
 
 
 def _tails(energies: Tensor, rank: int) -> Tensor:

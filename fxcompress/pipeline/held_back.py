@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
-from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
-from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site
+from fxcompress.metric.whiten import Whiteners
+from fxcompress.pipeline.sites import Group
 
 DAMPING = (1e-3, 1e-1)
 """Of the input and the output factor, where there is nothing to choose them on."""
@@ -121,21 +120,10 @@ def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
     """Moments in float32: they are kept until the plan is made, and nothing is inverted in them."""
     known: dict[int, Tensor] = {}  # sites on one input share a tensor
 
-    def narrow(one: Tensor | None) -> Tensor | None:
-        if one is None:
-            return None
+    def narrow(one: Tensor) -> Tensor:
         return known.setdefault(id(one), one.to(torch.float32))
 
-    return {
-        name: replace(
-            each,
-            input=narrow(each.input),
-            output=narrow(each.output),
-            weight=narrow(each.weight),
-            entries=narrow(each.entries),
-        )
-        for name, each in moments.items()
-    }
+    return {name: each.changed(narrow) for name, each in moments.items()}
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -146,7 +134,7 @@ def default_damping(given: tuple[float | None, float | None]) -> tuple[float, fl
 
 def choose_damping(
     model: nn.Module,
-    sites: Sequence[Site],
+    groups: Sequence[Group],
     metric: Metric,
     moments: Mapping[str, Moments],
     held: Mapping[str, Moments],
@@ -159,19 +147,18 @@ def choose_damping(
 
     Args:
         model: has the weights.
-        sites: of it.
+        groups: of one site each.
         metric: of the rules.
         moments: that sites are decomposed with, by name.
         held: of the batches held back.
         given: what the rules say; None is to be chosen.
     """
     fallback = default_damping(given)
-    usable = [site for site in sites if site.forms and site.name in held]
-    if metric.factors is None or not usable:
+    usable = [group for group in groups if group.forms and group.name in held]
+    if not any(metric.damped) or not usable:
         return fallback
     places = sorted({len(usable) * at // PROBES for at in range(PROBES)})
     probes = [usable[place] for place in places]
-    needs = tuple(factor is not None for factor in metric.factors(moments[probes[0].name]))
 
     @cache
     def lost(damping: tuple[float, float]) -> float:
@@ -179,29 +166,31 @@ def choose_damping(
         return math.fsum(_lost(model, probe, metric, moments, held, whiteners) for probe in probes)
 
     inputs, outputs = fallback
-    if given[0] is None and needs[0]:
+    if given[0] is None and metric.damped[0]:
         inputs = min(INPUT_DAMPINGS, key=lambda each: lost((each, outputs)))
-    if given[1] is None and needs[1]:
+    if given[1] is None and metric.damped[1]:
         outputs = min(OUTPUT_DAMPINGS, key=lambda each: lost((inputs, each)))
     return inputs, outputs
 
 
 def _lost(
     model: nn.Module,
-    site: Site,
+    group: Group,
     metric: Metric,
     moments: Mapping[str, Moments],
     held: Mapping[str, Moments],
     whiteners: Whiteners,
 ) -> float:
     """Loss of a site on the data held back, at half of the ranks that it may have."""
-    weight = canonical_weight(model.get_submodule(site.name)).detach()
-    target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
-    form = next(iter(site.forms))
-    ranks = site.ranks(form)
+    (site,) = group.sites
+    weight = site.weight_in(model)
+    target = Target(weight, metric.quadratic(site.shape, moments[site.name], whiteners))
+    form = next(iter(group.forms))
+    ranks = group.ranks(form)
     if not len(ranks):
         return 0.0
     rank = ranks[len(ranks) // 2]
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
-    change = site.approximated(form, target, at) - weight.to(torch.float64)
-    return undamped_loss(metric, site.shape, held[site.name], change)
+    (approximated,) = group.approximated(form, target, at)
+    change = approximated - weight.to(torch.float64)
+    return metric.undamped_loss(site.shape, held[site.name], change)

@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from fxcompress.errors import CalibrationError
-from fxcompress.forms import ConvShape, EmbeddingShape, Shape
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Calibration
 from fxcompress.metric.capture import UNANSWERED
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.sites import Site
-from fxcompress.rules.globs import compile_globs
-from fxcompress.rules.schema import GraphNode, NodePattern, RuleSet
+from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
 
 NAMED = 8
 """Layers that a note names; more of them are counted."""
@@ -40,7 +38,7 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
     Raises:
         CalibrationError: no site has a measured influence, and no rule asks for others.
     """
-    if not sites or any(s.name not in found.unmeasured or s.match.unmeasured for s in sites):
+    if not sites or any(s.name not in found.unmeasured or s.match.limits.unmeasured for s in sites):
         return
     reasons = dict.fromkeys(found.unmeasured.values())
     remedy = "; ".join(_REMEDIES[reason == UNANSWERED] for reason in reasons)
@@ -53,7 +51,7 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
 
 def reach_notes(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
     """What a user should know of layers that calibration said little or nothing of."""
-    kept = {site.name for site in sites if not site.match.unmeasured}
+    kept = {site.name for site in sites if not site.match.limits.unmeasured}
     for reason in dict.fromkeys(found.unmeasured.values()):
         names = [name for name, each in found.unmeasured.items() if each == reason]
         rows = sum(found.reach[name].rows for name in names)
@@ -95,7 +93,7 @@ def _partly_answered(found: Calibration) -> Iterator[str]:
 def _few_rows(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
     few = []
     for site in sites:
-        reach, width = found.reach.get(site.name), _width(site.shape)
+        reach, width = found.reach.get(site.name), site.shape.informative_rows
         if reach is not None and reach.rows < width:
             few.append((reach.rows / width, f"{site.name} ({reach.rows:,} rows, {width:,} wide)"))
     if few:
@@ -104,13 +102,6 @@ def _few_rows(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
             f"{_listed([name for _, name in few])}: fewer calibration rows than the layer is wide; "
             "what they do not show counts for nothing: give more data, or exclude it"
         )
-
-
-def _width(shape: Shape) -> int:
-    """Rows that it takes at least to tell all inputs of an operator apart."""
-    if isinstance(shape, ConvShape):
-        return shape.group_in * shape.taps
-    return shape.out_features if isinstance(shape, EmbeddingShape) else shape.in_features
 
 
 def unrecorded(model: nn.Module, recording: Recording, rules: RuleSet) -> tuple[str, ...]:

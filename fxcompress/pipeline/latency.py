@@ -25,10 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxcompress.forms import ConvShape, EmbeddingShape, Form, JointBody, JointForm, Shape
-from fxcompress.forms.form import bare_linear
+from fxcompress.forms import Body, Fitted, Form, JointForm, Shape, fit
 from fxcompress.forms.target import Rank, Ranks
-from fxcompress.operators.convolution import bare_convolution
 
 ROUNDS = 7
 """Times that every operator is measured."""
@@ -62,7 +60,7 @@ class Entry:
     def key(self) -> str:
         """What its time is kept under."""
         words: list[object] = [f"{s}{', bias' if s.bias else ''}" for s in self.shapes]
-        words += [str(self.shapes[0].dtype).removeprefix("torch."), _sizes(self.shapes[0])]
+        words += [str(self.shapes[0].dtype).removeprefix("torch."), self.shapes[0].counted]
         if self.form is not None:
             words += [self.form.name, self.rank]
         return " | ".join(map(str, words))
@@ -169,23 +167,19 @@ def _few(ranks: Ranks) -> Ranks:
     return cast("Ranks", ranks[np.unique(places)])
 
 
-def entries_for(shapes: tuple[Shape, ...], form: Form | JointForm, ranks: Ranks) -> list[Entry]:
+def entries_for(form: Fitted, ranks: Ranks) -> list[Entry]:
     """What has to be measured for a form of one operator, or of several."""
-    return [Entry(shapes, form, _rank(row)) for row in rank_grid(ranks)]
+    return [Entry(form.shapes, form.form, _rank(row)) for row in rank_grid(ranks)]
 
 
 def interpolated(
-    times: Mapping[str, float],
-    shapes: tuple[Shape, ...],
-    form: Form | JointForm,
-    permitted: Ranks,
-    ranks: Ranks,
+    times: Mapping[str, float], form: Fitted, permitted: Ranks, ranks: Ranks
 ) -> Seconds:
     """Seconds at some of the permitted ranks, linear between those that were measured."""
     if not len(permitted):
         return np.empty(0)
     grid = rank_grid(permitted)
-    measured = np.array([times[entry.key] for entry in entries_for(shapes, form, permitted)])
+    measured = np.array([times[entry.key] for entry in entries_for(form, permitted)])
     if ranks.ndim == 1:
         return cast("Seconds", np.interp(ranks, grid, measured))
     firsts, seconds = np.unique(grid[:, 0]), np.unique(grid[:, 1])
@@ -219,15 +213,15 @@ def _measured(
 
 
 class _Together(nn.Module):
-    """All operators of a joint body, one after the other."""
+    """All operators of a body, one after the other."""
 
-    def __init__(self, body: JointBody) -> None:
+    def __init__(self, body: Body) -> None:
         super().__init__()
         self.shared = body.shared
         self.heads = nn.ModuleList(body.heads)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        values = self.shared(x)
+        values = () if self.shared is None else self.shared(x)
         return [head(x, *values) for head in self.heads]
 
 
@@ -238,34 +232,14 @@ def _built(
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
-    if isinstance(entry.form, JointForm):
-        assert isinstance(entry.rank, int)
-        module = _Together(entry.form.empty(shapes, entry.rank))  # type: ignore[arg-type]
-    elif entry.form is not None:
-        module = entry.form.empty(shape, entry.rank)
-    elif isinstance(shape, ConvShape):
-        module = bare_convolution(shape)
-    elif isinstance(shape, EmbeddingShape):
-        module = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Embedding, shape.in_features, shape.out_features, dtype=shape.dtype, device=device
-        )
+    if entry.form is not None:
+        assert entry.rank is not None
+        module = _Together(fit(entry.form, shapes).empty(entry.rank))
     else:
-        module = bare_linear(shape.in_features, shape.out_features, shape.bias, shape)
+        module = shape.bare()
     for parameter in module.parameters():
         parameter.normal_(std=0.02, generator=numbers)
-    return module.eval(), [_input(shape, size, numbers) for size in _sizes(shape)]
-
-
-def _sizes(shape: Shape) -> Sequence[tuple[int, ...]]:
-    return shape.inputs if isinstance(shape, ConvShape) else [(shape.rows,)]
-
-
-def _input(shape: Shape, size: tuple[int, ...], numbers: torch.Generator) -> Tensor:
-    device = numbers.device
-    if isinstance(shape, EmbeddingShape):
-        return torch.randint(shape.in_features, size, device=device, generator=numbers)
-    size = (size[0], shape.in_features, *size[1:])
-    return torch.randn(size, device=device, generator=numbers).to(shape.dtype)
+    return module.eval(), shape.examples(numbers)
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:

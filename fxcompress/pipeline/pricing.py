@@ -14,9 +14,9 @@ from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
-from fxcompress.pipeline.sites import CountUnit, Site, SiteBundle, encoded
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.pipeline.sites import Group, encoded
+from fxcompress.plans.units import CountedUnit
+from fxcompress.rules import Bundle, Match
 
 Costs = NDArray[np.float64]
 
@@ -24,33 +24,27 @@ Costs = NDArray[np.float64]
 class Pricing(Protocol):
     """What operators cost in one unit, in the recorded example where it depends on one."""
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters, multiply-accumulates or bytes: exact."""
+    """What follows from shapes: exact."""
 
-    unit: CountUnit
+    unit: CountedUnit
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
-        return float(getattr(site.dense_size(), self.unit))
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
+        return float(sum(self.unit.of_operator(shape) for shape in group.shapes))
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-        return site.counts(form, ranks)[self.unit].astype(np.float64)
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
-        return bundle.counts(form, ranks)[self.unit].astype(np.float64)
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
+        costs: Costs = self.unit.of_form(group.forms[form], ranks).astype(np.float64)
+        return costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,110 +57,89 @@ class Timed:
 
     times: Mapping[str, float]
 
-    def dense(self, site: Site) -> float:
-        """A site as it is."""
-        return self.times[Entry((site.shape,)).key]
+    def dense(self, group: Group) -> float:
+        """The operators of a group as they are."""
+        return sum(self.times[Entry((site.shape,)).key] for site in group.sites)
 
-    def single(self, site: Site, form: str, ranks: Ranks) -> Costs:
-        """A site at ranks of a form of its own."""
-        chosen, permitted = site.forms[form], site.ranks(form)
-        return interpolated(self.times, (site.shape,), chosen, permitted, ranks)
-
-    def joint(self, bundle: SiteBundle, form: str, ranks: Ranks) -> Costs:
-        """Sites at ranks of a joint form, all together."""
-        chosen, permitted = bundle.forms[form], bundle.ranks(form)
-        return interpolated(self.times, bundle.shapes, chosen, permitted, ranks)
+    def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
+        """The operators of a group at ranks of a form, all together."""
+        return interpolated(self.times, group.forms[form], group.ranks(form), ranks)
 
 
 def timed(
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
-    device: torch.device,
-    table: Table,
-    tick: Callable[[], None],
+    groups: Sequence[Group], device: torch.device, table: Table, tick: Callable[[], None]
 ) -> Timed:
-    """Measure whatever of sites and bundles the table does not have.
+    """Measure whatever of the groups the table does not have.
 
     Args:
-        sites, bundles: with all their forms.
+        groups: with all their forms.
         device: that the model is on.
         table: of times that are known.
         tick: called as the measurement goes on.
     """
     entries: list[Entry] = []
-    for site in sites:
-        entries.append(Entry((site.shape,)))
-        for name, form in site.forms.items():
-            if len(ranks := site.ranks(name)):
-                entries += entries_for((site.shape,), form, ranks)
-    for bundle in bundles:
-        for name, joint in bundle.forms.items():
-            if len(ranks := bundle.ranks(name)):
-                entries += entries_for(bundle.shapes, joint, ranks)
+    for group in groups:
+        entries += [Entry((shape,)) for shape in group.shapes]
+        for name, form in group.forms.items():
+            if len(ranks := group.ranks(name)):
+                entries += entries_for(form, ranks)
     return Timed(table.measure(entries, device, tick))
 
 
 def problems(
-    sites: Sequence[Site],
-    bundles: Sequence[SiteBundle],
+    groups: Sequence[Group],
     decomposed: Decomposition,
     pricings: Sequence[Pricing],
     excluded: Mapping[str, Collection[str]],
 ) -> list[tuple[Entity, ...]]:
     """What the solver is to choose, with costs in each of several units.
 
-    A bundle is alternatives of two modes: its sites by themselves, or one candidate with the joint
-    forms, which has the name of the bundle.
+    Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
+    forms, which has the name of their group.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
 
     Args:
-        sites, bundles: to choose for.
+        groups: to choose for.
         decomposed: what their forms lose.
         pricings: one for each unit.
-        excluded: forms that are not to be chosen, by the name of a site or bundle.
+        excluded: forms that are not to be chosen, by the name of a group.
     """
     idle = {*decomposed.idle}
 
-    def measured(site: Site) -> bool:
-        return site.name not in idle or site.match.unmeasured
+    def measured(group: Group) -> bool:
+        return group.name not in idle or group.sites[0].match.limits.unmeasured
 
-    singles = []
-    for site in sites:
-        dense = [pricing.dense(site) for pricing in pricings]
+    offered = []
+    for group in groups:
+        dense = [pricing.dense(group) for pricing in pricings]
         offers = []
-        for form in site.forms if measured(site) else ():
-            if form not in excluded.get(site.name, ()):
-                ranks = site.ranks(form)
-                costs = [pricing.single(site, form, ranks) for pricing in pricings]
-                loss = decomposed.sites[site.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, site.match))
-        singles.append((site, dense, offers))
-    joints = []
-    for bundle in bundles:
-        dense = [sum(pricing.dense(site) for site in bundle.sites) for pricing in pricings]
-        offers = []
-        for form in bundle.forms:
-            if form not in excluded.get(bundle.name, ()):
-                ranks = bundle.ranks(form)
-                costs = [pricing.joint(bundle, form, ranks) for pricing in pricings]
-                loss = decomposed.bundles[bundle.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, bundle.match))
-        joints.append((bundle, offers))
+        for form in group.forms if measured(group) else ():
+            if form not in excluded.get(group.name, ()):
+                ranks = group.ranks(form)
+                costs = [pricing.at(group, form, ranks) for pricing in pricings]
+                loss = decomposed.groups[group.name].losses[form]
+                offers.append(_options(form, ranks, loss, costs, dense, group.match))
+        offered.append((group, dense, offers))
     return [
         tuple(
             _entities(
                 {
-                    site.name: Candidate(
-                        site.name,
+                    group.name: Candidate(
+                        group.name,
                         dense[at],
                         _taken(offers, at),
-                        site.match.group if measured(site) else None,
+                        group.sites[0].match.group if measured(group) else None,
                     )
-                    for site, dense, offers in singles
+                    for group, dense, offers in offered
+                    if len(group.sites) == 1
                 },
-                [(bundle, _taken(offers, at)) for bundle, offers in joints],
+                [
+                    (group, _taken(offers, at))
+                    for group, _, offers in offered
+                    if len(group.sites) > 1
+                ],
             )
         )
         for at in range(len(pricings))
@@ -174,9 +147,9 @@ def problems(
 
 
 def _entities(
-    candidates: Mapping[str, Candidate], joint: Sequence[tuple[SiteBundle, tuple[Option, ...]]]
+    candidates: Mapping[str, Candidate], joint: Sequence[tuple[Group, tuple[Option, ...]]]
 ) -> Iterator[Entity]:
-    """Sites, by name, and bundles that a joint form is offered for; these where their first is."""
+    """Sites by themselves, and groups that a joint form is offered for, where their first is."""
     offered = {site.name: pair for pair in joint if pair[1] for site in pair[0].sites}
     for name, candidate in candidates.items():
         if name not in offered:
@@ -209,7 +182,7 @@ def _options(
     """
     worth = np.zeros(len(ranks), dtype=np.bool_)
     for cost, whole in zip(costs, dense, strict=True):
-        worth |= cost <= (1 - match.min_saving) * whole
+        worth |= cost <= (1 - match.limits.min_saving) * whole
     worth &= np.isfinite(loss)
     if ranks.ndim == 1:
         worth &= loss <= np.minimum.accumulate(loss)

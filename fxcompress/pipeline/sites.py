@@ -1,11 +1,11 @@
-"""Sites: matched weights, with what the recording knows of them."""
+"""Sites and groups of them: matched weights, with what the recording knows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,25 +13,20 @@ from torch import Tensor, nn
 
 from fxcompress.budget import permitted_ranks
 from fxcompress.forms import (
-    ConvShape,
-    Form,
-    JointBody,
-    JointForm,
-    LinearShape,
+    Body,
+    Fitted,
     Rank,
     Shape,
     Template,
     find_form,
-    find_joint_form,
+    fit,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.graph.recorder import Recording, Weight
-from fxcompress.operators.modules import shape_of
-from fxcompress.plans.plan import ZERO, Size
-from fxcompress.rules import Match, MatchResult
-from fxcompress.rules.result import Bundle
-
-CountUnit = Literal["parameters", "macs", "bytes"]
+from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.modules import canonical_weight, shape_of
+from fxcompress.plans.plan import Size, total_size
+from fxcompress.rules import Bundle, Match, MatchResult
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,6 @@ class Site:
         name: path of the module that owns the weight.
         shape: of the operator, with the sizes of what it is applied to in the recorded example.
         source: key of the value it is applied to; equal for sites with the same input.
-        forms: forms to choose from, by name.
         match: rule id, location and bounds on the rank.
     """
 
@@ -52,7 +46,6 @@ class Site:
     shape: Shape
     calls: int
     source: str
-    forms: Mapping[str, Form]
     match: Match
 
     @property
@@ -64,114 +57,80 @@ class Site:
         return self.shape.out_features
 
     def dense_size(self) -> Size:
-        """Parameters, MACs and bytes of the operator as it is."""
-        parameters = self.shape.weights + _biases([self.shape])
-        return Size(
-            parameters=parameters,
-            macs=self.shape.macs,
-            bytes=parameters * self.shape.dtype.itemsize,
-        )
+        """Of the operator as it is."""
+        return Size.of(lambda unit: unit.of_operator(self.shape))
 
-    def size(self, form: str, rank: Rank) -> Size:
-        """The same at a rank of a form that the site may take by itself."""
-        counts = self.counts(form, np.array([rank], dtype=np.int64))
-        return Size(**{unit: int(count[0]) for unit, count in counts.items()})
-
-    def approximated(self, form: str, target: Target, rank: Any) -> Tensor:
-        """The dense weight (canonical layout, float64) that a form stands for at a rank."""
-        chosen = self.forms[form]
-        factors = [factor.to(torch.float64) for factor in chosen.factors(target, rank)]
-        return chosen.product(self.shape, factors)
-
-    def ranks(self, form: str) -> Ranks:
-        """The ranks of a form that the rule permits; none if it does not fit the shape."""
-        chosen = self.forms[form]
-        full = chosen.full_rank(self.shape)
-        fits = chosen.misfit(self.shape) is None
-        return _permitted(full, self.match) if fits else _permitted(full, self.match)[:0]
-
-    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
-        """Cost at ranks of a form in every unit that is counted, biases included."""
-        chosen, biases = self.forms[form], _biases([self.shape])
-        return {
-            "parameters": chosen.parameters(self.shape, ranks) + biases,
-            "macs": chosen.macs(self.shape, ranks),
-            "bytes": chosen.bytes(self.shape, ranks) + biases * self.shape.dtype.itemsize,
-        }
+    def weight_in(self, model: nn.Module) -> Tensor:
+        """The weight (canonical layout) as a model has it, detached."""
+        return canonical_weight(operator_at(model, self.name)).detach()
 
 
 @dataclass(frozen=True)
-class SiteBundle:
-    """Sites on one input that joint forms may rewrite together.
+class Group:
+    """Sites that forms rewrite together: a single one, or several on one input.
 
     Attributes:
-        name: of the bundle.
+        name: that of the site if it is a single one.
         sites: in the order of the rule's pattern.
-        forms: the joint forms to choose from, by name.
-        match: rule id, location, bounds on the rank.
+        forms: to choose from, by name.
+        match: rule id, location and bounds on the rank.
     """
 
     name: str
     sites: tuple[Site, ...]
-    forms: Mapping[str, JointForm]
-    match: Bundle
+    forms: Mapping[str, Fitted]
+    match: Match | Bundle
 
     @property
-    def shapes(self) -> tuple[LinearShape, ...]:
-        """Of the sites, which are linear operators."""
-        return tuple(cast("LinearShape", site.shape) for site in self.sites)
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of the operators."""
+        return tuple(site.shape for site in self.sites)
+
+    @property
+    def rows(self) -> list[int]:
+        """Output features of every operator."""
+        return [site.out_features for site in self.sites]
 
     def ranks(self, form: str) -> Ranks:
         """The ranks of a form that the rule permits; none if it does not fit the shapes."""
         chosen = self.forms[form]
-        if chosen.misfit(self.shapes) is not None:
-            return np.empty(0, dtype=np.int64)
-        return _permitted(chosen.full_rank(self.shapes), self.match)
+        permitted = _permitted(chosen.full_rank(), self.match)
+        return permitted if chosen.misfit() is None else permitted[:0]
 
-    def counts(self, form: str, ranks: Ranks) -> dict[CountUnit, Ranks]:
-        """Cost of all sites together at ranks of a joint form, as :meth:`Site.counts`."""
-        chosen, biases = self.forms[form], _biases(self.shapes)
-        return {
-            "parameters": chosen.parameters(self.shapes, ranks) + biases,
-            "macs": chosen.macs(self.shapes, ranks),
-            "bytes": chosen.bytes(self.shapes, ranks) + biases * self.shapes[0].dtype.itemsize,
-        }
-
-    def sizes(self, form: str, rank: int, body: JointBody) -> tuple[Size, ...]:
-        """Size of every site at a rank of a joint form; what is shared counts for the first.
+    def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
+        """Size of every operator at a rank of a form; what is shared counts for the first.
 
         Args:
             form: its name.
             rank: of ``body``.
             body: of the form, with or without values.
         """
-        counts = self.counts(form, np.array([rank], dtype=np.int64))
-        rest = [
-            _head_size(head, shape)
-            for head, shape in zip(body.heads[1:], self.shapes[1:], strict=True)
-        ]
-        whole = Size(**{unit: int(count[0]) for unit, count in counts.items()})
-        return (whole - sum(rest, ZERO), *rest)
+        ranks = np.array([rank], dtype=np.int64)
+        whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
+        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+        return (whole - total_size(rest), *rest)
+
+    def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor, ...]:
+        """The dense weights (canonical layout, float64) that a form stands for at a rank.
+
+        Args:
+            form: its name.
+            target: the weights, stacked if they are several.
+            rank: of the form.
+        """
+        chosen = self.forms[form]
+        return chosen.products([f.to(torch.float64) for f in chosen.factors(target, rank)])
 
 
-def _head_size(head: nn.Module, shape: LinearShape) -> Size:
-    parameters = sum(parameter.numel() for parameter in head.parameters())
-    biases = shape.out_features if shape.bias else 0
-    tensors = (*head.parameters(), *head.buffers())
-    return Size(
-        parameters=parameters,
-        macs=(parameters - biases) * shape.rows,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
+def _head_size(head: nn.Module, shape: Any) -> Size:
+    """Of what one of several operators has for itself."""
+    return Size.of(lambda unit: unit.of_head(head, shape))
 
 
-def on_meta(shape: Any) -> Any:
-    """The same without memory: for bodies that are only looked at."""
-    return replace(shape, device=torch.device("meta"))
-
-
-def _biases(shapes: Sequence[Shape]) -> int:
-    return sum(shape.out_features for shape in shapes if shape.bias)
+def on_meta(chosen: Fitted) -> Fitted:
+    """The form for the same operators without memory: for bodies that are only looked at."""
+    meta = torch.device("meta")
+    return fit(chosen.form, [replace(shape, device=meta) for shape in chosen.shapes])
 
 
 PAIRS = 16
@@ -183,7 +142,10 @@ def _permitted(full_rank: Rank, match: Match | Bundle) -> Ranks:
 
     def within(full: int) -> Ranks:
         return permitted_ranks(
-            full, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
+            full,
+            minimum=match.limits.min_rank,
+            maximum=match.limits.max_rank,
+            multiple_of=match.limits.multiple_of,
         )
 
     if isinstance(full_rank, int):
@@ -218,8 +180,10 @@ def gather_sites(
     recording: Recording,
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
-) -> tuple[tuple[Site, ...], tuple[SiteBundle, ...]]:
-    """The matched weights of a recording and their bundles, in graph order.
+) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
+    """The matched weights of a recording in graph order, and their groups.
+
+    Every site is a group of one; groups of several come after these.
 
     Args:
         model: the working copy.
@@ -237,28 +201,29 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=_measured(shape_of(model.get_submodule(operator.path)), facts),
+                shape=shape_of(operator_at(model, operator.path)).counted_on(
+                    facts.rows, facts.inputs
+                ),
                 calls=len(facts.calls),
                 source=facts.source,
-                forms={name: find_form(name, operator.op, templates) for name in match.forms},
                 match=match,
             )
         )
     by_weight = {site.weight: site for site in sites}
-    bundles = tuple(
-        SiteBundle(
-            name=bundle.name,
-            sites=tuple(by_weight[weight] for weight in bundle.members),
-            forms={name: find_joint_form(name, templates) for name in bundle.forms},
-            match=bundle,
-        )
-        for bundle in matched.bundles
-    )
-    return tuple(sites), bundles
+    wanted: list[tuple[str, tuple[Site, ...], Match | Bundle]] = [
+        *((site.name, (site,), site.match) for site in sites),
+        *((b.name, tuple(by_weight[weight] for weight in b.members), b) for b in matched.bundles),
+    ]
+    return tuple(sites), tuple(group(*each, templates) for each in wanted)
 
 
-def _measured(shape: Shape, facts: Weight) -> Shape:
-    """A shape with the sizes of what the operator is applied to in the recorded example."""
-    if isinstance(shape, ConvShape):
-        return replace(shape, inputs=facts.inputs)
-    return replace(shape, rows=facts.rows)
+def group(
+    name: str,
+    sites: tuple[Site, ...],
+    match: Match | Bundle,
+    templates: Mapping[str, Template] = MappingProxyType({}),
+) -> Group:
+    """Sites with the forms that a match offers them."""
+    shapes = [site.shape for site in sites]
+    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in match.forms}
+    return Group(name, sites, forms, match)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from fxcompress.budget import (
     Allocation,
     Candidate,
+    Choice,
     Entity,
     Resource,
     allocate,
@@ -21,8 +22,9 @@ from fxcompress.budget import (
 from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.pricing import Pricing, problems
-from fxcompress.plans.plan import Limit, Unit
-from fxcompress.report.quantities import amount
+from fxcompress.pipeline.sites import Group
+from fxcompress.plans.plan import Limit
+from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
 
@@ -40,6 +42,11 @@ class Solution:
     bound: float | None
     limits: tuple[Limit, ...]
 
+    def decided(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Choice]]:
+        """Groups with what was chosen for them: of every site either its own, or one of several."""
+        choices = self.allocation.choices
+        return ((group, choices[group.name]) for group in groups if group.name in choices)
+
 
 @dataclass(frozen=True)
 class _Demand:
@@ -56,7 +63,7 @@ class _Demand:
 
 def solve(
     analysis: Analysis,
-    pricings: Mapping[Unit, Pricing],
+    pricings: Mapping[str, Pricing],
     excluded: Mapping[str, Collection[str]],
 ) -> Solution:
     """Choose within all budgets of the rules.
@@ -70,9 +77,7 @@ def solve(
         BudgetError: the budgets cannot be met; the message says the least that can.
     """
     rules = analysis.rules.rules
-    found = problems(
-        analysis.sites, analysis.bundles, analysis.decomposed, [*pricings.values()], excluded
-    )
+    found = problems(analysis.groups, analysis.decomposed, [*pricings.values()], excluded)
     by_unit = dict(zip(pricings, found, strict=True))
     demands = [
         _demand(analysis, budget, pricings[budget.unit], by_unit[budget.unit])
@@ -112,17 +117,17 @@ def _demand(
     analysis: Analysis, budget: Budget, pricing: Pricing, entities: tuple[Entity, ...]
 ) -> _Demand:
     """A budget for all matched operators, which by itself can be met."""
-    dense = sum(map(pricing.dense, analysis.sites))
+    dense = sum(map(pricing.dense, analysis.singles))
     if budget.of == "model":
-        whole = float(getattr(analysis.size, budget.unit))
-        rest = float(getattr(analysis.folded_size, budget.unit)) - dense
+        whole = float(analysis.size[budget.unit])
+        rest = float(analysis.folded_size[budget.unit]) - dense
     else:
         whole, rest = dense, 0.0
     limit = budget.keep * whole - rest
     least = least_cost(entities)
     if least > limit:
         kept = sum(
-            not site.match.unmeasured
+            not site.match.limits.unmeasured
             for site in analysis.sites
             if site.name in analysis.decomposed.idle
         )
@@ -142,12 +147,11 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
     steps = math.ceil(1e4 * needed / base)
     while steps / 1e4 * base < needed:  # rounding
         steps += 1
-    unit = budget.unit
-    what = "" if unit == "latency" else f"{unit} "
+    unit = UNITS[budget.unit]
     return (
-        f"the budget cannot be met: keep {budget.keep:g} of {amount(base, unit)} {what}{of} allows "
-        f"{amount(budget.keep * base, unit)}, and these rules need at least "
-        f"{amount(needed, unit)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
+        f"the budget cannot be met: keep {budget.keep:g} of {unit.named(base)} {of} allows "
+        f"{unit.amount(budget.keep * base)}, and these rules need at least "
+        f"{unit.amount(needed)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
         "multiple_of) or match more operators"
     )
 
@@ -165,20 +169,20 @@ def _rule_demand(
     analysis: Analysis,
     rule: str,
     keep: float,
-    unit: Unit,
+    unit: str,
     pricing: Pricing,
     entities: tuple[Entity, ...],
 ) -> _Demand:
     """A budget for what one rule matches: everything else costs nothing in it."""
-    sites = [site for site in analysis.sites if site.match.rule_id == rule]
-    own = {site.name for site in sites}
-    own |= {b.name for b in analysis.bundles if own.issuperset(site.name for site in b.sites)}
-    dense = sum(map(pricing.dense, sites))
+    own = {site.name for site in analysis.sites if site.match.rule_id == rule}
+    groups = [g for g in analysis.groups if own.issuperset(site.name for site in g.sites)]
+    dense = sum(pricing.dense(group) for group in groups if len(group.sites) == 1)
     limit = Limit(
         keep=keep, of="matched", unit=unit, limit=keep * dense, cost=dense, dense=dense,
         multiplier=None, rule=rule,
     )  # fmt: skip
-    return _Demand(limit, tuple(_only(own, entity) for entity in entities))
+    names = {group.name for group in groups}
+    return _Demand(limit, tuple(_only(names, entity) for entity in entities))
 
 
 def _only(own: Collection[str], entity: Entity) -> Entity:

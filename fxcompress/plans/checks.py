@@ -11,26 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from operator import add
 
 import numpy as np
 import torch
 
-from fxcompress.forms import (
-    ConvShape,
-    Form,
-    JointForm,
-    LinearShape,
-    Rank,
-    Shape,
-    find_form,
-    find_joint_form,
-)
-from fxcompress.operators.shape import parse_shape
+from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
+from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
-from fxcompress.plans.layers import joint_layers, layers
-from fxcompress.plans.plan import ZERO, Fidelity, Limit, Part, Plan, SitePlan, Size
+from fxcompress.plans.layers import layers
+from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
+from fxcompress.plans.units import UNITS, CountedUnit
 
 Problem = tuple[str, str]
 """Where (``"sites[3].rank"``), and what is wrong there."""
@@ -74,8 +64,7 @@ def body_problems(
         parts: of a site or of all members of a bundle, by its name.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    alone = {site.name: (site,) for site in plan.rewritten if not site.bundle}
-    for name, sites in (alone | plan.bundles).items():
+    for name, sites in plan.groups.items():
         for site, found in zip(sites, parts(name), strict=True):
             if site.parts != found:
                 yield places[site.name], "they are not what the form consists of"
@@ -130,8 +119,7 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
-    dense = shape.weights + _bias(shape)
-    yield from _size_problems("before", site.before, dense, shape)
+    yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
     if site.form is None:
         yield from _dense_problems(site, shape)
     elif not site.bundle:
@@ -149,30 +137,30 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
 
 def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Problem]:
     form, rank = site.choice
-    found = _known(lambda: find_form(form, site.op, plan.templates))
-    if not isinstance(found, Form) or site.op not in found.operators:
+    found = _fitted(form, site.op, plan, [shape])
+    if found is None or site.op not in found.form.operators:
         yield "form", f"{form} is no form for one {site.op}"
         return
     if form not in site.forms:
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(shape):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    yield from _rank_problems(site, found.full_rank(shape))
-    if site.full_rank != found.full_rank(shape):
+    yield from _rank_problems(site, found.full_rank())
+    if site.full_rank != found.full_rank():
         return
     ranks = np.array([rank], dtype=np.int64)
-    weights = int(found.parameters(shape, ranks)[0])
-    stored = int(found.bytes(shape, ranks)[0]) + _bias(shape) * shape.dtype.itemsize
-    yield from _size_problems("after", site.after, weights + _bias(shape), shape, stored)
-    if isinstance(shape, LinearShape) and site.before.macs >= 0:
-        rows = site.before.macs // shape.weights
-        if rows < MOST_ROWS:
-            counted = LinearShape(
-                shape.in_features, shape.out_features, shape.bias, shape.dtype, META, rows=rows
-            )
-            if site.after.macs != int(found.macs(counted, ranks)[0]):
-                yield "after.macs", f"they are not those of {form} at rank {rank}"
+    yield from _size_problems(
+        "after", site.after, lambda unit: int(unit.of_form(found, ranks)[0]), shape
+    )
+    for unit in site.before.units:
+        dense = site.before[unit.word]
+        if unit.per_row and shape.takes == "rows" and dense >= 0:
+            rows = dense // unit.of_operator(shape)
+            if rows < MOST_ROWS:
+                counted = fit(found.form, [shape.counted_on(rows, ())])
+                if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
+                    yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
 
 
 def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
@@ -181,28 +169,32 @@ def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
 
 
 def _size_problems(
-    place: str, size: Size, parameters: int, shape: Shape, stored: int | None = None
+    place: str, size: Size, count: Callable[[CountedUnit], int], shape: Shape
 ) -> Iterator[Problem]:
-    """Of counts that follow from the shape, and of multiply-accumulates, which are per row."""
-    expected = parameters * shape.dtype.itemsize if stored is None else stored
-    if size.parameters != parameters:
-        yield f"{place}.parameters", f"{size.parameters}, and it has {parameters}"
-    if size.bytes != expected:
-        yield f"{place}.bytes", f"{size.bytes}, and it has {expected}"
-    if size.macs < 0:
-        yield f"{place}.macs", f"{size.macs}"
-    if place == "before" and isinstance(shape, LinearShape) and size.macs % shape.weights:
-        yield f"{place}.macs", f"{size.macs}, no multiple of its {shape.weights} weights"
+    """Of counts that follow from the shape, and of those that are per row of an unknown number.
+
+    Args:
+        place: ``"before"`` or ``"after"``.
+        size: what the plan says.
+        count: what it is in a unit, for one row.
+        shape: of the operator.
+    """
+    for unit in size.units:
+        here, number = f"{place}.{unit.word}", size[unit.word]
+        if not unit.per_row:
+            if number != (expected := count(unit)):
+                yield here, f"{number}, and it has {expected}"
+        elif number < 0:
+            yield here, f"{number}"
+        elif place == "before" and shape.takes == "rows" and number % count(unit):
+            yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _bias(shape: Shape) -> int:
-    return shape.out_features if shape.bias else 0
-
-
-def _known(find: Callable[[], Form | JointForm]) -> Form | JointForm | None:
+def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+    """A form for operators; None if there is none of that name for them."""
     try:
-        return find()
-    except KeyError:
+        return fit(find_form(form, op, plan.templates), shapes)
+    except (KeyError, ValueError):
         return None
 
 
@@ -214,26 +206,25 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _known(lambda: find_joint_form(form, plan.templates))
-    if not isinstance(found, JointForm):
+    found = _fitted(form, "linear", plan, own)
+    if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
         return
-    linear = [shape for shape in own if isinstance(shape, LinearShape)]
-    if len(linear) < len(own) or not isinstance(rank, int):
+    if found is None or not isinstance(rank, int):
         yield "op", f"{form} is for linear operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
         return
-    if len({(shape.in_features, shape.dtype) for shape in linear}) > 1:
+    if len({(shape.in_features, shape.dtype) for shape in own}) > 1:
         yield "in_features", "its sites differ in type or input"
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
-    if misfit := found.misfit(linear):
+    if misfit := found.misfit():
         yield "form", misfit
         return
-    full = found.full_rank(linear)
+    full = found.full_rank()
     yield from _rank_problems(first, full)
     if [site.member for site in sites] != list(range(len(sites))):
         yield "member", "its sites are not counted from 0"
@@ -241,24 +232,18 @@ def _bundle_problems(
         yield "rank", "its sites differ in rank"
         return
     ranks = np.array([rank], dtype=np.int64)
-    after = reduce(add, (site.after for site in sites), ZERO)
-    biases = sum(map(_bias, linear))
-    weights = int(found.parameters(linear, ranks)[0]) + biases
-    stored = int(found.bytes(linear, ranks)[0]) + biases * linear[0].dtype.itemsize
-    if (after.parameters, after.bytes) != (weights, stored):
+    after = total_size(site.after for site in sites)
+    fixed = [unit for unit in after.units if not unit.per_row]
+    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
         yield "after", "they are not what the form has at this rank"
 
 
 def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
     """Of the bodies of a site or a bundle, without memory."""
-    sites = plan.bundles.get(name) or tuple(site for site in plan.sites if site.name == name)
-    own = [shapes[site.name] for site in sites]
+    sites = plan.groups[name]
     form, rank = sites[0].choice
-    if not sites[0].bundle:
-        return [layers(find_form(form, sites[0].op, plan.templates).empty(own[0], rank))]
-    assert isinstance(rank, int)
-    joint = find_joint_form(form, plan.templates)
-    return joint_layers(joint.empty([s for s in own if isinstance(s, LinearShape)], rank))
+    found = find_form(form, sites[0].op, plan.templates)
+    return layers(fit(found, [shapes[site.name] for site in sites]).empty(rank))
 
 
 # ---- what is about several sites ------------------------------------------------------
@@ -276,20 +261,20 @@ def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
 
 
 def _total_problems(plan: Plan) -> Iterator[Problem]:
-    before = reduce(add, (site.before for site in plan.sites), ZERO)
-    after = reduce(add, (site.after for site in plan.sites), ZERO)
+    before = total_size(site.before for site in plan.sites)
+    after = total_size(site.after for site in plan.sites)
     for name, size in (("model_before", plan.model_before), ("model_after", plan.model_after)):
-        if min(size.parameters, size.macs, size.bytes) < 0:
+        if min(size.root.values()) < 0:
             yield name, "it has a negative count"
-    if plan.model_before.parameters < before.parameters or plan.model_before.bytes < before.bytes:
+    fixed = [unit.word for unit in plan.model_before.units if not unit.per_row]
+    if any(plan.model_before[unit] < before[unit] for unit in fixed):
         yield "model_before", "it is less than the sites have together"
     if plan.folded:
         return  # norms that are gone count, too, and stand nowhere
-    for unit in ("parameters", "bytes"):
-        saved = getattr(before, unit) - getattr(after, unit)
-        expected = getattr(plan.model_before, unit) - saved
-        if getattr(plan.model_after, unit) != expected:
-            yield f"model_after.{unit}", f"{getattr(plan.model_after, unit)}, and it has {expected}"
+    for unit in fixed:
+        expected = plan.model_before[unit] - (before[unit] - after[unit])
+        if plan.model_after[unit] != expected:
+            yield f"model_after.{unit}", f"{plan.model_after[unit]}, and it has {expected}"
 
 
 def _budget_problems(plan: Plan) -> Iterator[Problem]:
@@ -305,10 +290,10 @@ def _budget_problems(plan: Plan) -> Iterator[Problem]:
             yield f"{place}.cost", f"{limit.cost} is above the limit {limit.limit}"
         if limit.of == "matched" and not _close(limit.limit, limit.keep * limit.dense):
             yield f"{place}.limit", f"{limit.limit}, and it is {limit.keep * limit.dense}"
-        if limit.unit == "latency" or limit.rule:
+        if not isinstance(UNITS[limit.unit], CountedUnit) or limit.rule:
             continue
         for key, size in (("dense", "before"), ("cost", "after")):
-            expected = sum(getattr(getattr(site, size), limit.unit) for site in plan.sites)
+            expected = sum(getattr(site, size)[limit.unit] for site in plan.sites)
             if not _close(getattr(limit, key), expected):
                 yield f"{place}.{key}", f"{getattr(limit, key)}, and the sites have {expected}"
 

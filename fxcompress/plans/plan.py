@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    field_validator,
+    model_validator,
+)
 from torch import fx, nn
 
 from fxcompress.errors import RewriteError, printable
@@ -17,6 +26,7 @@ from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.structure import Structure, structure_of
+from fxcompress.plans.units import COUNTED, CountedUnit, CountedWord, UnitWord
 
 FORMAT: Literal[3] = 3
 """Version of ``plan.json``; files of another version are refused."""
@@ -61,8 +71,10 @@ def _showable(value: Any) -> Any:
     return value
 
 
-class Size(_Frozen):
-    """Exact counts, biases included.
+class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]]]):
+    """Exact counts by the word of their unit, biases included.
+
+    A plan of before there was some unit lacks it everywhere.
 
     Attributes:
         parameters: number of parameter entries.
@@ -70,26 +82,58 @@ class Size(_Frozen):
         bytes: parameters and buffers as stored.
     """
 
-    parameters: int
-    macs: int
-    bytes: int
+    model_config = ConfigDict(frozen=True)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, root: dict[str, int] = ..., /, **counts: int) -> None: ...
+
+    @field_validator("root")
+    @classmethod
+    def _complete(cls, value: dict[str, int]) -> dict[str, int]:
+        if "parameters" not in value:
+            raise ValueError("parameters are missing")
+        return value
+
+    @classmethod
+    def of(cls, count: Callable[[CountedUnit], int]) -> Size:
+        """What a function counts in every unit."""
+        return cls({unit.word: int(count(unit)) for unit in COUNTED})
+
+    @property
+    def units(self) -> tuple[CountedUnit, ...]:
+        """The units that it has, in the order of reports."""
+        return tuple(unit for unit in COUNTED if unit.word in self.root)
+
+    @property
+    def parameters(self) -> int:
+        return self["parameters"]
+
+    @property
+    def macs(self) -> int:
+        return self["macs"]
+
+    @property
+    def bytes(self) -> int:
+        return self["bytes"]
+
+    def __getitem__(self, unit: str) -> int:
+        return self.root[unit]
 
     def __add__(self, other: Size) -> Size:
-        return Size(
-            parameters=self.parameters + other.parameters,
-            macs=self.macs + other.macs,
-            bytes=self.bytes + other.bytes,
-        )
+        return Size({unit: number + other[unit] for unit, number in self.root.items()})
 
     def __sub__(self, other: Size) -> Size:
-        return Size(
-            parameters=self.parameters - other.parameters,
-            macs=self.macs - other.macs,
-            bytes=self.bytes - other.bytes,
-        )
+        return Size({unit: number - other[unit] for unit, number in self.root.items()})
 
 
-ZERO = Size(parameters=0, macs=0, bytes=0)
+ZERO = Size.of(lambda unit: 0)
+
+
+def total_size(sizes: Iterable[Size]) -> Size:
+    """Sizes added up, each count for itself; zero of none."""
+    first, *rest = [*sizes] or [ZERO]
+    return sum(rest, first)
 
 
 class Part(_Frozen):
@@ -116,6 +160,8 @@ class SitePlan(_Frozen):
     Attributes:
         name: path of the module (``"model.layers.0.mlp.up_proj"``).
         weight: name of the parameter.
+        applied: how a function applies the weight, where that is not done by a module of its own:
+            as it is stored, or transposed (of a matrix (in x out)); empty for a module.
         op: canonical operator.
         operator: the operator in words, ``"linear 576→1536"``.
         in_features, out_features: channels of a convolution; rows and width of a table.
@@ -167,6 +213,7 @@ class SitePlan(_Frozen):
     seconds: tuple[float, float] | None = None
     reason: str = ""
     spectrum: tuple[float, ...] = ()
+    applied: Literal["", "as stored", "transposed"] = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -182,6 +229,11 @@ class SitePlan(_Frozen):
         assert self.form is not None
         assert self.rank is not None
         return self.form, self.rank
+
+    @property
+    def group(self) -> str:
+        """Name of what it is rewritten with: the bundle, or the site itself."""
+        return self.bundle or self.name
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -231,9 +283,6 @@ class NodeSummary(_Frozen):
     shape: tuple[Whole, ...] | None
 
 
-Unit = Literal["parameters", "macs", "bytes", "latency"]
-
-
 class Limit(_Frozen):
     """A further budget that had to be met at the same time, and how it was.
 
@@ -244,7 +293,7 @@ class Limit(_Frozen):
 
     keep: float
     of: Literal["matched", "model"]
-    unit: Unit
+    unit: UnitWord
     limit: float
     cost: float
     dense: float
@@ -258,7 +307,7 @@ class BudgetOutcome(_Frozen):
     Attributes:
         keep: fraction asked for.
         of: what it is a fraction of: all matched operators, or the whole model.
-        unit: ``"parameters"``, ``"macs"``, ``"bytes"``, or ``"latency"`` (seconds).
+        unit: word of a unit (:mod:`fxcompress.plans.units`); of ``"latency"`` amounts are seconds.
         allocation: ``"global"`` or ``"uniform"``.
         limit: the budget for the matched operators, in the unit.
         cost: what their plan costs, never above the limit.
@@ -271,7 +320,7 @@ class BudgetOutcome(_Frozen):
 
     keep: float
     of: Literal["matched", "model"]
-    unit: Unit
+    unit: UnitWord
     allocation: Literal["global", "uniform"]
     limit: float
     cost: float
@@ -463,6 +512,12 @@ class Plan(_Frozen):
     def _coherent(self) -> Self:
         if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a site appears twice")
+        sizes = [size for site in self.sites for size in (site.before, site.after)]
+        if any(size.units != self.model_before.units for size in (*sizes, self.model_after)):
+            raise ValueError("not all sizes are in the same units")
+        absent = {unit.word for unit in COUNTED} - self.model_before.root.keys()
+        if absent & {self.budget.unit, *(limit.unit for limit in self.limits)}:
+            raise ValueError("no size is in the unit of a budget")
         for name, sites in self.bundles.items():
             if len({(site.form, site.rank, site.in_features) for site in sites}) > 1:
                 raise ValueError(f"the sites of bundle {name} differ in form, rank or input")
@@ -471,6 +526,15 @@ class Plan(_Frozen):
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.form is not None)
+
+    @property
+    def groups(self) -> dict[str, tuple[SitePlan, ...]]:
+        """The sites that are rewritten, a single one by its name, several by that of the bundle."""
+        found: dict[str, tuple[SitePlan, ...]] = {}
+        bundles = self.bundles
+        for site in self.rewritten:
+            found[site.group] = bundles.get(site.group, (site,))
+        return found
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:

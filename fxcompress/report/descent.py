@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fxcompress.plans.plan import Plan, Round
+from fxcompress.report.plot import Axis, Line, Mark, Plot, even
 from fxcompress.report.quantities import loss
 
-PLOT = WIDTH, HEIGHT = 560, 240
-"""Width and height of the drawing, in pixels."""
+WIDTH, HEIGHT = 560, 240
+"""Of the drawing, in pixels."""
+
+MOST_TICKS = 12
+"""Rounds that have their number below the drawing at most."""
 
 NAMES = {"kl": "KL to the dense model", "task": "loss"}
 
@@ -61,47 +63,28 @@ def _end(plan: Plan) -> float:
     return one.after if one.accepted and one.after is not None else one.before
 
 
-@dataclass(frozen=True)
-class Descent:
-    """A drawing of the objective: one column for every accepted attempt.
-
-    Attributes:
-        name: of the objective.
-        ticks: place from the top, and text, of values on the left axis.
-        line: points of the curve, ``"x,y x,y"``.
-        marks: place of each end of a round, with a text.
-        jumps: where a lower budget raised it: x, y before and after.
-    """
-
-    name: str
-    ticks: tuple[tuple[float, str], ...]
-    line: str
-    marks: tuple[tuple[float, float, str], ...]
-    jumps: tuple[tuple[float, float, float], ...]
-
-
-def descent(plan: Plan) -> Descent | None:
-    """The drawing; None without an accepted step."""
-    steps = [one for one in plan.rounds if one.accepted and one.after is not None]
+def descent(plan: Plan) -> Plot | None:
+    """The objective before and after every accepted attempt; None if there was none."""
+    steps = [(one, one.after) for one in plan.rounds if one.accepted and one.after is not None]
     if not steps:
         return None
-    values = [value for one in steps for value in (one.before, one.after or 0.0)]
-    top = max(values) * 1.05 or 1.0
-
-    def y(value: float) -> float:
-        return round(HEIGHT * (1 - value / top), 1)
-
-    width = WIDTH / (2 * len(steps) - 1)
-    points, marks, jumps = [], [], []
-    for at, one in enumerate(steps):
-        x, end = round(2 * at * width, 1), round((2 * at + 1) * width, 1)
-        assert one.after is not None
-        points += [f"{x},{y(one.before)}", f"{end},{y(one.after)}"]
-        text = f"round {one.round}, keep {one.keep:.4g}: {loss(one.before)} → {loss(one.after)}"
-        marks.append((end, y(one.after), text))
-        if at and one.keep < steps[at - 1].keep:
-            jumps.append((x, y(steps[at - 1].after or 0.0), y(one.before)))
-    ticks = tuple((y(top * share / 4), loss(top * share / 4)) for share in range(5))
-    return Descent(
-        NAMES[plan.objective or "kl"], ticks, " ".join(points), tuple(marks), tuple(jumps)
+    curve: list[tuple[float, float]] = []
+    marks, jumps = [], []
+    rounds: dict[int, float] = {}
+    for at, (one, after) in enumerate(steps):
+        rounds.setdefault(one.round, 2 * at)
+        curve += [(2 * at, one.before), (2 * at + 1, after)]
+        text = f"round {one.round}, keep {one.keep:.4g}: {loss(one.before)} → {loss(after)}"
+        marks.append(Mark(2 * at + 1, after, text))
+        if at and one.keep < steps[at - 1][0].keep:
+            jumps.append(Line("equal", (2 * at, 2 * at), (steps[at - 1][1], one.before)))
+    number = {place: str(round) for round, place in rounds.items()}
+    stride = -(-len(number) // MOST_TICKS)
+    x = Axis(
+        0, 2 * len(steps) - 1, WIDTH, (*number,)[::stride], title="round", text=number.__getitem__
     )
+    what = NAMES[plan.objective or "kl"]
+    y = even((0, *(value for _, value in curve)), HEIGHT, "nats per prediction")
+    title = f"{what} over the accepted steps of all rounds"
+    note = "dashed where the budget fell" if jumps else ""
+    return Plot(title, x, y, tuple(curve), tuple(marks), tuple(jumps), note=note)

@@ -5,29 +5,20 @@ It is computed from the plan, the record of the rewrite, never by comparing grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from fxcompress.plans.plan import Fidelity, Plan, SitePlan
+from fxcompress.forms import find_form
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
+from fxcompress.report import columns, summary
+from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
 from fxcompress.report.descent import rounds_lines
-from fxcompress.report.fold import Group, Row, child_name, fold_blocks
-from fxcompress.report.quantities import counts, loss, loss_label, short, span, sparkline
-from fxcompress.report.summary import (
-    budget_lines,
-    fidelity_lines,
-    graph_lines,
-    held_back_line,
-    model_name,
-    operator_changes,
-    predicted_line,
-    rewritten_text,
-    totals,
-    totals_lines,
-)
-from fxcompress.report.unchanged import Unchanged, site_text, unchanged
-from fxcompress.rules.folding import fold
+from fxcompress.report.fold import Group, Row, fold_blocks
+from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
+from fxcompress.report.unchanged import Unchanged, unchanged
+from fxcompress.rules.matching.folding import fold
 
 LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"
@@ -67,9 +58,12 @@ class Diff:
 
     def __str__(self) -> str:
         plan = self.plan
-        head = f"{model_name(plan)}: {rewritten_text(plan)}"
-        sections = [[f"{head} (rules {plan.rules}, metric {plan.metric})", held_back_line(plan)]]
-        sections += [_group_lines(group, plan) for group in self.groups]
+        head = f"{summary.model_name(plan)}: {summary.rewritten_text(plan)}"
+        sections = [
+            [f"{head} (rules {plan.rules}, metric {plan.metric})", summary.held_back_line(plan)]
+        ]
+        measured = measured_sites(plan)
+        sections += [_group_lines(group, plan, measured) for group in self.groups]
         if plan.expanded:
             sections.append(
                 [
@@ -79,9 +73,9 @@ class Diff:
             )
         if self.unchanged:
             sections.append(["unchanged:", *unchanged_lines(self.unchanged)])
-        sections.append(totals_lines(plan))
-        losses = [predicted_line(plan), *fidelity_lines(plan), *rounds_lines(plan)]
-        sections.append([*budget_lines(plan), *losses, *graph_lines(plan)])
+        sections.append(summary.totals_lines(plan))
+        losses = [summary.predicted_line(plan), *summary.fidelity_lines(plan), *rounds_lines(plan)]
+        sections.append([*summary.budget_lines(plan), *losses, *summary.graph_lines(plan)])
         if self.groups:
             sections.append([LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -109,16 +103,7 @@ class Diff:
             "held_back": None if plan.held_back is None else plan.held_back.model_dump(mode="json"),
             "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
             "rewritten": len(plan.rewritten),
-            "totals": [
-                {
-                    "unit": total.unit,
-                    "of": total.of,
-                    "before": total.before,
-                    "after": total.after,
-                    "kept": total.kept,
-                }
-                for total in totals(plan)
-            ],
+            "totals": [{**asdict(total), "kept": total.kept} for total in summary.totals(plan)],
             "sites": [site.model_dump(mode="json") for site in plan.sites],
             "unmatched": [one.model_dump(mode="json") for one in plan.unmatched],
             "expanded": list(plan.expanded),
@@ -126,7 +111,7 @@ class Diff:
                 "before": len(plan.before),
                 "after": len(plan.after) if plan.after else None,
                 "operators": (
-                    {op: list(pair) for op, pair in operator_changes(plan).items()}
+                    {op: list(pair) for op, pair in summary.operator_changes(plan).items()}
                     if plan.after
                     else {}
                 ),
@@ -169,41 +154,22 @@ def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
     ]
 
 
-def ranks_text(row: Row) -> str:
-    """``r 96..208 of 576 ▄▅█▇``; the bars are left out if there is nothing to compare.
-
-    The two ranks of a form that has them are joined: ``r 8..12×16 of 32×64``.
-    """
-    axes = ranks_of(row.sites)
-    whole = "×".join(str(full) for full in row.sites[0].full_ranks)
-    text = f"r {'×'.join(span(ranks, '{:.0f}'.format) for ranks in axes)} of {whole}"
-    first = axes[0]
-    return text if min(first) == max(first) else f"{text} {sparkline(first)}"
-
-
-def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
-    """Ranks of rewritten sites, one list for each rank that their form has."""
-    return [list(axis) for axis in zip(*(site.ranks for site in sites), strict=True)]
-
-
-def measured_text(row: Row, fidelity: Fidelity) -> str:
-    """``0.0005..0.0044``; that of a bundle stands beside its first site, ``with q_proj`` else."""
-    found = [fidelity.by_site[site.name] for site in row.sites]
-    first = found[0].sites[0]
-    if first != row.sites[0].name:
-        return f"with {child_name(first)}"
-    return span((one.measured for one in found), loss)
-
-
-def _group_lines(group: Group, plan: Plan) -> list[str]:
+def _group_lines(group: Group, plan: Plan, measured: Mapping[str, MeasuredSite]) -> list[str]:
     lines = group_title(group)
     rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
         partners = [other.name for other in group.rows if _together(other, row)]
-        lines += _row_lines(row, _losses_text(row, plan), partners)
+        losses = _losses_text(Entry(row.sites, measured), plan)
+        lines += _row_lines(row, losses, partners, plan)
         if rule != following:
             lines.append(rule)
     return lines
+
+
+def _ranks_text(row: Row) -> str:
+    """``r 96..208 of 576 ▄▅█▇``, ``r 8..12×16 of 32×64`` of a form that has two ranks."""
+    whole = "×".join(str(full) for full in row.sites[0].full_ranks)
+    return f"r {columns.ranks_text(row.sites, WIDEST, f' of {whole}')}"
 
 
 def _together(one: Row, other: Row) -> bool:
@@ -211,41 +177,48 @@ def _together(one: Row, other: Row) -> bool:
     return bool(one.sites[0].bundle) and one.sites[0].bundle == other.sites[0].bundle
 
 
-def _losses_text(row: Row, plan: Plan) -> str:
+def _losses_text(entry: Entry, plan: Plan) -> str:
     """``KL 0.0004..0.0031``, ``KL 0.0004..0.0031, measured 0.0005..0.0044``."""
-    text = f"{loss_label(plan.loss_unit)} {span((site.predicted for site in row.sites), loss)}"
-    if plan.fidelity is None:
-        return text
-    return f"{text}, measured {measured_text(row, plan.fidelity)}"
+    text = f"{loss_label(plan.loss_unit)} {PREDICTED.alike(entry)}"
+    return text if plan.fidelity is None else f"{text}, measured {MEASURED.alike(entry)}"
 
 
-def _row_lines(row: Row, losses: str, partners: Sequence[str]) -> list[str]:
+def _remarks(site: SitePlan, plan: Plan) -> Mapping[str, str]:
+    """What the form says of its functions; nothing if it is not registered here."""
+    try:
+        return find_form(str(site.form), site.op, plan.templates).remarks
+    except KeyError:
+        return {}
+
+
+def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> list[str]:
     site = row.sites[0]
-    name = row.name or "(itself)"
+    remarks = _remarks(site, plan)
+    name = row.label
     before = counts(site.before.parameters for site in row.sites)
     notes = [f"{row.per_block} alike"] * (row.per_block > 1)
     calls = {site.calls for site in row.sites}
     if max(calls) > 1:
         notes.append(f"called {span(calls, short)} times")
-    what = site_text(site) + (", bias" if site.bias else "")
+    what = site.operator + (", bias" if site.bias else "")
     after = counts(site.after.parameters for site in row.sites)
     lines = [_line("-", name, what, before, ", ".join(notes))]
     layers = [at for at, part in enumerate(site.parts) if part.path]
     if not layers:
-        lines.append(_line("+", name, str(site.form), after, f"{losses}  {ranks_text(row)}"))
+        lines.append(_line("+", name, str(site.form), after, f"{losses}  {_ranks_text(row)}"))
         return lines
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]
     cells: dict[int, tuple[str, ...]] = {last: (after, losses)}
     if not site.bundle or site.parts[first].path.startswith(SHARED):
-        ranks = ranks_text(row)
+        ranks = _ranks_text(row)
         cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
         if not is_layer:
             ops = [part.op for _, part in run]
-            order = " (rows back in order)" if ops[-1] == "index_select" else ""
-            lines.append(f"+ {name:19} {', '.join(ops)}{order}")
+            said = ", ".join(remarks[op] for op in ops if op in remarks)
+            lines.append(f"+ {name:19} {', '.join(ops)}" + (f" ({said})" if said else ""))
             continue
         for at, part in run:
             layer = f"{name}.{part.path}"
@@ -263,7 +236,7 @@ def part_text(row: Row, index: int) -> str:
     parts = [site.parts[index] for site in row.sites]
     if parts[0].in_features is None:
         return parts[0].op
-    axes, widths = ranks_of(row.sites), [site.out_features for site in row.sites]
+    axes, widths = columns.ranks_of(row.sites), [site.out_features for site in row.sites]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
     kernel = "×".join(map(str, parts[0].kernel))
     text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"

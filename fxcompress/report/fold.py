@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxcompress.plans.plan import SitePlan
-from fxcompress.rules.folding import Literals, fold, split_indices
+from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 Structure = tuple[tuple[object, ...], ...]
 
@@ -35,6 +35,11 @@ class Row:
     name: str
     per_block: int
     sites: tuple[SitePlan, ...]
+
+    @property
+    def label(self) -> str:
+        """The name as it is shown; blocks may be sites themselves."""
+        return self.name or "(itself)"
 
 
 @dataclass(frozen=True)

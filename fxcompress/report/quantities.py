@@ -17,15 +17,6 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def amount(number: float, unit: str) -> str:
-    """A cost in the unit of a budget: an exact count, or a time.
-
-    >>> amount(884_736, "macs"), amount(0.0123, "latency")
-    ('884,736', '12.3 ms')
-    """
-    return f"{1e3 * number:.3g} ms" if unit == "latency" else count(number)
-
-
 def short(number: float) -> str:
     """A count to three digits: ``203k``, ``1.07M``.
 

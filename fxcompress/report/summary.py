@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Literal
 
-from fxcompress.plans.plan import ZERO, BudgetOutcome, HeldBack, Limit, Plan, Size
+from fxcompress.plans.plan import BudgetOutcome, HeldBack, Limit, Plan, total_size
+from fxcompress.plans.units import UNITS
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
-    amount,
     count,
     loss,
     loss_label,
@@ -19,23 +17,17 @@ from fxcompress.report.quantities import (
     with_error,
 )
 
-Unit = Literal["parameters", "macs", "bytes"]
-UNITS: tuple[Unit, ...] = ("parameters", "macs", "bytes")
-UNIT_TEXT: dict[str, str] = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}
-BUDGET_TEXT = {**UNIT_TEXT, "latency": "measured time"}
-_ONE = {"parameters": "parameter", "macs": "MAC", "bytes": "byte", "latency": "second"}
-
 
 @dataclass(frozen=True)
 class Total:
     """Before and after of one unit.
 
     Attributes:
-        unit: ``"parameters"``, ``"macs"`` or ``"bytes"``.
+        unit: its word, ``"parameters"``.
         of: ``"model"`` or ``"matched"`` (operators that a rule matched, dense ones included).
     """
 
-    unit: Unit
+    unit: str
     of: Literal["model", "matched"]
     before: int
     after: int
@@ -47,18 +39,15 @@ class Total:
 
 def totals(plan: Plan) -> tuple[Total, ...]:
     """Of the model and, if there are any, of the matched operators, in every unit."""
-    sizes: list[tuple[Literal["model", "matched"], Size, Size]] = [
-        ("model", plan.model_before, plan.model_after)
-    ]
-    if plan.sites:
-        before = reduce(add, (site.before for site in plan.sites), ZERO)
-        after = reduce(add, (site.after for site in plan.sites), ZERO)
-        sizes.append(("matched", before, after))
-    return tuple(
-        Total(unit, of, getattr(before, unit), getattr(after, unit))
-        for unit in UNITS
-        for of, before, after in sizes
-    )
+    before = total_size(site.before for site in plan.sites)
+    after = total_size(site.after for site in plan.sites)
+    found = []
+    for unit in plan.model_before.units:
+        word = unit.word
+        found.append(Total(word, "model", plan.model_before[word], plan.model_after[word]))
+        if plan.sites:
+            found.append(Total(word, "matched", before[word], after[word]))
+    return tuple(found)
 
 
 def totals_lines(plan: Plan) -> list[str]:
@@ -71,7 +60,7 @@ def totals_lines(plan: Plan) -> list[str]:
     lines = [f"{'':10}  {'before':>19}  {'after':>19}  {'kept':>6}"]
     for total in totals(plan):
         first = total.of == "model"
-        label = UNIT_TEXT[total.unit] if first else ""
+        label = UNITS[total.unit].text if first else ""
         of_what = "of the model" if first else "of the matched operators"
         kept = percent(total.after, total.before)
         lines.append(
@@ -98,14 +87,11 @@ def _budget(budget: BudgetOutcome | Limit, how: str, label: str) -> list[str]:
     users = "the matched operators"
     if isinstance(budget, Limit) and budget.rule:
         whole, users = f"the operators' of rule {budget.rule}", f"rule {budget.rule}"
-    unit = BUDGET_TEXT[budget.unit]
-    words = "" if budget.unit == "latency" else f" {unit}"
-    used, limit, dense = (
-        amount(each, budget.unit) for each in (budget.cost, budget.limit, budget.dense)
-    )
+    unit = UNITS[budget.unit]
+    used, dense = unit.amount(budget.cost), unit.amount(budget.dense)
     return [
-        f"{label}keep {budget.keep:g} of {whole} {unit}{how}",
-        f"        {used} of {limit}{words} used by {users} (dense {dense})",
+        f"{label}keep {budget.keep:g} of {whole} {unit.text}{how}",
+        f"        {used} of {unit.named(budget.limit)} used by {users} (dense {dense})",
     ]
 
 
@@ -145,10 +131,10 @@ def predicted_line(plan: Plan) -> str:
     if budget.bound is not None and budget.gap is not None:
         line += f" (fitted {loss(budget.fitted)}, gap {loss(budget.gap)})"
     if budget.multiplier is not None:
-        line += f", λ = {budget.multiplier:.3g} per {_ONE[budget.unit]}"
+        line += f", λ = {budget.multiplier:.3g} per {UNITS[budget.unit].one}"
     for limit in plan.limits:
         if limit.multiplier is not None:
-            line += f" and {limit.multiplier:.3g} per {_ONE[limit.unit]}"
+            line += f" and {limit.multiplier:.3g} per {UNITS[limit.unit].one}"
             line += f" of rule {limit.rule}" if limit.rule else ""
     return line
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxcompress.plans.plan import Plan, SitePlan
-from fxcompress.rules.folding import Literals, fold, split_indices
+from fxcompress.plans.plan import Plan
+from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 # A number that stands alone: not part of a path, a name or a version.
 _NUMBER = re.compile(r"(?<![\w.])[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?![\w]|\.\w)")
@@ -32,44 +32,32 @@ class Unchanged:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Item:
-    name: str
-    what: str
-    parameters: int
-    reason: str
-
-
 def unchanged(plan: Plan) -> tuple[Unchanged, ...]:
     """Everything with a weight that is not rewritten, folded, in graph order."""
+    dense = [site for site in plan.sites if site.form is None]
     items = [
-        _Item(one.name, _shape_text(one.op, one.shape), one.parameters, one.reason)
-        for one in plan.unmatched
-    ]
-    items += [
-        _Item(site.name, site_text(site), site.before.parameters, site.reason)
-        for site in plan.sites
-        if site.form is None
+        *((u.name, _shape_text(u.op, u.shape), u.parameters, u.reason) for u in plan.unmatched),
+        *((site.name, site.operator, site.before.parameters, site.reason) for site in dense),
     ]
     # The two lists have an order each; only the recorded graph knows their common one.
     order: dict[str, int] = {}
     for position, node in enumerate(plan.before):
         order.setdefault(node.path, position)
-    items.sort(key=lambda item: order.get(item.name, len(plan.before)))
-    alike: dict[tuple[Literals, str, tuple[str, ...]], list[_Item]] = {}
-    for item in items:
-        literals, _ = split_indices(item.name)
-        key = (literals, item.what, tuple(_NUMBER.split(item.reason)))
-        alike.setdefault(key, []).append(item)
+    items.sort(key=lambda item: order.get(item[0], len(plan.before)))
+    alike: dict[tuple[Literals, str, tuple[str, ...]], list[tuple[str, int, str]]] = {}
+    for name, what, parameters, reason in items:
+        literals, _ = split_indices(name)
+        key = (literals, what, tuple(_NUMBER.split(reason)))
+        alike.setdefault(key, []).append((name, parameters, reason))
     return tuple(
         Unchanged(
-            patterns=fold(item.name for item in those),
-            names=tuple(item.name for item in those),
-            what=those[0].what,
-            parameters=sum(item.parameters for item in those),
-            reason=fold_reasons([item.reason for item in those]),
+            patterns=fold(name for name, *_ in those),
+            names=tuple(name for name, *_ in those),
+            what=what,
+            parameters=sum(parameters for _, parameters, _ in those),
+            reason=fold_reasons([reason for *_, reason in those]),
         )
-        for those in alike.values()
+        for (_, what, _), those in alike.items()
     )
 
 
@@ -86,11 +74,6 @@ def fold_reasons(reasons: Sequence[str]) -> str:
     return literals[0] + "".join(
         text + literal for text, literal in zip(texts, literals[1:], strict=True)
     )
-
-
-def site_text(site: SitePlan) -> str:
-    """``linear 576→1536``."""
-    return site.operator
 
 
 def _shape_text(op: str, shape: tuple[int, ...]) -> str:

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from fxcompress.forms import JointBody, Shape, find_form, find_joint_form
+from fxcompress.forms import Body, Shape, find_form, fit
 from fxcompress.graph.canonical import canonicalize
-from fxcompress.operators.modules import shape_of
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.modules import kind_of, shape_of
 from fxcompress.plans.plan import Folded, Plan, SitePlan
+from fxcompress.rewrite.applied import hold_planned
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.batch_norm import fold_batch_norms
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
 from fxcompress.rewrite.skeleton import prepared
-from fxcompress.rewrite.substitute import (
-    Provenance,
-    substitute,
-    substitute_joint,
-    substituting,
-)
+from fxcompress.rewrite.substitute import Provenance, substitute, substituting
+
+Bodies = Mapping[str, Body]
+"""What takes the place of the sites of a plan, by the name of their group."""
 
 
-@dataclass(frozen=True, eq=False)
-class Bodies:
-    """What takes the place of the sites of a plan.
-
-    Attributes:
-        single: by site name.
-        joint: by the name of the bundle.
-    """
-
-    single: Mapping[str, fx.GraphModule]
-    joint: Mapping[str, JointBody]
-
-
-def empty_bodies(plan: Plan, model: nn.Module, device: torch.device | None = None) -> Bodies:
+def empty_bodies(
+    plan: Plan, model: nn.Module, device: torch.device | None = None
+) -> dict[str, Body]:
     """Bodies without values, for a state dict to be loaded into.
 
     Args:
@@ -53,22 +41,16 @@ def empty_bodies(plan: Plan, model: nn.Module, device: torch.device | None = Non
     reference = _reference(model, plan)
 
     def shape(site: SitePlan) -> Any:
-        found = shape_of(reference.get_submodule(site.name))
+        found = shape_of(operator_at(reference, site.name))
         where = found.device if device is None else device
         return replace(found, dtype=getattr(torch, site.dtype), device=where)
 
-    single = {}
-    for site in plan.rewritten:
-        if not site.bundle:
-            form, rank = site.choice
-            single[site.name] = find_form(form, site.op, plan.templates).empty(shape(site), rank)
-    joint = {}
-    for name, sites in plan.bundles.items():
+    bodies = {}
+    for name, sites in plan.groups.items():
         form, rank = sites[0].choice
-        shapes = [shape(site) for site in sites]
-        assert isinstance(rank, int)
-        joint[name] = find_joint_form(form, plan.templates).empty(shapes, rank)
-    return Bodies(single, joint)
+        found = find_form(form, sites[0].op, plan.templates)
+        bodies[name] = fit(found, [shape(site) for site in sites]).empty(rank)
+    return bodies
 
 
 def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
@@ -80,19 +62,15 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
         bodies: filled or empty.
     """
     names = [site.name for site in plan.rewritten]
+    hold_planned(model, plan.sites, {*names, *(pair.convolution for pair in plan.folded)})
     fold_batch_norms(model, plan.folded)
     expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
         lift(model, only=names)
     with substituting(model) as places:
-        for site in plan.rewritten:
-            if not site.bundle:
-                form = find_form(site.choice[0], site.op, plan.templates)
-                substitute(model, bodies.single[site.name], form, _origin(site), places)
-        for name, sites in plan.bundles.items():
-            joint = find_joint_form(sites[0].choice[0], plan.templates)
-            origins = [_origin(site) for site in sites]
-            substitute_joint(model, bodies.joint[name], joint, origins, places)
+        for name, sites in plan.groups.items():
+            form = find_form(sites[0].choice[0], sites[0].op, plan.templates)
+            substitute(model, bodies[name], form, [_origin(site) for site in sites], places)
     disable_fast_paths(model, names)
 
 
@@ -103,19 +81,21 @@ def _origin(site: SitePlan) -> Provenance:
 
 def mismatches(model: nn.Module, plan: Plan) -> str:
     """How ``model`` differs from what the plan was made for; empty if every site is there."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    reference = prepared(model)
+    if problems := hold_planned(reference, plan.sites):
+        return _told(problems)
     problems = [
         f"it has no batch norm {pair.norm} after a convolution {pair.convolution}"
         for pair in plan.folded
-        if not _foldable(modules, pair)
+        if not _foldable(reference, pair)
     ]
     if problems:
         return _told(problems)
-    reference = _reference(model, plan)
+    fold_batch_norms(reference, plan.folded)
     places: dict[nn.Module, str] = {}
     for site in plan.sites:
         try:
-            module = reference.get_submodule(site.name)
+            module = operator_at(reference, site.name)
             shape = shape_of(module)
         except (AttributeError, ValueError):  # nothing of that name, or not a matrix
             problems.append(f"it has no {site.op} layer {site.name}")
@@ -148,7 +128,7 @@ def _unfit(site: SitePlan, shape: Any, plan: Plan) -> str | None:
     """Why a layer cannot take the form, where that is no matter of its sizes (``max_norm``)."""
     if site.form is None or site.bundle:
         return None
-    return find_form(site.form, site.op, plan.templates).misfit(shape)
+    return fit(find_form(site.form, site.op, plan.templates), [shape]).misfit()
 
 
 def _reads(model: fx.GraphModule, path: str) -> tuple[Any, ...]:
@@ -160,18 +140,23 @@ def _reads(model: fx.GraphModule, path: str) -> tuple[Any, ...]:
 def _reference(model: nn.Module, plan: Plan) -> nn.Module:
     """The tree in which the sites of a plan are named."""
     reference = prepared(model)
+    hold_planned(reference, plan.sites)
     fold_batch_norms(reference, plan.folded)
     return reference
 
 
-def _foldable(modules: Mapping[str, nn.Module], pair: Folded) -> bool:
+def _foldable(model: nn.Module, pair: Folded) -> bool:
     """Whether both modules of a pair are there, and fit each other."""
-    convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
+    try:
+        convolution, norm = operator_at(model, pair.convolution), model.get_submodule(pair.norm)
+    except AttributeError:
+        return False
     return (
-        isinstance(convolution, _ConvNd)
+        (kind := kind_of(convolution)) is not None
+        and kind.shape(convolution).takes == "patches"
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
-        and norm.num_features == convolution.out_channels
+        and norm.num_features == kind.shape(convolution).out_features
     )
 
 

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.modules import shape_of
+from fxcompress.operators.words import OPERATORS
 from fxcompress.plans.plan import Folded
 
 
@@ -63,7 +65,7 @@ def _obstacle(
     operators: Mapping[str, Operator],
     calls: Mapping[str, int],
 ) -> str | None:
-    if not convolution.op.startswith("conv"):
+    if OPERATORS[convolution.op].takes != "patches":
         return f"it is a {convolution.op}, not a convolution"
     users = [operators[name] for name in convolution.users]
     norms = [user for user in users if user.op == "batch_norm" and user.module]
@@ -89,9 +91,9 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
     The weight learns if that of the convolution did, the bias if one of both biases did.
     """
     for pair in pairs:
-        convolution: Any = model.get_submodule(pair.convolution)
+        convolution: Any = operator_at(model, pair.convolution)
         norm: Any = model.get_submodule(pair.norm)
-        assert isinstance(convolution, _ConvNd)
+        shape = shape_of(convolution)
         learns = convolution.weight.requires_grad
         shifts = [each for each in (convolution.bias, norm.bias) if each is not None]
         shift_learns = any(each.requires_grad for each in shifts) if shifts else learns
@@ -105,15 +107,9 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
         if norm.bias is not None:
             shift = shift + norm.bias.double()
         weight = convolution.weight
-        channels = [-1, *(1 for _ in weight.shape[1:])]
-        if convolution.transposed:
-            scale = scale.reshape(convolution.groups, 1, -1).expand(
-                -1, weight.shape[0] // convolution.groups, -1
-            )
-            scale = scale.reshape(weight.shape[0], weight.shape[1], *(1 for _ in weight.shape[2:]))
-        else:
-            scale = scale.reshape(channels)
-        convolution.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), learns)
+        rows = shape.canonical(weight.double())  # (g x m/g x ...)
+        scaled = rows * scale.reshape(len(rows), -1, *(1 for _ in rows.shape[2:]))
+        convolution.weight = nn.Parameter(shape.stored(scaled).to(weight.dtype), learns)
         convolution.bias = nn.Parameter(shift.to(weight.dtype), shift_learns)
         owner, _, name = pair.norm.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Identity())

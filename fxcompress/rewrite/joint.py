@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.forms import JointForm, Rank
-from fxcompress.forms.form import Member, dense_bias_of, dense_weight_of
+from fxcompress.forms.body import Member, dense_bias_of, dense_weight_of
 from fxcompress.rewrite.facade import Factorized
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxcompress.graph.canonical import linear_arguments
+from fxcompress.operators.linear import linear_arguments
 
 _LINEAR = {F.linear, torch.ops.aten.linear.default}
 

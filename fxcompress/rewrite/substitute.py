@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxcompress.forms import Form, JointBody, JointForm, Rank
+from fxcompress.forms import Body, Form, JointForm, Rank
+from fxcompress.operators.applied import operator_at
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
@@ -64,68 +65,77 @@ def substituting(model: nn.Module) -> Iterator[Substituted]:
 
 
 def substitute(
-    model: nn.Module, body: fx.GraphModule, form: Form, origin: Provenance, places: Substituted
-) -> None:
-    """Replace the operator at ``origin.site`` by ``body``; changes ``model``.
-
-    Nodes of an fx graph keep the metadata of the node they replace (the last one also its
-    value's), and all carry their :class:`Provenance`.
-    """
-    original = model.get_submodule(origin.site)
-    _take_over(body, [original])
-    calls = places.calls.get(origin.site)
-    if not calls:
-        places.modules.replace(original, Factorized(original, body, form, origin.rank))
-        return
-    assert isinstance(model, fx.GraphModule)
-    places.modules.replace(original, body)
-    for node in calls:
-        with model.graph.inserting_before(node):
-            (value,) = _copy(model.graph, body, [_value(node)], origin.site, _meta(node, origin))
-        _replace(model.graph, node, value, origin)
-
-
-def substitute_joint(
     model: nn.Module,
-    body: JointBody,
-    form: JointForm,
+    body: Body,
+    form: Form | JointForm,
     origins: Sequence[Provenance],
     places: Substituted,
 ) -> None:
-    """Replace operators on one input by a body with a shared part; changes ``model``.
+    """Replace the operators at ``origins`` by a body; changes ``model``.
 
-    The shared part hangs below the first operator, as ``shared``; each head as ``body``.
+    What they share hangs below the first operator, as ``shared``; then each head is a ``body``.
+    Nodes of an fx graph keep the metadata of the node they replace (the last one also its
+    value's), and all carry their :class:`Provenance`.
+
+    Args:
+        model: has the operators.
+        body: one head for each of them, in their order.
+        form: of the body.
+        origins: what is replaced, and why.
+        places: of the modules and calls of ``model``.
     """
-    originals = [model.get_submodule(origin.site) for origin in origins]
-    _take_over(body.shared, originals)
+    originals = [operator_at(model, origin.site) for origin in origins]
+    if body.shared is not None:
+        _take_over(body.shared, originals)
     for original, head in zip(originals, body.heads, strict=True):
         _take_over(head, [original])
     calls = [places.calls.get(origin.site, ()) for origin in origins]
-    if not all(calls):
-        joint = Shared(body.shared, len(origins))
-        for index, (original, head) in enumerate(zip(originals, body.heads, strict=True)):
-            facade = JointMember(original, head, form, origins[0].rank, joint, index)
-            places.modules.replace(original, facade)
+    if all(calls):
+        assert isinstance(model, fx.GraphModule)
+        _substitute_nodes(model, body, originals, origins, calls, places)
         return
-    assert isinstance(model, fx.GraphModule)
+    rank = origins[0].rank
+    joint = None if body.shared is None else Shared(body.shared, len(origins))
+    for index, (original, head) in enumerate(zip(originals, body.heads, strict=True)):
+        if joint is None:
+            facade = Factorized(original, head, form, rank)
+        else:
+            assert isinstance(form, JointForm)
+            facade = JointMember(original, head, form, rank, joint, index)
+        places.modules.replace(original, facade)
+
+
+def _substitute_nodes(
+    model: fx.GraphModule,
+    body: Body,
+    originals: Sequence[nn.Module],
+    origins: Sequence[Provenance],
+    calls: Sequence[Sequence[fx.Node]],
+    places: Substituted,
+) -> None:
+    """Replace the nodes that call the operators by the nodes of the body."""
+    paths = [f"{o.site}.body" if body.shared is not None else o.site for o in origins]
     for original, head in zip(originals, body.heads, strict=True):
-        place = nn.Module()
-        place.body = head
-        if head is body.heads[0]:
-            place.shared = body.shared
+        place: nn.Module = head
+        if body.shared is not None:
+            place = nn.Module()
+            place.body = head
+            if head is body.heads[0]:
+                place.shared = body.shared
         places.modules.replace(original, place)
     owner = origins[0]
     for together in zip(*calls, strict=True):  # the first calls, the second calls, ...
         first = min(together, key=places.order.__getitem__)
         x = _value(first)
-        with model.graph.inserting_before(first):
-            meta = _meta(first, owner)
-            shared = _copy(model.graph, body.shared, [x], f"{owner.site}.shared", meta)
-        for node, head, origin in zip(together, body.heads, origins, strict=True):
+        shared: tuple[fx.Node, ...] = ()
+        if body.shared is not None:
+            with model.graph.inserting_before(first):
+                meta = _meta(first, owner)
+                shared = _copy(model.graph, body.shared, [x], f"{owner.site}.shared", meta)
+        for node, head, origin, path in zip(together, body.heads, origins, paths, strict=True):
             with model.graph.inserting_before(node):
-                meta = _meta(node, origin)
                 inputs = [x, *shared]
-                (value,) = _copy(model.graph, head, inputs, f"{origin.site}.body", meta)
+                (value,) = _copy(model.graph, head, inputs, path, _meta(node, origin))
             _replace(model.graph, node, value, origin)
 
 

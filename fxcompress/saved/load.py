@@ -34,7 +34,7 @@ from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.plans.checks import Problem, body_problems, plan_problems
-from fxcompress.plans.layers import joint_layers, layers
+from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import (
     Bodies,
@@ -279,14 +279,7 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
 
 
 def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Problem]:
-    return body_problems(
-        plan,
-        lambda name: (
-            joint_layers(bodies.joint[name])
-            if name in bodies.joint
-            else [layers(bodies.single[name])]
-        ),
-    )
+    return body_problems(plan, lambda name: layers(bodies[name]))
 
 
 # ---- weights --------------------------------------------------------------------------

@@ -16,17 +16,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fxcompress.forms import ConvShape, Target
+from fxcompress.forms import Body, ConvShape, Target
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
-from fxcompress.metric.quadratic import Grouped, Kronecker
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import whitener
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
-from fxcompress.rewrite import Bodies, Factorized, apply_plan, own_parameters, prepared, skeleton
-from fxcompress.rules import match_rules
-from fxcompress.rules.loader import load_rules
-from fxcompress.rules.schema import RuleSet
+from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
+from fxcompress.rules import RuleSet, load_rules, match_rules
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors
@@ -191,7 +190,9 @@ def rewritten(name: str, form: str) -> tuple[nn.Module, nn.Module, Any, dict[str
         bodies[path], rank = full_rank_body(site, work.get_submodule(path), form)
         entries.append(entry(site, form, rank, rank))
     small = skeleton(model)
-    apply_plan(small, plan_for(entries), Bodies(bodies, {}))
+    apply_plan(
+        small, plan_for(entries), {name: Body(None, (body,)) for name, body in bodies.items()}
+    )
     return model, own_parameters(small, model), batch, taken
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress.forms import Form, Target, find_form
-from fxcompress.forms.convolution import convolution_shape
 from fxcompress.forms.target import Rank
-from fxcompress.metric.quadratic import Grouped, Kronecker
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import Whitener, whitener
-from fxcompress.operators.shape import ConvShape
+from fxcompress.operators.convolution import ConvShape
+from fxcompress.operators.modules import shape_of
 from tests.convolutions import CASES, build, data, dense_loss, factors
 
 NAMES = ("channel", "channel_input", "spatial", "tucker2", "pivoted", "low_rank")
@@ -31,7 +32,7 @@ def metric(a: Tensor, g: Tensor) -> Grouped:
 
 
 def form_for(name: str, layer: nn.Module) -> tuple[Form, ConvShape]:
-    shape = convolution_shape(layer)
+    shape = shape_of(layer)
     try:
         form = find_form(name, shape.op)
     except KeyError:
@@ -69,7 +70,7 @@ def with_weight(layer: nn.Module, shape: ConvShape, weight: Tensor) -> nn.Module
 )
 def test_every_form_counts_for_one_output_channel(layer: nn.Module, name: str) -> None:
     """Whether it fits or not: costs are asked for at all ranks that there are, even none."""
-    shape = replace(convolution_shape(layer), inputs=((2, 9, 9, 9)[: layer.weight.dim() - 1],))
+    shape = replace(shape_of(layer), inputs=((2, 9, 9, 9)[: layer.weight.dim() - 1],))
     try:
         form = find_form(name, shape.op)
     except KeyError:
@@ -269,7 +270,7 @@ def test_whatever_pytorch_accepts(words: dict[str, Any], draw: st.DataObject) ->
         expected = layer(x)
     except (ValueError, RuntimeError):
         return  # PyTorch does not accept it
-    shape = convolution_shape(layer)
+    shape = shape_of(layer)
     weight = shape.canonical(layer.weight)
     target = Target(weight, metric(*factors(shape)))
     for name in NAMES:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcompress.forms import FormError, LinearShape, find_form, register_form
+from fxcompress.forms import FormError, LinearShape, find_form, fit, register_form
 from fxcompress.forms.form import Form
 from fxcompress.forms.pivoted import LARGEST_ENTRY, choose_pivots
 
@@ -228,3 +228,16 @@ def test_all_forms_are_documented() -> None:
         module = __import__(type(form).__module__, fromlist=["x"])
         assert "before::" in module.__doc__
         assert "after::" in module.__doc__
+
+
+@pytest.mark.parametrize("name", ["low_rank", "pivoted"])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 2), (3, 3), (16, 24), (1536, 576), (7, 1)])
+def test_break_even_is_the_first_rank_that_saves_nothing(name: str, m: int, n: int) -> None:
+    form = fit(find_form(name), [LinearShape(n, m, False)])
+    full = form.full_rank()
+    assert isinstance(full, int)
+    costs = form.parameters(np.arange(1, full + 1))
+    worse = [rank for rank, cost in enumerate(costs, 1) if cost >= m * n]
+    assert form.break_even() == (worse[0] if worse else full)
+    if name == "pivoted":
+        assert form.break_even() == full

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcompress.forms import Form, JointBody, JointForm, LinearShape, find_form, template_form
+from fxcompress.forms import Body, Form, JointForm, LinearShape, find_form, template_form
 from fxcompress.forms.template import Template, build_template
 
 BOTTLENECK = {
@@ -97,7 +97,7 @@ def test_an_output_may_be_read_by_another() -> None:
     )
     assert isinstance(form, JointForm)
     shape = LinearShape(8, 6, False, torch.float64)
-    body: JointBody = form.empty([shape, shape], RANK)
+    body: Body = form.empty([shape, shape], RANK)
     lefts, right, x = (normal(6, RANK), normal(6, RANK)), normal(RANK, 8), normal(5, 8)
     form.fill(body, lefts, right, (None, None))
     q, k = (body.member(index)(x) for index in range(2))

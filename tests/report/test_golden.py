@@ -1,15 +1,15 @@
-"""The texts, exactly.  To accept a change: write the new text to the file and read it."""
+"""The texts, exactly.  To accept a change: ``pytest --write-golden``, and read the difference."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from fxcompress.forms.pivoted import PIVOTED
 from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
 
-GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[[str, str], None]
 
 
 def a_site_left_dense() -> Plan:
@@ -95,15 +95,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_diff(case: Callable[[], Plan]) -> None:
-    expected = (GOLDEN / f"{case.__name__}.diff.txt").read_text("utf-8")
-    assert str(diff_plan(case())) + "\n" == expected
+def test_diff(case: Callable[[], Plan], golden: Golden) -> None:
+    golden(f"{case.__name__}.diff.txt", f"{diff_plan(case())}\n")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_table(case: Callable[[], Plan]) -> None:
-    expected = (GOLDEN / f"{case.__name__}.table.txt").read_text("utf-8")
-    assert str(case()) + "\n" == expected
+def test_table(case: Callable[[], Plan], golden: Golden) -> None:
+    golden(f"{case.__name__}.table.txt", f"{case()}\n")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
@@ -126,3 +124,10 @@ def test_one_rank_that_changes_leaves_other_lines_as_they_are() -> None:
     differing = [old for old, new in zip(*texts, strict=True) if old != new]
     assert len(differing) == 1
     assert differing[0].startswith("+ gate_proj.pivot")
+
+
+def test_what_a_function_is_for_is_what_its_form_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "+ up_proj             cat, index_select"
+    assert f"{line} (rows back in order)" in str(diff_plan(llama()))
+    monkeypatch.setattr(type(PIVOTED), "remarks", {"cat": "side by side"})
+    assert f"{line} (side by side)" in str(diff_plan(llama()))

@@ -5,7 +5,18 @@ import pytest
 
 from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
-from fxcompress.report.html import DECADES, HEIGHT, WIDTH, spectrum_plot, tree_lines
+from fxcompress.report.columns import (
+    FORM,
+    MEASURED,
+    PAGE,
+    PREDICTED,
+    RANK,
+    SIZES,
+    measured_sites,
+    shown,
+)
+from fxcompress.report.html import HEIGHT, WIDTH, Row, spectrum_plot, tree_rows
+from fxcompress.report.plot import DECADES, Plot
 from fxcompress.report.scatter import SIDE, fidelity_scatter
 from tests.report.plans import llama, measured, plan, shared, site, unmatched
 
@@ -140,55 +151,74 @@ def test_small_plans_have_a_page(empty: Plan) -> None:
     assert ("No rule matched any operator." in page.text) == (not empty.sites)
 
 
+def tree(made: Plan) -> list[Row]:
+    return tree_rows(made.sites, measured_sites(made))
+
+
 def test_tree_sums_up_and_skips_modules_with_one_child(compressed: Plan) -> None:
-    lines = tree_lines(compressed.sites)
-    assert [line.label for line in lines[:4]] == ["model.layers", "0", "self_attn", "q_proj"]
-    assert (lines[0].open, lines[1].open) == (True, False)
-    for line in lines:
-        below = [one for one in lines if one.above == line.key]
-        if below:
-            assert line.after.macs == sum(one.after.macs for one in below)
-            assert line.predicted == pytest.approx(sum(one.predicted for one in below))
-    assert lines[0].form == "20 of 21"
-    assert [line.key for line in lines] == list(range(len(lines)))
+    rows = tree(compressed)
+    assert [row.label for row in rows[:4]] == ["model.layers", "0", "self_attn", "q_proj"]
+    assert (rows[0].open, rows[1].open) == (True, False)
+    for row in rows:
+        below = [one for one in rows if one.above == row.key]
+        for column in (*SIZES, PREDICTED) if below else ():
+            assert column.order is not None
+            assert column.order(row.entry) == pytest.approx(
+                sum(column.order(one.entry) for one in below)
+            )
+    assert FORM.below(rows[0].entry) == "20 of 21"
+    assert [row.key for row in rows] == list(range(len(rows)))
 
 
 def test_tree_keeps_a_site_that_has_sites_below_and_two_weights_of_one_module() -> None:
     sites = (site("a", 8, 8, 2), site("a.b", 8, 8, 2), site("c", 8, 8, 2), site("c", 8, 8, 4))
-    lines = tree_lines(sites)
-    assert sorted(line.rank for line in lines if line.site is not None) == [
+    rows = [row for row in tree_rows(sites, {}) if row.site is not None]
+    assert sorted(RANK.below(row.entry) for row in rows) == [
         *("2 / 8", "4 / 8", "mean 25%", "mean 38%"),
     ]
-    assert [line.site for line in lines if line.site is not None] == list(sites)
+    assert [row.site for row in rows] == list(sites)
+
+
+def points(plot: Plot) -> list[tuple[float, float]]:
+    return [(plot.x.place(x), plot.down(y)) for x, y in plot.curve]
 
 
 def test_spectrum_is_logarithmic_and_cut_between_components() -> None:
     plot = spectrum_plot(site("a", 3, 3, 1, spectrum=(100.0, 10.0, 1.0)))
     assert plot is not None
     half = WIDTH / 2
-    assert plot.points == f"0.0,0.0 {half},{HEIGHT / 2} {WIDTH}.0,{HEIGHT}.0"
-    assert plot.decades == ((HEIGHT, 0), (HEIGHT / 2, 1), (0.0, 2))
-    assert plot.cut == half / 2
+    assert points(plot) == [(0, 0), (half, HEIGHT / 2), (WIDTH, HEIGHT)]
+    assert [text for _, text in plot.y.ticks] == ["1", "2", "5", "10", "20", "50", "100"]
+    assert plot.x.ticks == ((0, "1"), (half, "2"), (WIDTH, "3"))
+    assert plot.shade is not None
+    assert plot.x.place(plot.shade) == half / 2
+    assert [line.text for line in plot.lines] == ["rank 1"]
 
 
 def test_spectrum_that_falls_to_zero_stays_on_the_page() -> None:
     plot = spectrum_plot(site("a", 3, 3, 3, spectrum=(1.0, 0.0, 0.0)))
     assert plot is not None
-    heights = [float(point.split(",")[1]) for point in plot.points.split(" ")]
-    assert heights == [0.0, HEIGHT, HEIGHT]
-    assert min(exponent for _, exponent in plot.decades) == -DECADES
-    assert plot.cut == WIDTH
+    assert [y for _, y in points(plot)] == [0.0, HEIGHT, HEIGHT]
+    assert plot.y.low == pytest.approx(10.0**-DECADES)
+    assert plot.shade is not None
+    assert plot.x.place(plot.shade) == WIDTH
 
 
 def test_no_cut_where_it_stays_dense_and_no_plot_without_values() -> None:
     dense = spectrum_plot(site("a", 3, 3, None, spectrum=(2.0, 1.0)))
     assert dense is not None
-    assert dense.cut is None
+    assert dense.shade is None
+    assert dense.lines == ()
     assert spectrum_plot(site("a", 3, 3, 1)) is None
     assert spectrum_plot(site("a", 3, 3, 1, spectrum=(0.0, 0.0))) is None
 
 
 # ---- measured losses ------------------------------------------------------------------
+
+
+def measured_sum(row: Row) -> float:
+    assert MEASURED.order is not None
+    return MEASURED.order(row.entry)
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +231,13 @@ def test_measured_losses_have_a_column_and_a_drawing(held_against: Page, compres
     assert columns == list(range(11))
     found = measured(compressed).fidelity
     assert found is not None
-    lines = {line.path: line for line in tree_lines(compressed.sites, found.by_site)}
+    lines = {row.path: row for row in tree(measured(compressed))}
     rows = [str(one["data-sort"]) for one in held_against.all("tr") if "data-sort" in one]
     for row, line in zip(rows, lines.values(), strict=True):
-        assert float(row.split(" ")[10]) == pytest.approx(line.measured or 0.0)
-    assert lines["model.layers"].measured == pytest.approx(found.singly)
-    assert lines["model.layers.1.mlp.up_proj"].measured is None  # left dense
+        own = [one.measured for one in line.entry.found]
+        assert float(row.split(" ")[10]) == pytest.approx(sum(own))
+    assert measured_sum(lines["model.layers"]) == pytest.approx(found.singly)
+    assert MEASURED.below(lines["model.layers.1.mlp.up_proj"].entry) == "–"  # left dense
     marks = [one for one in held_against.all("circle") if one.get("class") == "mark"]
     assert len(marks) == len(found.sites)
     assert len(held_against.all("svg")) == len(compressed.sites) + 1
@@ -220,9 +251,7 @@ def test_a_page_without_measurement_says_nothing_of_one(page: Page, compressed: 
     assert "Predicted and measured" not in page.text
     assert not [one for one in page.all("section") if one.get("id") == "fidelity"]
     assert fidelity_scatter(compressed) is None
-    assert [line.measured for line in tree_lines(compressed.sites)] == [None] * len(
-        tree_lines(compressed.sites)
-    )
+    assert MEASURED not in shown(PAGE, compressed)
 
 
 def test_identifiers_hold_with_a_measurement(held_against: Page) -> None:
@@ -231,12 +260,12 @@ def test_identifiers_hold_with_a_measurement(held_against: Page) -> None:
 
 def test_a_bundle_counts_once_in_the_tree() -> None:
     made = measured(shared())
-    assert made.fidelity is not None
-    lines = {line.path: line for line in tree_lines(made.sites, made.fidelity.by_site)}
+    rows = {row.path: row for row in tree(made)}
     block = "model.layers.0.self_attn"
-    assert lines[f"{block}.k_proj"].measured is None
-    both = [lines[f"{block}.{name}"].measured or 0.0 for name in ("q_proj", "o_proj")]
-    assert lines[block].measured == pytest.approx(sum(both))
+    assert MEASURED.below(rows[f"{block}.k_proj"].entry) == "–"
+    both = [measured_sum(rows[f"{block}.{name}"]) for name in ("q_proj", "o_proj")]
+    assert min(both) > 0
+    assert measured_sum(rows[block]) == pytest.approx(sum(both))
     text = Page(diff_plan(made).to_html()).text
     assert text.count(f"{block}.q_proj, {block}.k_proj, {block}.v_proj together") == 3
 
@@ -254,12 +283,14 @@ def test_the_scatter_has_equality_on_its_diagonal() -> None:
     )
     drawn = fidelity_scatter(exact)
     assert drawn is not None
-    assert drawn.diagonal
-    assert drawn.x == drawn.y
-    assert [(mark.x, mark.y) for mark in drawn.marks] == [(0, 0), (SIDE, SIDE / 2), (0, 0)]
-    assert drawn.marks[1].low < SIDE / 2 < drawn.marks[1].high
+    assert [(line.x, line.y) for line in drawn.lines] == [((1e-4, 1e-2), (1e-4, 1e-2))]
+    assert (drawn.x.ticks, drawn.x.length) == (drawn.y.ticks, SIDE)
+    places = [(drawn.x.place(mark.x), drawn.down(mark.y)) for mark in drawn.marks]
+    assert places == [(0, SIDE), (SIDE, SIDE / 2), (0, SIDE)]
+    assert [mark.spread for mark in drawn.marks] == pytest.approx([2e-5, 2e-4, 0])
     assert drawn.marks[1].text == "h.1.fc: predicted 0.0100, measured 0.0010 ± 10.0%"
     other = fidelity_scatter(exact.model_copy(update={"loss_unit": "squared error"}))
     assert other is not None
-    assert not other.diagonal
-    assert (other.x.low, other.x.high, other.y.low, other.y.high) == (-4, -2, -4, -3)
+    assert not other.lines
+    assert (other.x.low, other.x.high) == pytest.approx((1e-4, 1e-2))
+    assert (other.y.low, other.y.high) == pytest.approx((1e-4, 1e-3))

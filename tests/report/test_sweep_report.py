@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fxcompress.plans.plan import Plan
-from fxcompress.report.sweep import HEIGHT, WIDTH, Curve, Point, Sweep
+from fxcompress.report.plot import Plot
+from fxcompress.report.sweep import HEIGHT, WIDTH, Point, Sweep
 from tests.report.plans import llama
 from tests.report.test_html import Page
 
@@ -51,9 +52,13 @@ def swept() -> Sweep:
     return made(TWO, DENSE)
 
 
-def curve(values: Mapping[float, float], dense: float) -> Curve:
+def plot(values: Mapping[float, float], dense: float) -> Plot:
     """Of a measured value alone."""
-    return made({keep: {"x": value} for keep, value in values.items()}, {"x": dense}).curves()[1]
+    return made({keep: {"x": value} for keep, value in values.items()}, {"x": dense}).plots()[1]
+
+
+def texts(ticks: tuple[tuple[float, str], ...]) -> list[str]:
+    return [text for _, text in ticks]
 
 
 def test_a_row_for_every_budget(swept: Sweep) -> None:
@@ -124,47 +129,53 @@ def test_the_page_needs_nothing_else(swept: Sweep) -> None:
 
 
 def test_losses_are_drawn_by_decades(swept: Sweep) -> None:
-    predicted = swept.curves()[0]
-    assert predicted.rows == ((float(HEIGHT), "1e-3"), (HEIGHT / 2, "1e-2"), (0.0, "1e-1"))
-    places = [(x, y) for x, y, _ in predicted.marks]
+    predicted = swept.plots()[0]
+    ticks = ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1"]
+    assert texts(predicted.y.ticks) == ticks
+    assert dict(predicted.y.ticks)[HEIGHT / 2] == "0.01"
+    places = [(predicted.x.place(mark.x), predicted.down(mark.y)) for mark in predicted.marks]
     assert places == [(480.0, HEIGHT), (240.0, HEIGHT / 2), (0.0, 0.0)]
-    assert predicted.columns[0] == (0.0, "30%")
-    assert predicted.columns[-1] == (float(WIDTH), "100%")
-    assert predicted.dense is None
+    assert predicted.x.ticks[0] == (0.0, "30%")
+    assert predicted.x.ticks[-1] == (float(WIDTH), "100%")
+    assert predicted.lines == ()
 
 
 def test_measured_values_are_drawn_evenly_unless_they_explode(swept: Sweep) -> None:
-    _, even, wide = swept.curves()
-    assert [text for _, text in even.rows] == ["0", "0.2", "0.4", "0.6", "0.8"]
-    assert even.dense == round(HEIGHT * (1 - 0.75 / 0.8), 1)
-    assert [text for _, text in wide.rows] == ["1e1", "1e2", "1e3", "1e4", "1e5"]
-    assert wide.dense == HEIGHT
-    assert [text for _, _, text in wide.marks] == ["keep 0.9: 20", "keep 0.6: 20000"]
+    _, even, wide = swept.plots()
+    assert texts(even.y.ticks) == ["0", "0.2", "0.4", "0.6", "0.8"]
+    (level,) = even.lines
+    assert level.y == (0.75, 0.75)
+    assert even.down(0.75) == round(HEIGHT * (1 - 0.75 / 0.8), 1)
+    assert texts(wide.y.ticks) == ["10", "100", "1000", "10000", "100000"]
+    assert wide.down(wide.lines[0].y[0]) == HEIGHT
+    assert [mark.text for mark in wide.marks] == ["keep 0.9: 20", "keep 0.6: 20000"]
     assert wide.note == "not finite at keep 0.3"
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -3.0, 1e17, 1e-300])
 def test_values_that_are_all_alike(value: float) -> None:
-    found = curve({0.9: value, 0.5: value}, value)
-    heights = {y for _, y, _ in found.marks}
-    assert heights == {found.dense}
+    found = plot({0.9: value, 0.5: value}, value)
+    heights = {found.down(mark.y) for mark in found.marks}
+    assert heights == {found.down(found.lines[0].y[0])}
     assert all(0 <= y <= HEIGHT for y in heights)
-    assert len(found.rows) == len({text for _, text in found.rows}) >= 2
+    assert len(found.y.ticks) == len({*texts(found.y.ticks)}) >= 2
 
 
 def test_what_cannot_be_drawn_is_left_out() -> None:
     nothing = made({0.9: {"x": math.nan}}, {"x": math.nan})
-    assert [each.title for each in nothing.curves()] == ["predicted KL"]
+    assert [each.title for each in nothing.plots()] == ["predicted KL"]
     assert "nan" in str(nothing)
-    dense = curve({0.9: 1.0, 0.5: 2.0}, math.nan)
-    assert dense.dense is None
+    dense = plot({0.9: 1.0, 0.5: 2.0}, math.nan)
+    assert dense.lines == ()
     assert len(dense.marks) == 2
     lossless = Sweep((Point(1.0, planned(1.0, 0.0)),), {})
-    assert lossless.curves() == ()
+    assert lossless.plots() == ()
     assert Page(lossless.to_html()).all("svg") == []
 
 
 def test_a_loss_of_zero_stands_at_the_lower_end() -> None:
     points = (Point(1.0, planned(1.0, 0.0)), Point(0.5, planned(0.5, 0.01)))
-    (predicted,) = Sweep(points, {}).curves()
-    assert predicted.marks[0] == (float(WIDTH), float(HEIGHT), "keep 1: 0")
+    (predicted,) = Sweep(points, {}).plots()
+    first = predicted.marks[0]
+    assert (predicted.x.place(first.x), predicted.down(first.y)) == (WIDTH, HEIGHT)
+    assert first.text == "keep 1: 0"

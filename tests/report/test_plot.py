@@ -1,0 +1,72 @@
+"""Axes: ticks are round numbers, and everything has its place between the ends."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxcompress.report.plot import DECADES, Axis, decades, even, indices, round_step
+
+FINITE = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
+
+
+def texts(axis: Axis) -> list[str]:
+    return [text for _, text in axis.ticks]
+
+
+@given(st.lists(FINITE, min_size=1, max_size=5))
+def test_even_ticks_are_round_and_enclose_the_values(values: list[float]) -> None:
+    axis = even(values, 300)
+    assert axis.low <= min(values) + 1e-6 * abs(axis.high - axis.low)
+    assert axis.high >= max(values) - 1e-6 * abs(axis.high - axis.low)
+    places = [place for place, _ in axis.ticks]
+    assert (places[0], places[-1]) == (0, 300)
+    assert 2 <= len(places) <= 8
+    apart = [b - a for a, b in pairwise(places)]
+    assert apart == pytest.approx([300 / len(apart)] * len(apart), abs=0.2)
+    assert all(0 <= axis.place(value) <= 300 for value in values)
+
+
+@given(st.lists(st.floats(1e-200, 1e200), min_size=1, max_size=5))
+def test_decades_end_at_powers_of_ten(values: list[float]) -> None:
+    axis = decades([*values, 0.0], 300)
+    low, high = math.log10(axis.low), math.log10(axis.high)
+    assert (low, high) == pytest.approx((round(low), round(high)))
+    assert 1 <= round(high - low) <= DECADES
+    assert axis.high >= max(values) * (1 - 1e-9)
+    assert axis.place(0.0) == 0
+    assert axis.place(axis.high) == 300
+
+
+def test_few_decades_have_ticks_between() -> None:
+    assert texts(decades([0.02, 0.5], 100)) == [
+        *("0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"),
+    ]
+    assert texts(decades([0.002, 5], 100)) == ["0.001", "0.01", "0.1", "1", "10"]
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (1, ["1"]),
+        (3, ["1", "2", "3"]),
+        (192, ["1", "50", "100", "150", "192"]),
+        (576, ["1", "200", "400", "576"]),
+        (1000, ["1", "200", "400", "600", "800", "1000"]),
+    ],
+)
+def test_indices_begin_at_one_and_end_at_the_last(last: int, expected: list[str]) -> None:
+    axis = indices(last, 560)
+    assert texts(axis) == expected
+    assert axis.place(1) == 0
+    assert last == 1 or axis.place(last) == 560
+
+
+def test_steps() -> None:
+    assert round_step([0, 47], 5) == 10
+    assert round_step([0.3, 1], 7) == pytest.approx(0.1)
+    assert round_step([5, 5], 5) == 1
