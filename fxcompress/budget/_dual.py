@@ -45,12 +45,8 @@ class Dual:
     picks: list[Pick] | None
 
 
-def value(instance: Instance, prices: tuple[float, ...]) -> float:
-    """g(λ), a lower bound on the loss in nats; every choice is looked at afresh."""
-    return _value(instance, prices, best_picks(instance, prices))
-
-
 def _value(instance: Instance, prices: tuple[float, ...], picks: list[Pick]) -> float:
+    """``loss + λ·(cost - budget)`` in nats: g(λ) if the picks are the best at λ."""
     # Costs and budget are subtracted before they are scaled: at a large λ little is left of both.
     excess = [
         price * math.fsum([instance.cost(picks, at), -budget])
@@ -80,7 +76,8 @@ def maximum(instance: Instance) -> Dual:
             picks[at] = best_pick(instance.entities[at], (price,))
         cost = instance.cost(picks)
         if not less < cost < more:
-            return Dual((price,), value(instance, (price,)), above)
+            picks = best_picks(instance, (price,))  # every choice is looked at afresh
+            return Dual((price,), _value(instance, (price,), picks), above)
         if cost <= budget:
             above = picks
         else:

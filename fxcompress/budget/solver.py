@@ -15,14 +15,20 @@ steps:
    reduction per cost, until no single move fits.
 3. *Integer rest* (:mod:`fxcompress.budget._core`, :mod:`fxcompress.budget._integer`).  An
    allocation better than the present one, of gap ``loss - bound``, can give no site a choice that
-   is worse by more than the gap than the site's best at λ.  The few hundred that are nearest to it
-   go to an integer programme; what that finds makes the gap smaller, and it ends when none is left
-   out that the gap allows.  It is exact unless the search outgrows a fixed number of nodes.
+   is worse by more than the gap than the site's best at λ.  The few hundred choices that are
+   nearest to it go to an integer programme, four times as many to the next one; a better
+   allocation makes the gap smaller.  It ends when the gap allows nothing that was left out, or
+   nothing better is found.  It is exact if a programme held all that the gap allows, and its search
+   did not outgrow a fixed number of nodes.  There is no limit on time, so that equal inputs give
+   equal answers on any machine.
 
-With n sites of k choices: the dual reads all n·k choices 10 to 20 times, later only those of sites
-that it has not settled.  The arrays of the caller are read in place: the memory needed beyond them
-is O(n + k) and what the core holds, and one copy of the arrays of sites that are in a group, have
-several forms, or whose cost or loss is not strictly monotone in the rank.
+With n sites of k choices: the dual reads all n·k choices about ten times, those of sites that are
+settled no more.  The arrays of the caller are read in place: the memory needed beyond them is
+O(n + k) and what the core holds, and one copy of the arrays of sites that are in a group, have
+several forms, or whose cost or loss is not strictly monotone in the rank.  On one core, 210 to
+1,000 sites of rank 576 to 1,024, single, in groups or with joint forms, take 0.1 to 3 s, for the
+most part in the integer programmes, and end 1e-9 to 2e-4 of the loss above the bound.  Ten thousand
+sites of rank 4,096 take 7 s, and below 0.1 GB beyond the 0.3 GB of their losses.
 """
 
 from __future__ import annotations
