@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxcompress.budget._instance import Instance, Way, best_pick
+from fxcompress.budget._knapsack import Knapsack, Way, best_pick
 from fxcompress.budget._slots import Floats, Indices, Slot
 
 CHOICES = 1 << 20
@@ -114,26 +114,26 @@ class Core:
         return Core(min(allowed, self.allowed), entities)
 
 
-def core_of(instance: Instance, prices: Sequence[float], allowed: float) -> Core:
+def core_of(knapsack: Knapsack, prices: Sequence[float], allowed: float) -> Core:
     """The core for a gap; for a smaller one if it would hold more than :data:`CHOICES`."""
     while True:
         entities, room = [], CHOICES
-        for ways in instance.entities:
+        for ways in knapsack.entities:
             entities.append(tuple(_open_ways(ways, prices, allowed)))
             room -= sum(c.choices.size - 1 for way in entities[-1] for c in way.contests)
             if room < 0 and allowed > 0.0:
                 break
         else:
             return Core(allowed, tuple(entities))
-        allowed = _less(instance, prices, allowed)
+        allowed = _less(knapsack, prices, allowed)
 
 
-def _less(instance: Instance, prices: Sequence[float], allowed: float) -> float:
+def _less(knapsack: Knapsack, prices: Sequence[float], allowed: float) -> float:
     """A smaller amount to allow: of what cannot be counted, the greatest regret there is."""
     if math.isfinite(allowed):
         return allowed / 8.0
     regrets = (
-        slot.regrets(prices) for ways in instance.entities for way in ways for slot in way.slots
+        slot.regrets(prices) for ways in knapsack.entities for way in ways for slot in way.slots
     )
     return max(float(each[np.isfinite(each)].max()) for each in regrets)
 

@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from fxcompress.budget._core import Core, OpenWay
-from fxcompress.budget._instance import Instance, Pick
+from fxcompress.budget._knapsack import Knapsack, Pick
 from fxcompress.budget._slots import Floats
 
 MARGIN = 4e-6
@@ -61,7 +61,7 @@ class _Programme:
 
 
 def solved(
-    instance: Instance,
+    knapsack: Knapsack,
     core: Core,
     prices: Sequence[float],
     gap: float | None,
@@ -70,7 +70,7 @@ def solved(
     """The best allocation that the core holds, as far as it is found.
 
     Args:
-        instance: has the budgets, which the answer meets exactly.
+        knapsack: has the budgets, which the answer meets exactly.
         core: what is open; everything else is at its best.
         prices: λ of every budget, in nats per unit of cost.
         gap: of the present allocation, in nats; None if there is none.
@@ -86,14 +86,14 @@ def solved(
     for entity, ways in enumerate(core.entities):
         _add(programme, entity, ways, best[entity])
     room = [
-        math.fsum([budget, -instance.cost(base, at)]) for at, budget in enumerate(instance.budgets)
+        math.fsum([budget, -knapsack.cost(base, at)]) for at, budget in enumerate(knapsack.budgets)
     ]
     for margin in (0.0, MARGIN):
         values = _solution(programme, prices, room, gap, margin, nodes)
         if values is None:
             return None
         picks = _picks(programme, base, core, values)
-        if instance.fits(picks):
+        if knapsack.fits(picks):
             return picks
     return None
 
