@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -38,10 +38,7 @@ def filled(knapsack: Knapsack, core: Core, picks: Sequence[Pick]) -> list[Pick]:
     taken = [list(choices) for _, choices in picks]
     # Exact, so that "fits" means that math.fsum over all costs is within the budget: like
     # math.fsum, the conversion of a fraction to a float is correctly rounded.
-    spent = [
-        sum(map(Fraction, _all_costs(knapsack, picks, at)), Fraction(0))
-        for at in range(len(knapsack.budgets))
-    ]
+    spent = [_exact(knapsack.costs(picks, at)) for at in range(len(knapsack.budgets))]
     places = [
         (entity, at, contest)
         for entity, (ways, (index, _)) in enumerate(zip(core.entities, picks, strict=True))
@@ -54,9 +51,7 @@ def filled(knapsack: Knapsack, core: Core, picks: Sequence[Pick]) -> list[Pick]:
 
     def after(contest: Contest, now: int, then: int) -> list[Fraction]:
         return [
-            total
-            - sum(map(Fraction, contest.slot.costs(now, at)), Fraction(0))
-            + sum(map(Fraction, contest.slot.costs(then, at)), Fraction(0))
+            total - _exact(contest.slot.costs(now, at)) + _exact(contest.slot.costs(then, at))
             for at, total in enumerate(spent)
         ]
 
@@ -105,6 +100,5 @@ def filled(knapsack: Knapsack, core: Core, picks: Sequence[Pick]) -> list[Pick]:
             return [(index, tuple(own)) for (index, _), own in zip(picks, taken, strict=True)]
 
 
-def _all_costs(knapsack: Knapsack, picks: Sequence[Pick], budget: int) -> Iterator[float]:
-    for ways, (way, choices) in zip(knapsack.entities, picks, strict=True):
-        yield from ways[way].costs(choices, budget)
+def _exact(costs: Iterable[float]) -> Fraction:
+    return sum(map(Fraction, costs), Fraction(0))

@@ -62,13 +62,14 @@ class Knapsack:
     entities: tuple[Ways, ...]
     budgets: tuple[float, ...]
 
+    def costs(self, picks: Sequence[Pick], budget: int = 0) -> Iterator[float]:
+        """Costs that picks for all entities consist of, in the unit of one budget."""
+        for ways, (way, choices) in zip(self.entities, picks, strict=True):
+            yield from ways[way].costs(choices, budget)
+
     def cost(self, picks: Sequence[Pick], budget: int = 0) -> float:
         """Total cost, correctly rounded: the number that a budget limits."""
-        return math.fsum(
-            cost
-            for ways, (way, choices) in zip(self.entities, picks, strict=True)
-            for cost in ways[way].costs(choices, budget)
-        )
+        return math.fsum(self.costs(picks, budget))
 
     def loss(self, picks: Sequence[Pick]) -> float:
         """Total loss in nats, correctly rounded."""
