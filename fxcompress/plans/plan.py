@@ -88,6 +88,9 @@ class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]
 
         def __init__(self, root: dict[str, int] = ..., /, **counts: int) -> None: ...
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return self.root.items()
+
     @field_validator("root")
     @classmethod
     def _complete(cls, value: dict[str, int]) -> dict[str, int]:
