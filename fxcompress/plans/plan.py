@@ -136,7 +136,7 @@ ZERO = Size.of(lambda unit: 0)
 def total_size(sizes: Iterable[Size]) -> Size:
     """Sizes added up, each count for itself; zero of none."""
     first, *rest = [*sizes] or [ZERO]
-    return sum(rest, first)
+    return Size({unit: sum((one[unit] for one in rest), n) for unit, n in first.root.items()})
 
 
 class Part(_Frozen):
