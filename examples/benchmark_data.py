@@ -20,8 +20,7 @@ from smollm2 import CALIBRATION, HELD_OUT, Reference, batches, load_model, seque
 
 import fxcompress
 from fxcompress.pipeline.held_back import DAMPING
-from fxcompress.rules import LoadedRules, read_rules
-from fxcompress.rules.schema import Damping
+from fxcompress.rules import Damping, LoadedRules, read_rules
 
 LENGTHS = {256: 64, 1024: 128}
 """Tokens of a sequence where 512 would leave too few sequences to hold one back."""

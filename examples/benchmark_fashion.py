@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxcompress
 from fxcompress.metric import METRICS
-from fxcompress.rules.schema import RuleSet
+from fxcompress.rules import RuleSet
 
 HERE = Path(__file__).parent
 KEEPS = (0.75, 0.5, 0.35, 0.25)

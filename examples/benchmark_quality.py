@@ -31,7 +31,7 @@ from smollm2 import (
 )
 from torch import nn
 
-from fxcompress.metric import METRICS, Calibration, Draws, Metric, calibrate
+from fxcompress.metric import METRICS, Calibration, Draws, KroneckerMetric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse, match_model
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
@@ -42,7 +42,7 @@ from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
 
 RESULTS = Path(__file__).parent / "results"
-EVERYTHING = Metric(
+EVERYTHING = KroneckerMetric(
     "all", frozenset({"input", "output", "weight"}), "", lambda moments: (None, None)
 )
 BASELINE = ("activation", "uniform", "low_rank")

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxcompress.isvt.warm import Partial, Warm, start
-from fxcompress.metric.quadratic import Kronecker
+from fxcompress.metric import Kronecker
+from fxcompress.metric.warm import Partial
 from fxcompress.metric.whiten import Whitener, whitener
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +55,9 @@ def problem(m: int, n: int, rank: int) -> tuple[Tensor, Kronecker, Tensor]:
     left, right = spectrum.factors(rank)
     cut = left @ right
     moved = cut + 0.01 * cut.std() * torch.randn(m, n, generator=generator)
-    return moved, metric, start(spectrum, metric, rank)
+    basis = metric.start(spectrum, rank)
+    assert basis is not None
+    return moved, metric, basis
 
 
 def full(weight: Tensor, metric: Kronecker, rank: int) -> Tensor:
@@ -71,14 +73,13 @@ def full(weight: Tensor, metric: Kronecker, rank: int) -> Tensor:
 
 def by_eigh(weight: Tensor, metric: Kronecker, rank: int) -> Tensor:
     """As ``compile``."""
-    fresh = Kronecker(metric.inputs, metric.outputs)
-    left, right = fresh.truncations(weight, "matrix").factors(rank)
+    left, right = metric.truncations(weight, "matrix").factors(rank)
     return left @ right
 
 
 def warm(weight: Tensor, metric: Kronecker, rank: int, basis: Tensor) -> Tensor:
     """As ISVT, certificate included."""
-    found = Warm(metric.inputs, metric.outputs, {}, basis).truncations(weight, "matrix")
+    found = metric.starting_from(basis, 1).truncations(weight, "matrix")
     left, right = found.factors(rank)
     return left @ right
 
@@ -115,7 +116,7 @@ def main() -> None:
         times = [statistics.median(each) for each in zip(*rounds, strict=True)]
         sums = [a + count * b for a, b in zip(sums, times, strict=True)]
         best, found = (metric.loss(run().double() - weight.double()) for run in (runs[0], runs[2]))
-        some = Warm(metric.inputs, metric.outputs, {}, basis).truncations(weight, "matrix")
+        some = metric.starting_from(basis, 1).truncations(weight, "matrix")
         assert isinstance(some, Partial)
         missed = float(some.found.bounds(rank + 1)[rank] / some.sigma[rank - 1])
         cells = [f"{1e3 * each:.0f}" for each in times]

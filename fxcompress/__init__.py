@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fxcompress.errors import TrainingError as TrainingError
     from fxcompress.forms.registry import register_form as register_form
     from fxcompress.isvt import ISVT as ISVT
+    from fxcompress.metric.registry import register_metric as register_metric
     from fxcompress.pipeline.compare import diff as diff
     from fxcompress.pipeline.compile import compile as compile
     from fxcompress.pipeline.compile import explain as explain
@@ -47,6 +48,7 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.forms.registry": ("register_form",),
         "fxcompress.isvt": ("ISVT",),
         "fxcompress.metric": (),
+        "fxcompress.metric.registry": ("register_metric",),
         "fxcompress.operators": (),
         "fxcompress.pipeline.compare": ("diff",),
         "fxcompress.pipeline.compile": ("compile", "explain", "plan"),

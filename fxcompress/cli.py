@@ -27,6 +27,7 @@ import fxcompress
 from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
 from fxcompress.files import try_directory
 from fxcompress.rules import (
+    Case,
     LoadedRules,
     MatchResult,
     json_schema,
@@ -35,7 +36,6 @@ from fxcompress.rules import (
     preset_path,
     run_cases,
 )
-from fxcompress.rules.schema import Case
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ MOST_KEEPS = 1000
 
 Modules = Annotated[
     list[str] | None,
-    typer.Option("--import", help="module or file.py to import first: it registers forms"),
+    typer.Option("--import", help="module or file.py to import first: it registers forms, metrics"),
 ]
 
 
@@ -307,8 +307,8 @@ def _count(number: int, what: str) -> str:
 
 def _match_case(loaded: LoadedRules, case: Case, directory: Path) -> MatchResult:
     """What the rules match in the model of a test; its files stand next to the rules."""
-    from fxcompress.graph.recorder import record
     from fxcompress.pipeline.analysis import match_model, working_copy
+    from fxcompress.rewrite import record_operators
 
     def beside(source: str) -> str:
         place = source.rpartition(":")[0] or source
@@ -324,7 +324,7 @@ def _match_case(loaded: LoadedRules, case: Case, directory: Path) -> MatchResult
     if example is None:
         raise LoadError("the model is run once: give 'data'")
     work = working_copy(model)
-    return match_model(work, loaded, record(work, [example]))
+    return match_model(work, loaded, record_operators(work, [example]))
 
 
 def main() -> None:

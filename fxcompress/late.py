@@ -1,11 +1,17 @@
-"""Imports that wait: for a module of another package, or until a public name is asked for."""
+"""Imports that wait: for a module of another package, or until a public name is asked for.
+
+Plug-ins wait, too, until something is looked up that they may have registered.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,6 +50,24 @@ def import_after(trigger: str, name: str) -> None:
         importlib.import_module(name)
     else:
         sys.meta_path.insert(0, _Finder(trigger, name))
+
+
+@cache
+def load_plugins(group: str) -> None:
+    """Import what installed packages offer; one that is broken is reported and left out.
+
+    Args:
+        group: of the entry points that name modules.
+    """
+    for entry in importlib.metadata.entry_points(group=group):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(
+                f"the plug-in {entry.name} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=3,
+            )
 
 
 class _Finder(MetaPathFinder):

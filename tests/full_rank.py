@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms import Body, find_form
 from fxcompress.graph.eligible import obstacle
-from fxcompress.graph.recorder import record
 from fxcompress.metric.spectrum import decompose
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
@@ -26,7 +26,9 @@ from fxcompress.rewrite import (
     JointMember,
     apply_plan,
     own_parameters,
+    planned_weight,
     prepared,
+    record_operators,
     skeleton,
 )
 from fxcompress.rules import MatchResult, load_rules, match_rules
@@ -43,7 +45,7 @@ class Rewritten:
 
 def match_every_linear(model: nn.Module, example: Any) -> tuple[MatchResult, tuple[Site, ...]]:
     """What the preset ``every-linear`` finds in a prepared model."""
-    recording = record(model, [example])
+    recording = record_operators(model, [example])
     legality = obstacle(model, recording, (Factorized,))
     matched = match_rules(load_rules("every-linear"), recording.operators, legality)
     return matched, gather_sites(model, recording, matched)[0]
@@ -68,13 +70,16 @@ def rewrite(
     single = "low_rank" if form == "joint" else form
     bodies = {name: joint_body_of(work, those, rank) for name, those in bundles.items()}
     for site in alone:
-        head = body_of(work.get_submodule(site.name), site, single, rank)
+        head = body_of(operator_at(work, site.name), site, single, rank)
         bodies[site.name] = Body(None, (head,))
     rewritten = skeleton(model)
     entries = [entry(site, single, rank or site.shape.full_rank) for site in alone]
     for name, those in bundles.items():
         full = find_form("joint").full_rank([site.shape for site in those])
         entries += [entry(site, "joint", rank or full, full, name) for site in those]
+    for place, each in enumerate(entries):
+        weight, applied = planned_weight(work, each.weight)
+        entries[place] = each.model_copy(update={"weight": weight, "applied": applied})
     apply_plan(rewritten, plan_for(entries), bodies)
     return Rewritten(model, own_parameters(rewritten, model), sites)
 
@@ -96,7 +101,7 @@ def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -
 
 def joint_body_of(model: nn.Module, sites: list[Site], rank: int | None = None) -> Body:
     """A filled joint body for linear modules on one input, decomposed in a random metric."""
-    modules = [model.get_submodule(site.name) for site in sites]
+    modules = [operator_at(model, site.name) for site in sites]
     spectrum = decompose(
         torch.cat([canonical_weight(module) for module in modules]),
         random_spd(sites[0].in_features),

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 import fxcompress
 from fxcompress.errors import LoadError
-from fxcompress.rules.loader import parse_rules
+from fxcompress.rules import parse_rules
 from tests.watching import watcher
 
 WEIGHTS = "model.fxcompress.safetensors"

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress.rules import LoadedRules
-from fxcompress.rules.loader import parse_rules
+from fxcompress.rules import LoadedRules, parse_rules
 
 ANY_FORM = {"any_of": ["pivoted", "low_rank"]}
 

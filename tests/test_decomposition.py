@@ -13,8 +13,7 @@ from fxcompress.forms import Form, LinearShape, Target, find_form, fit
 from fxcompress.metric import METRICS, Moments
 from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
 from fxcompress.pipeline.sites import Group, Site
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Limits, Match
 from tests.full_rank import random_spd
 
 N, WIDTHS = 7, (6, 3, 4)
@@ -23,9 +22,8 @@ DAMPING = (1e-3, 1e-1)
 
 def match(weight: str, forms: tuple[str, ...]) -> Match:
     return Match(
-        rule_id="r", weight=weight, operators=(weight,), op="linear", forms=forms, min_rank=1,
-        max_rank=None, multiple_of=1, min_saving=0.0, fold=False, group=None,
-        location="r.yaml:1", path=weight,
+        rule_id="r", weight=weight, operators=(weight,), op="linear", forms=forms,
+        limits=Limits(), group=None, location="r.yaml:1", path=weight,
     )  # fmt: skip
 
 
@@ -55,7 +53,7 @@ class Case:
         self.a = random_spd(N)
         self.g = {k: random_spd(m) for k, m in zip("qkv", WIDTHS, strict=True)}
         words = ("b", "r", "r.yaml:1", (), ("q", "k", "v"), ("joint",))
-        limits = Bundle(*words, 1, None, 1, 0.0, False)
+        limits = Bundle(*words, Limits())
         joint = {"joint": fit(find_form("joint"), [site.shape for site in self.sites])}
         self.bundle = Group("b", self.sites, joint, limits)
         self.groups = (*(single(site, forms) for site in self.sites), self.bundle)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.metric import METRICS, Moments
-from fxcompress.metric.quadratic import undamped_loss
 from fxcompress.operators.convolution import ConvShape
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.agreement import parted
@@ -216,7 +215,7 @@ def test_the_undamped_loss_is_that_of_the_dense_form(module: Any, kind: str, uni
             entries = torch.kron(g.double(), a.double())
         vector = flat[group].flatten()
         whole += 0.5 * float(vector @ entries @ vector)
-    found = undamped_loss(metric, shape, scaled, change)
+    found = metric.undamped_loss(shape, scaled, change)
     assert found == pytest.approx(whole * unit**powers, rel=1e-9)
 
 

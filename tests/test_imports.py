@@ -22,7 +22,8 @@ LAYERS = [
     {"errors", "late", "plans.structure", "plans.units"},
     {"operators", "budget", "files", "processes"},
     {"graph", "forms"},
-    {"rules", "metric", "plans.plan"},
+    {"metric"},
+    {"rules", "plans.plan"},
     {"plans.layers", "progress"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
@@ -80,7 +81,7 @@ ALL = set(modules())
 
 
 def part(name: str) -> str:
-    """``fxcompress.rules.loader`` belongs to ``rules``, ``fxcompress.saved.load`` to itself."""
+    """``fxcompress.rules.language`` belongs to ``rules``, ``fxcompress.saved.load`` to itself."""
     names = name.split(".")[1:]
     return ".".join(names[: 2 if names[:1] and names[0] in SPLIT else 1])
 
@@ -103,6 +104,13 @@ def test_imports_point_one_way(name: str) -> None:
             assert here == "cli", f"{name} imports the package itself"
             continue
         assert DEPTH[there] < DEPTH[here], f"{name} imports {target}, which stands above it"
+
+
+def test_the_rule_language_knows_nothing_of_matching() -> None:
+    language = {name for name in ALL if name.startswith("fxcompress.rules.language")}
+    assert len(language) > 5
+    for name in language:
+        assert not [t for t, _ in imports(name) if t.startswith("fxcompress.rules.matching")], name
 
 
 def test_no_cycles_inside_a_part() -> None:

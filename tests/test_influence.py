@@ -18,7 +18,7 @@ import fxcompress
 from fxcompress.errors import CalibrationError
 from fxcompress.metric import METRICS
 from fxcompress.plans.plan import Plan, plan_of
-from fxcompress.rules.loader import LoadedRules, parse_rules
+from fxcompress.rules import LoadedRules, parse_rules
 
 GRADIENTS = ["diagonal", "elementwise", "kfac", "ekfac"]
 

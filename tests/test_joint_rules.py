@@ -336,15 +336,14 @@ def test_saved_templates_need_no_rule_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_template_that_computes_something_else_is_given_up() -> None:
-    """Shapes fit, the function does not: it is found before the model is changed."""
+def test_a_template_that_computes_something_else_is_refused() -> None:
+    """Shapes fit, the function does not: it is found before there is a model."""
     wrong = SINGLE.replace(
         "up: {op: linear, input: $down,",
         "act: {op: relu, input: $down}\n        up: {op: linear, input: $act,",
     )
-    with pytest.warns(fxcompress.FxcompressWarning, match="graph:bottleneck was given up"):
-        small = compiled(rules(wrong, REST.replace("{o,down}", "{q,k,v}"), keep=0.9))
-    assert {form for form, _ in forms(small).values()} <= {"low_rank", None}
+    with pytest.raises(RuleError, match=r"error\[wrong-template\]: 'up' does not compute fc\.left"):
+        compiled(rules(wrong))
 
 
 def test_a_template_without_a_bias_that_is_there_is_refused() -> None:

@@ -23,6 +23,7 @@ from fxcompress.pipeline.latency import (
     rank_grid,
     table_path,
 )
+from tests.made_up_times import made_up_times
 
 CPU = torch.device("cpu")
 LINEAR = LinearShape(64, 48, True, rows=10)
@@ -172,25 +173,7 @@ class Slow(Form):
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Times by a formula instead of a clock: a call costs 1, a multiply-accumulate 1e-6."""
-    asked: list[str] = []
-
-    def measured(entries: dict[str, Entry], device: torch.device, tick: object) -> dict[str, float]:
-        asked.extend(entries)
-        out = {}
-        for key, entry in entries.items():
-            (shape,) = entry.shapes
-            if entry.form is None:
-                out[key] = 1 + 1e-6 * shape.macs
-            else:
-                calls = {"low_rank": 2, "pivoted": 4}[entry.form.name]
-                macs = int(entry.form.macs(shape, np.array([entry.rank]))[0])
-                out[key] = calls + 1e-6 * macs
-        return out
-
-    monkeypatch.setattr(latency, "_measured", measured)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return asked
+    return made_up_times(monkeypatch, tmp_path)
 
 
 def network() -> tuple[nn.Module, list[Tensor]]:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.processes import _watched
-from fxcompress.rules import LoadedRules
-from fxcompress.rules.loader import parse_rules
+from fxcompress.rules import LoadedRules, parse_rules
 from tests.small import data, net, rules, unchanged
 
 N = 24

@@ -19,7 +19,7 @@ from fxcompress import LoadError, RecordError, RuleError, plan_of
 from fxcompress.errors import printable
 from fxcompress.forms.reserved import is_reserved
 from fxcompress.operators.modules import parse_shape
-from fxcompress.rules.loader import parse_rules
+from fxcompress.rules import parse_rules
 from tests.plan_fuzz import RULES, Net, written
 from tests.small import data, net, rules
 from tests.zoo import DECODER

@@ -348,7 +348,7 @@ def test_convolutions_in_vmap() -> None:
                 {"id": "c", "match": {"node": {"op": "conv2d"}}, "rewrite": {"form": "tucker2"}}
             ],
         }
-        loaded = fxcompress.rules.loader.parse_rules(json.dumps(text), "conv.yaml")
+        loaded = fxcompress.rules.parse_rules(json.dumps(text), "conv.yaml")
         sites.append(fxcompress.plan(model, loaded, batches(2, 48)).sites[0])
     assert sites[0].rank == sites[1].rank
     assert sites[0].predicted == pytest.approx(sites[1].predicted, rel=1e-5)

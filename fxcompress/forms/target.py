@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -60,16 +61,47 @@ def arrange(weight: Tensor, view: View) -> tuple[Tensor, Tensor]:
     return arranged.reshape(*arranged.shape[:2], -1), order.flatten()
 
 
-class Truncations(Protocol):
-    """Approximations of one weight in one view, of every rank."""
+@dataclass(frozen=True, eq=False)
+class Components:
+    """What approximations of one weight are sums of, or of some rows of it.
 
-    @property
-    def sigma(self) -> Tensor:
-        """Root of the loss that each component carries, ``½ σ_i²`` (k), float64."""
+    Attributes:
+        left: l_iq (g x m x k x q).
+        right: r_iq (g x k x q x n); component i is ``Σ_q l_iq r_iqᵀ``.
+    """
 
+    left: Tensor
+    right: Tensor
+
+    def rows(self, start: int, count: int) -> Components:
+        """What they are in some rows of the weight."""
+        return Components(self.left[:, start : start + count], self.right)
+
+
+class Certificate(Protocol):
+    """What is known of the components of a weight that were not looked at."""
+
+    def bounds(self, count: int, *, rounded: bool = True) -> Tensor:
+        """Upper bounds on the first singular values (count), with or without rounding."""
+
+    def excess(self, rank: int) -> float:
+        """Upper bound on what a truncation loses beyond the least at its rank."""
+
+
+class Truncations(ABC):
+    """Approximations of one weight in one view, of every rank.
+
+    Attributes:
+        sigma: root of the loss that each component carries, ``½ σ_i²`` (k), float64.
+    """
+
+    sigma: Tensor
+
+    @abstractmethod
     def losses(self, ranks: Ranks) -> Losses:
         """Predicted loss at each of these ranks; infinite at one that is not to be chosen."""
 
+    @abstractmethod
     def factors(self, rank: Rank) -> tuple[Tensor, ...]:
         """What the approximation of a rank is made of, left to right.
 
@@ -79,9 +111,33 @@ class Truncations(Protocol):
         (g x m/g x r_2), (g x r_2 x r_1 x k), (g x r_1 x n/g).
         """
 
+    @property
+    def certificate(self) -> Certificate | None:
+        """What is known of the components that are left out; None if none are."""
+        return None
+
+    def derived(self, view: View) -> Truncations | None:
+        """Approximations in another view that these come with; None if they have to be computed."""
+        return None
+
+    def components(self) -> Components | None:
+        """What the approximations are sums of; None if they are no sums (Tucker-2)."""
+        return None
+
+    def remeasured(self, energies: Tensor) -> Self:
+        """The same components, ranked by losses that were measured.
+
+        Args:
+            energies: ``E[⟨∇W, c_i⟩²]`` of each of :meth:`components` (g x k).
+        """
+        raise TypeError(f"{type(self).__name__} has no components")
+
 
 class Quadratic(Protocol):
-    """A quadratic form on changes of one weight: the metric at one site."""
+    """What a form asks of the metric at one site, a quadratic form on changes of its weight.
+
+    All that is asked of it is :class:`fxcompress.metric.quadratic.QuadraticForm`.
+    """
 
     @property
     def null(self) -> bool:
@@ -95,7 +151,7 @@ class Quadratic(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Truncations):
     """The decomposition of one weight W (m x n), with k = min(m, n) components.
 
     Attributes:
@@ -122,6 +178,17 @@ class Spectrum:
         assert isinstance(rank, int)
         return self.left[:, :rank], self.right[:rank]
 
+    def components(self) -> Components:
+        """One product of a column and a row each."""
+        return Components(self.left[None, :, :, None], self.right[None, :, None])
+
+    def remeasured(self, energies: Tensor) -> Self:
+        """The same components from the largest loss to the least."""
+        sigma = energies[0].sqrt()
+        order = torch.argsort(sigma, descending=True, stable=True)
+        left, right = self.left[:, order], self.right[order]
+        return replace(self, sigma=sigma[order], left=left, right=right)
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -140,7 +207,9 @@ class Target:
     def truncations(self, view: View = "matrix") -> Truncations:
         """Approximations of W in a view, computed when they are first asked for."""
         if view not in self.views:
-            self.views[view] = self._metric.truncations(self.weight, view)
+            given = (each.derived(view) for each in self.views.values())
+            found = next((each for each in given if each is not None), None)
+            self.views[view] = found or self._metric.truncations(self.weight, view)
         return self.views[view]
 
     @property

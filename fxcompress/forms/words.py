@@ -6,12 +6,10 @@ Apart from the forms themselves, so that rules can be checked without torch.
 
 from __future__ import annotations
 
-import importlib.metadata
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 
+from fxcompress.late import load_plugins
 from fxcompress.operators.words import TRANSPOSED, operators_of
 
 GROUP = "fxcompress.forms"
@@ -69,7 +67,7 @@ def add_word(word: FormWord) -> None:
 
 def form_words() -> Mapping[str, FormWord]:
     """All forms by name, those of installed plug-ins included."""
-    _load_plugins()
+    load_plugins(GROUP)
     return _WORDS
 
 
@@ -94,17 +92,3 @@ def joint_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
 
 for _word in BUILT_IN.values():
     add_word(_word)
-
-
-@cache
-def _load_plugins() -> None:
-    """Import what installed packages offer; one that is broken is reported and left out."""
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        try:
-            entry.load()
-        except Exception as error:
-            warnings.warn(
-                f"the plug-in {entry.name} ({entry.value}) cannot be imported: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=3,
-            )

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxcompress.graph.attributes import plain_attributes
 from fxcompress.graph.names import (
-    function_name,
     function_operator,
     gelu_approximation,
     is_reflected,
     module_operator,
 )
+from fxcompress.operators.calls import function_name
 from fxcompress.operators.modules import application, kind_of
 from fxcompress.operators.words import OPERATORS
 
@@ -39,11 +39,19 @@ _PRODUCTS = {
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module becomes one node.
 
-    Operators of the vocabulary do, and modules that nothing is seen of: childless and scripted
-    ones.
+    Operators of the vocabulary do, and modules that nothing is seen of: scripted ones, those of
+    torch, and any without children.  Not one whose own forward applies a matrix: what that makes
+    of it is seen.
     """
-    weighted = kind_of(module) is not None or isinstance(module, torch.jit.ScriptModule)
-    return weighted or next(module.children(), None) is None
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    kind = kind_of(module)
+    if kind is not None:
+        return kind.is_plain(module)
+    if next(module.children(), None) is not None:
+        return False
+    torchs = type(module).__module__.startswith("torch.")
+    return torchs or all(each is None or each.dim() < 2 for each in module._parameters.values())
 
 
 def canonicalize(
@@ -57,7 +65,7 @@ def canonicalize(
     """Canonical ``op`` and ``attributes`` of a leaf module or of a torch function call.
 
     For a function that applies a parameter to data, the entry ``weight`` holds the key that
-    ``parameter`` has for it.
+    ``parameter`` has for it; if it does so as an operator with a weight, ``application`` tells how.
     """
     if module is not None:
         return _module(module, tuple(args), kwargs or {})
@@ -106,7 +114,9 @@ def _function(
     if not keys:
         return found
     own = None if applied is None else keys.get(id(applied.weight))
-    return {**found, "weight": next(iter(keys.values())) if own is None else own}
+    if own is None:
+        return {**found, "weight": next(iter(keys.values()))}
+    return {**found, "weight": own, "application": applied}
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,7 +11,9 @@ from torch.nn.utils import parametrize
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.operators.applied import operator_path
 from fxcompress.operators.modules import kind_of
+from fxcompress.operators.shape import Shape
 
 FLOATING = {"float64", "float32", "bfloat16", "float16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,8 +47,9 @@ def obstacle(
             others = ", ".join(name for name in facts.aliases if name != operator.weight)
             return f"its weight is tied to {others}"
         if not operator.module:
-            return _function_obstacle(operator, facts)
-        if not operator.path:
+            return _function_obstacle(model, operator, facts)
+        path = operator_path(model, operator.path)
+        if not path:
             return "it is the model itself; wrap it in nn.Sequential"
         if facts.strangers:
             readers = _scopes(facts.strangers)
@@ -60,7 +60,7 @@ def obstacle(
             return f"its weight has no entries: its shape is {facts.shape}"
         if not finished.isdisjoint(above(operator.path)):
             return "it is part of a layer that was factorized before"
-        return _module_obstacle(model.get_submodule(operator.path), recording, operator)
+        return _module_obstacle(model.get_submodule(path), recording, operator)
 
     return reason
 
@@ -76,34 +76,50 @@ def forward_of(scope: str) -> str:
     return f"the forward of {scope}" if scope else "the model's forward"
 
 
-def _function_obstacle(operator: Operator, facts: Weight) -> str:
-    whole = operator.op != "linear" or math.prod(facts.shape) == (
-        cast("int", operator.attributes["in_features"])
-        * cast("int", operator.attributes["out_features"])
-    )
+def applied_shape(model: nn.Module, facts: Weight) -> Shape | str:
+    """The operator that functions make of a weight, or why an object cannot stand in its place.
+
+    Args:
+        model: that was recorded.
+        facts: about the weight.
+    """
+    reasons = [each for each in facts.applied if isinstance(each, str)]
+    if reasons:
+        return reasons[0]
+    shapes = [*dict.fromkeys(each for each in facts.applied if not isinstance(each, str))]
+    if len(shapes) > 1:
+        ways = ", ".join(str(shape) for shape in shapes)
+        return f"it is applied in different ways ({ways})"
+    if len(facts.applied) < len(facts.calls) or not shapes:
+        return "a module applies it, too"
+    if len(facts.aliases) > 1:
+        return "it is tied to another"
+    if facts.dtype not in FLOATING or 0 in facts.shape:
+        return f"it is {facts.dtype} of shape {facts.shape}"
+    path, _, name = facts.name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters.get(name)
+    if type(parameter) is not nn.Parameter:
+        return f"it is a {type(parameter).__name__}, not a plain parameter"
+    return shapes[0]
+
+
+def _function_obstacle(model: nn.Module, operator: Operator, facts: Weight) -> str:
+    found = applied_shape(model, facts)
+    why = found if isinstance(found, str) else "the model does not run with an object in its place"
     return (
-        f"{'its weight' if whole else 'a part of its weight'} {operator.weight} is applied by a "
-        f"function call in {forward_of(operator.scope)}, not by a module that could be replaced"
-        f"{_REMEDIES.get(operator.op, '') if whole else ''}"
+        f"its weight {operator.weight} is applied by a function call in "
+        f"{forward_of(operator.scope)}, and {why}"
     )
-
-
-_REMEDIES = {
-    "linear": "; use nn.Linear there, or give compile() an fx.GraphModule",
-    "embedding": "; use nn.Embedding there",
-    **{f"conv{n}d": f"; use nn.Conv{n}d there" for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": f"; use nn.ConvTranspose{n}d there" for n in (1, 2, 3)},
-}
 
 
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:
     if parametrize.is_parametrized(module):
         return PARAMETRIZED
-    inside = recording.inside.get(operator.path, frozenset())
-    if not _runs_as_usual(module) and not computes_the_same(module, inside):
+    kind = kind_of(module)
+    if kind is None or not kind.is_plain(module):
         return f"its class {type(module).__name__} has a forward of its own"
-    if operator.attributes.get("output_size"):
-        return "it is called with output_size, which decides its output padding anew every time"
+    if reason := kind.obstacle(operator.attributes):
+        return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (as accelerate does): undo that first"
     if any(module.__dict__[kind] for kind in HOOKS):
@@ -123,86 +139,6 @@ def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator
     if any(type(p) not in (nn.Parameter, torch.Tensor) for p in module.parameters()):
         return f"its weight is a {type(module.weight).__name__}, not a plain parameter"
     return None
-
-
-# What a linear map, a convolution and a look-up can be written with.
-_PARTS: dict[type[nn.Module], set[str]] = {
-    nn.Linear: {"linear", "matmul", "mm", "transpose", "add", "addmm"},
-    nn.Embedding: {"embedding"},
-    **{cls: {cls.__name__.lower(), "pad"} for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-}
-
-
-def computes_the_same(module: nn.Module, inside: frozenset[str]) -> bool:
-    """Whether a class with a forward of its own computes what its base class does.
-
-    ``x @ W.T + b`` does.  It has to be made of the operators of the plain one, so that it is a
-    polynomial in input, weight and bias, and to agree with it on random values of all of them, in
-    evaluation and in training.
-
-    Args:
-        module: of a subclass.
-        inside: operators that its forward was seen to consist of.
-    """
-    plain = next((cls for cls in _PARTS if isinstance(module, cls)), None)
-    if plain is None or not inside or not inside <= _PARTS[plain]:
-        return False
-    if "forward" in module.__dict__:
-        return False
-    draw = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            return all(
-                own.shape == usual.shape and torch.allclose(own, usual, rtol=1e-9, atol=1e-9)
-                for own, usual in _trials(module, plain, draw)
-            )
-    except Exception:
-        return False  # it is particular about sizes or types
-
-
-def _trials(
-    module: nn.Module, plain: type[nn.Module], draw: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What both forwards make of random inputs, on a small copy in float64 on the CPU."""
-    small = {
-        id(p): nn.Parameter(torch.randn(_few(plain, p), generator=draw, dtype=torch.float64))
-        for p in module.parameters()
-    }
-    trial: Any = copy.deepcopy(module, small)
-    if plain is nn.Linear:
-        trial.out_features, trial.in_features = trial.weight.shape
-    elif plain is nn.Embedding:
-        trial.num_embeddings, trial.embedding_dim = trial.weight.shape
-    for training in (False, True):
-        trial.train(training)
-        for x in _inputs(trial, draw):
-            yield trial.forward(x), plain.forward(trial, x)
-
-
-def _few(plain: type[nn.Module], parameter: torch.Tensor) -> tuple[int, ...]:
-    """Sizes of a parameter for the trial: of a matrix, rows and columns at most."""
-    most = (5, 7) if plain in (nn.Linear, nn.Embedding) else parameter.shape
-    return tuple(map(min, parameter.shape, most))
-
-
-def _inputs(module: Any, draw: torch.Generator) -> list[torch.Tensor]:
-    """Random inputs of the ranks that a plain operator takes."""
-    sizes: list[tuple[int, ...]]
-    if isinstance(module, nn.Embedding):
-        high = module.num_embeddings
-        return [torch.randint(high, size, generator=draw) for size in ((5,), (2, 3))]
-    if isinstance(module, nn.Linear):
-        sizes = [(module.in_features,), (3, module.in_features), (2, 3, module.in_features)]
-    else:
-        pairs = zip(module.dilation, module.kernel_size, strict=True)
-        sizes = [(2, module.in_channels, *(d * (k - 1) + 3 for d, k in pairs))]
-    return [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
-
-
-def _runs_as_usual(module: nn.Module) -> bool:
-    """Whether a module computes what its base class does, in the same way."""
-    kind = kind_of(module)
-    return kind is not None and kind.is_plain(module)
 
 
 def _scopes(strangers: tuple[str, ...]) -> str:

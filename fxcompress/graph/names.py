@@ -100,25 +100,6 @@ def gelu_approximation(name: str) -> str | None:
     return _GELU.get(name)
 
 
-def function_name(function: Any) -> str:
-    """Name of a torch function; of the attribute for ``Tensor.T.__get__``.
-
-    >>> from torch import ops
-    >>> [function_name(each) for each in (Tensor.relu, ops.aten.relu, ops.quantized.linear)]
-    ['relu', 'relu', 'quantized_linear']
-    """
-    packet = getattr(function, "overloadpacket", function)
-    name = getattr(packet, "__name__", str(function)).split(".")[0]
-    # An operator that some library registered has its own meaning, whatever its name.
-    library = getattr(packet, "_qualified_op_name", "aten::").partition("::")[0]
-    if library != "aten":
-        return f"{library}_{name}"
-    if name in ("__get__", "__set__"):
-        descriptor = getattr(function, "__self__", None)
-        return getattr(getattr(descriptor, "fget", descriptor), "__name__", "attribute")
-    return name
-
-
 def function_operator(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """The operator of a call of a torch function.
 

@@ -54,6 +54,10 @@ class Ownership:
         """Paths of the modules that hold a tensor."""
         return {prefix for prefix, _ in self._owners[key]}
 
+    def tensor(self, key: int) -> Tensor:
+        """The parameter or buffer itself."""
+        return self._tensors[key]
+
     def names(self, key: int) -> tuple[str, ...]:
         """Its names in the state dict."""
         return tuple(".".join(filter(None, owner)) for owner in self._owners[key])

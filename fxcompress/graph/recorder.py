@@ -19,7 +19,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.eager import eager
 from fxcompress.graph.flops import FlopCounter
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
-from fxcompress.graph.names import function_name, function_operator
+from fxcompress.graph.names import function_operator
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.ownership import Ownership
 from fxcompress.graph.physical import physical
@@ -42,6 +42,9 @@ from fxcompress.graph.randomness import Watched, expect_draws
 from fxcompress.graph.union import union
 from fxcompress.graph.values import is_tensor, shape_of, tensors_in
 from fxcompress.graph.versions import Version, Versions, counter
+from fxcompress.operators.applied import any_applied, displayed, run
+from fxcompress.operators.calls import Application, function_name
+from fxcompress.operators.shape import Shape
 from fxcompress.operators.words import OPERATORS
 
 # Reading these tells the reader about a tensor without reading its values.  So does an
@@ -72,6 +75,8 @@ class Weight:
         strangers: scopes that read its values while no owner of it was running.
         source: key of the value it was applied to; equal for weights with the same input.
         readers: (function, scope) of the calls that computed with its values, one of each.
+        applied: for every call of a function that applied it, the shape of that operator, or the
+            reason why it cannot be one.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Weight:
     strangers: tuple[str, ...]
     source: str
     readers: tuple[tuple[str, str], ...] = ()
+    applied: tuple[Shape | str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +109,6 @@ class Recording:
             :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
             items of a convolution (items x channels x extents).
         called: paths of all modules that were called in any of the passes.
-        inside: path of a module that became one operator -> the operators that it is made of.
         drew: whether the (first) pass drew random numbers.
     """
 
@@ -113,7 +118,6 @@ class Recording:
     macs: int
     samples: Mapping[str, Tensor]
     called: frozenset[str]
-    inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
     drew: bool = False
 
 
@@ -153,11 +157,7 @@ def record(
     samples = {name: each for run in reversed(runs) for name, each in run.samples.items()}
     called = frozenset[str]().union(*(run.called for run in runs))
     macs = sum(run.macs for run in runs)
-    paths = dict.fromkeys(path for run in runs for path in run.inside)
-    inside = {
-        path: frozenset[str]().union(*(run.inside.get(path, ()) for run in runs)) for path in paths
-    }
-    return Recording(first.graph, whole.operators, weights, macs, samples, called, inside)
+    return Recording(first.graph, whole.operators, weights, macs, samples, called)
 
 
 def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weight:
@@ -179,6 +179,7 @@ def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weigh
         # that is not used in a run shares it with nothing that is.
         source="|".join(fact.source for fact in facts),
         readers=tuple(dict.fromkeys(reader for fact in facts for reader in fact.readers)),
+        applied=tuple(each for fact in facts for each in fact.applied),
     )
 
 
@@ -232,9 +233,8 @@ class _Recorder(TorchFunctionMode):
         self.rows: dict[int, int] = defaultdict(int)
         self.inputs: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
+        self.applications: dict[int, list[Shape | str]] = defaultdict(list)
         self.called: set[str] = set()
-        self.leaf = ""
-        self.inside: dict[str, set[str]] = defaultdict(set)
         self.thread = threading.get_ident()
 
     # ---- running -----------------------------------------------------------------
@@ -261,7 +261,6 @@ class _Recorder(TorchFunctionMode):
         leaf = not self.leaf_depth and is_leaf(module)
         if leaf:
             assert name is not None
-            self.leaf = name
             with torch._C.DisableTorchFunction():
                 nodes, before = self.arguments(args, kwargs)
         self.stack.append(name)
@@ -275,7 +274,7 @@ class _Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 node = self.graph.call_module(name, *nodes)
                 meta = canonicalize(module=module, args=args, kwargs=kwargs)
-                node.meta.update(meta, path=name, scope=self.scope())
+                node.meta.update(meta, path=displayed(self.model, name), scope=self.scope())
                 scripted = isinstance(module, torch.jit.ScriptModule)
                 weight = None if scripted else module._parameters.get("weight")
                 key = None if weight is None else self.ownership.key(weight)
@@ -288,6 +287,9 @@ class _Recorder(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any_applied(args, kwargs):
+            with self:  # what it comes to is seen, not the call
+                return run(function, args, kwargs)
         name = getattr(function, "__name__", "")
         if name in _METADATA:
             return function(*args, **kwargs)
@@ -302,8 +304,6 @@ class _Recorder(TorchFunctionMode):
         out = function(*args, **kwargs)
         self.versions.notice(name, arguments, counters)
         if self.leaf_depth:
-            op = function_operator(function_name(function), args, kwargs)
-            self.inside[self.leaf].add(op)
             return out
         if name in ("__setitem__", "__set__"):
             node = self.function_node(function, nodes, args, kwargs)
@@ -316,9 +316,10 @@ class _Recorder(TorchFunctionMode):
         node = self.graph.call_function(function, *nodes)
         parameter = self.ownership.parameter
         meta = canonicalize(function=function, args=args, kwargs=kwargs, parameter=parameter)
-        key = meta.pop("weight", None)
+        key, application = meta.pop("weight", None), meta.pop("application", None)
         node.meta.update(meta, path=self.scope(), scope=self.scope())
         if key is not None:
+            self.applications[key].append(self.shape_of(key, application, node.meta["op"]))
             data = next(t for t in tensors_in((args, kwargs)) if parameter(t) is None)
             self.applied(key, node, data)
         return node
@@ -418,6 +419,24 @@ class _Recorder(TorchFunctionMode):
             # Padding may hold anything.
             self.samples[key].append(some.nan_to_num(0, 0, 0) if takes == "rows" else some.clone())
 
+    def shape_of(self, key: int, application: Application | None, op: str) -> Shape | str:
+        """The operator that a function call is, with the weight as it is stored, or why it is none.
+
+        Args:
+            key: of the weight.
+            application: of it, if the call is one.
+            op: that the call is.
+        """
+        if application is None:
+            return f"{op} applies it in a way that no operator does"
+        stored, given = self.ownership.tensor(key), application.weight
+        if _layout(given) == _layout(stored):
+            return application.shape
+        if stored.dim() == 2 and _layout(given) == _layout(stored.T):
+            shape = application.shape.mirrored()
+            return f"{op} applies its transpose" if shape is None else shape
+        return f"{op} applies a part of it, or its entries in another order"
+
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""
         for tensor in tensors_in((args, kwargs)):
@@ -448,6 +467,7 @@ class _Recorder(TorchFunctionMode):
                 strangers=tuple(dict.fromkeys(self.strangers[key])),
                 source=" ".join(self.sources[key]),
                 readers=tuple(self.readers[key]),
+                applied=tuple(self.applications[key]),
             )
             weight_of.update({node.name: name for node in self.reads[key]})
             parts = self.samples[key]
@@ -455,8 +475,11 @@ class _Recorder(TorchFunctionMode):
                 samples[name] = torch.cat(parts)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
         called = frozenset(self.called)
-        inside = {path: frozenset(ops) for path, ops in self.inside.items()}
-        return Recording(self.graph, operators, weights, macs, samples, called, inside)
+        return Recording(self.graph, operators, weights, macs, samples, called)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _operator(node: fx.Node, weight: str | None) -> Operator:

@@ -1,6 +1,17 @@
 """Ways to make up for what a thresholding took away; each is kept only if the objective falls.
 
 The closed-form correction, gradient steps on the factors, and whitened gradient steps.
+
+The last are the proximal steps of ISVT.  The gradient in the coordinates of the metric,
+
+    V' = prox( W - α M⁻¹ ∇L(W) ),       M⁻¹ ∇ = G⁻¹ ∇ A⁻¹   (of a Kronecker metric)
+
+is ``S' = S - α L_G⁻¹ ∇ L_A⁻ᵀ`` in whitened coordinates, thresholded there
+(:mod:`fxcompress.isvt.threshold`).  With α below 1/L, L the Lipschitz constant of ``M⁻¹ ∇L``, the
+objective falls with every step, and fixed points are critical (arXiv 2507.09428, section 4).
+α = 1 is *not* safe for the KL divergence, although M is its Hessian in the K-FAC approximation;
+and with few tokens the step is mostly sampling noise in the many directions of small
+curvature (README, "Rounds").  Steps are backtracked, so that costs time and not the model.
 """
 
 from __future__ import annotations
@@ -15,7 +26,6 @@ from fxcompress.isvt.correction import correctable, cross_moments, fitted
 from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
 from fxcompress.isvt.features import Features
 from fxcompress.isvt.objective import Objective
-from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.task import State, Task, recorded, softened
 from fxcompress.isvt.threshold import Thresholded, threshold
 from fxcompress.pipeline.build import Student, student
@@ -171,7 +181,7 @@ def whitened(task: Task, state: State, cut: Thresholded, number: int) -> State:
             for parameter in learning:
                 parameter.requires_grad_(False)
         directions = [
-            natural(state.metrics[site.name], site.shape.canonical(_gradient(task, site)))
+            state.metrics[site.name].solve(site.shape.canonical(_gradient(task, site)))
             for site in sites
         ]
         for parameter in learning:

@@ -33,10 +33,12 @@ from torch import Tensor, nn
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
+from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.moments import normalized, times_power
-from fxcompress.metric.passes import InputKey, input_key, input_mask
-from fxcompress.metric.quadratic import Kronecker
+from fxcompress.metric.passes import input_mask
+from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site
 
@@ -59,7 +61,7 @@ class Crossed:
 def correctable(
     sites: Sequence[Site], ranks: Mapping[str, int | None], metrics: Metrics
 ) -> list[Site]:
-    """The linear sites that are cut in a Kronecker metric.
+    """The linear sites that are cut in a metric that is a Kronecker product.
 
     Args:
         sites: the matched ones.
@@ -71,9 +73,8 @@ def correctable(
         for site in sites
         if site.shape.takes == "rows"
         and ranks.get(site.name) is not None
-        and isinstance(metric := metrics[site.name], Kronecker)
-        and isinstance(metric.outputs, Whitener)
-        and not metric.null
+        and metrics[site.name].factors is not None
+        and not metrics[site.name].null
     ]
 
 
@@ -156,14 +157,14 @@ def fitted(
         inputs = moments.roots[key]
         if inputs.null:
             continue
-        old = canonical_weight(dense.get_submodule(site.name)).double()
-        now = canonical_weight(model.get_submodule(site.name)).double()
+        old = canonical_weight(operator_at(dense, site.name)).double()
+        now = canonical_weight(operator_at(model, site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
         target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
-        given = metrics[site.name]
-        assert isinstance(given, Kronecker)
-        metric = Kronecker(inputs, given.outputs)
+        factors = metrics[site.name].factors
+        assert factors is not None
+        metric = Kronecker(inputs, factors.outputs)
         left, right = metric.truncations(target, "matrix").factors(rank)
         yield site, left.double() @ right.double()
 
@@ -186,7 +187,7 @@ def _inputs(
         return keep
 
     for key, site in {input_key(site): site for site in reversed(sites)}.items():
-        module = model.get_submodule(site.name)
+        module = operator_at(model, site.name)
         handles.append(module.register_forward_pre_hook(hook(key, site), with_kwargs=True))
     try:
         yield seen

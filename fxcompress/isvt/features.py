@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.target import Quadratic
 from fxcompress.graph.marks import PAD
 from fxcompress.graph.padding import NONE, Padding
 from fxcompress.metric.passes import output_marks
-from fxcompress.metric.quadratic import Kronecker
-from fxcompress.metric.whiten import Whitener
+from fxcompress.metric.quadratic import QuadraticForm
+from fxcompress.metric.whiten import BlockWhitener, Whitener
+from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.sites import Site
 
 Outputs = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -43,10 +43,12 @@ class Features:
 
     weight: float
     sites: Sequence[Site]
-    roots: Mapping[str, Whitener]
+    roots: Mapping[str, Whitener | BlockWhitener]
 
     @classmethod
-    def of(cls, weight: float, sites: Sequence[Site], metrics: Mapping[str, Quadratic]) -> Features:
+    def of(
+        cls, weight: float, sites: Sequence[Site], metrics: Mapping[str, QuadraticForm]
+    ) -> Features:
         """Of the layers whose outputs are no wider than their inputs.
 
         Products with G cost as much as the layer where both are alike, and twice as much again in
@@ -60,10 +62,10 @@ class Features:
         roots = {}
         for site in sites:
             metric = metrics[site.name]
-            if not isinstance(metric, Kronecker) or metric.null:
+            if metric.factors is None or metric.null:
                 continue
-            if isinstance(metric.outputs, Whitener) and site.out_features <= site.in_features:
-                roots[site.name] = metric.outputs
+            if site.out_features <= site.in_features:
+                roots[site.name] = metric.factors.outputs
         return cls(weight, [site for site in sites if site.name in roots], roots)
 
     @contextmanager
@@ -86,7 +88,7 @@ class Features:
             return keep
 
         handles = [
-            model.get_submodule(site.name).register_forward_hook(hook(site)) for site in self.sites
+            operator_at(model, site.name).register_forward_hook(hook(site)) for site in self.sites
         ]
         try:
             yield seen

@@ -31,6 +31,7 @@ from fxcompress.isvt.saved import fingerprint, read, write
 from fxcompress.isvt.task import State, Task, softened
 from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
 from fxcompress.metric import METRICS
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.analysis import (
     Estimate,
@@ -48,7 +49,13 @@ from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
-from fxcompress.rewrite import fold_batch_norms, own_parameters, prepared, skeleton
+from fxcompress.rewrite import (
+    fold_batch_norms,
+    hold_like,
+    own_parameters,
+    prepared,
+    skeleton,
+)
 from fxcompress.rules import LoadedRules
 
 M = TypeVar("M", bound=nn.Module)
@@ -131,6 +138,7 @@ def _begin(model: nn.Module, loaded: LoadedRules, request: Request) -> tuple[Tas
         judging, training = batches[-held:], batches[:-held] or batches
     show.stage("prepare", None)
     dense = prepared(model)
+    hold_like(dense, found.model)
     fold_batch_norms(dense, found.folded)
     for each in (dense, found.model):
         nn.Module.train(each, False)
@@ -288,7 +296,9 @@ def _finish(model: M, task: Task, state: State, inplace: bool) -> tuple[M, Plan]
         return rewritten, _measured(task, rewritten, _described(task, state, planned))
     rewritten, planned = rewrite(model, analysis, inplace=True)
     shared = {id(parameter) for parameter in task.private.parameters()}
-    own = dict(prepared(model).named_parameters())
+    held = prepared(model)
+    hold_like(held, task.found.model)
+    own = dict(held.named_parameters())
     with torch.no_grad():
         for site in task.found.sites:  # those that stay dense learned, too
             if site.weight in own and id(task.weight(site)) in shared:
@@ -327,7 +337,7 @@ def _described(task: Task, state: State, planned: Plan) -> Plan:
             entries.append(entry)
             continue
         metric = state.metrics[entry.name]
-        dense = canonical_weight(task.dense.get_submodule(entry.name)).detach()
+        dense = canonical_weight(operator_at(task.dense, entry.name)).detach()
         change = sites[entry.name].shape.canonical(task.weight(sites[entry.name])) - dense
         away, whole = metric.loss(change), metric.loss(dense)
         kept = min(max(1 - away / whole, 0.0), 1.0) if whole else 1.0
@@ -356,7 +366,7 @@ def _weights(task: Task) -> dict[str, Tensor]:
     found = {}
     for site in task.found.sites:
         found[site.weight] = task.weight(site).detach()
-        bias = getattr(task.found.model.get_submodule(site.name), "bias", None)
+        bias = getattr(operator_at(task.found.model, site.name), "bias", None)
         if bias is not None:
             found[f"{site.name}.bias"] = bias.detach()
     return found

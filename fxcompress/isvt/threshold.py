@@ -7,7 +7,7 @@ meets the budget, for the forms and costs of the rules: the stages decompose and
     prox(W) = argmin_V  ½ ‖V - W‖²_M + λ cost(rank V)        # one weight
             = the components of W with ½ σ² > λ (cost(r) - cost(r - 1))     # cost linear
 
-Weights that moved little are decomposed from where they were (:mod:`fxcompress.isvt.subspace`).
+Weights that moved little are decomposed from where they were (:mod:`fxcompress.metric.subspace`).
 The ranks are then those of the full decomposition if no component that was not looked at could
 be worth its cost, and the weights lose no more than those of the full decomposition but for
 :data:`TOLERANCE` if the components were settled; a site for which either is not certain is
@@ -25,26 +25,24 @@ import numpy as np
 from torch import Tensor
 
 from fxcompress.errors import RuleError
-from fxcompress.forms.target import Losses, Quadratic, Ranks, Spectrum
-from fxcompress.isvt.subspace import Leading
-from fxcompress.isvt.warm import Partial, Warm, start
-from fxcompress.metric import METRICS, Calibration
+from fxcompress.forms.target import Certificate, Losses, Ranks
+from fxcompress.metric import METRICS, Calibration, QuadraticForm
+from fxcompress.metric.metric import by_group
 from fxcompress.metric.moments import Moments
-from fxcompress.metric.quadratic import Grouped, Kronecker, stacked
-from fxcompress.metric.whiten import Whitener
 from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
 from fxcompress.pipeline.decomposition import (
     Decomposed,
     Decomposition,
     decompose,
     metric_from,
+    stacked,
 )
 from fxcompress.pipeline.pricing import Costs, Pricing
-from fxcompress.pipeline.sites import Group, Site, decoded
+from fxcompress.pipeline.sites import Site, decoded
 from fxcompress.pipeline.solving import Solution, solve
 from fxcompress.rules import LoadedRules
 
-Metrics = Mapping[str, Quadratic]
+Metrics = Mapping[str, QuadraticForm]
 """The metric at every site, by its name."""
 
 ITERATIONS = (1, 3)
@@ -74,7 +72,7 @@ def require_lasting_metric(loaded: LoadedRules) -> None:
 
 def metrics_of(
     survey: Survey, moments: Mapping[str, Moments], damping: tuple[float, float]
-) -> dict[str, Quadratic]:
+) -> dict[str, QuadraticForm]:
     """The metric at every site, to be used again and again.
 
     Args:
@@ -89,11 +87,7 @@ def metrics_of(
     found = {}
     for site in survey.sites:
         own = metric_of(site)
-        # The factors themselves are wanted for kernels only, and are as large as their roots.
-        if isinstance(own, Kronecker):
-            assert isinstance(own.outputs, Whitener)
-            own = Kronecker(replace(own.inputs, matrix=None), replace(own.outputs, matrix=None))
-        found[site.name] = own
+        found[site.name] = own if by_group(site.shape) else own.for_matrices()
     return found
 
 
@@ -178,13 +172,15 @@ def threshold(
         **{
             group.name: metric
             for group in survey.several
-            if (metric := _stacked(group, metrics)) is not None
+            if (metric := stacked(group, metrics)) is not None
         },
     }
     groups = {group.name: group for group in survey.groups if group.name in metrics}
 
     def decomposed(name: str, iterations: int | None) -> Decomposed:
-        metric = _warmed(metrics[name], starts.get(name), iterations)
+        metric, basis = metrics[name], starts.get(name)
+        if basis is not None and iterations is not None:
+            metric = metric.starting_from(basis, iterations)
         return decompose(survey.model, groups[name], metric)
 
     found: dict[str, Decomposed] = {}
@@ -213,32 +209,9 @@ def threshold(
     )  # fmt: skip
 
 
-def _stacked(group: Group, metrics: Metrics) -> Quadratic | None:
-    """The metric of several sites; None if one of them has no influence."""
-    parts = [metrics[site.name] for site in group.sites]
-    return None if any(part.null for part in parts) else stacked(parts, group.rows)
-
-
-def _warmed(metric: Quadratic, basis: Tensor | None, iterations: int | None) -> Quadratic:
-    """A metric that starts from a basis, or has forgotten the weight it was asked about before."""
-    if isinstance(metric, Grouped):
-        return Grouped(tuple(Kronecker(part.inputs, part.outputs) for part in metric.groups))
-    if not isinstance(metric, Kronecker):
-        return metric
-    if basis is None or iterations is None:
-        return Kronecker(metric.inputs, metric.outputs)
-    return Warm(metric.inputs, metric.outputs, {}, basis, iterations, tight=iterations > 1)
-
-
 def _analysis(survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics) -> Analysis:
     idle = tuple(name for name in found if metrics[name].null)
     return Analysis.of(survey, Estimate(Calibration({})), Decomposition(found, idle))
-
-
-def _spectrum(decomposed: Decomposed) -> Spectrum | None:
-    """The components of a weight seen as one matrix, in a metric that has them."""
-    found = decomposed.target.views.get("matrix")
-    return found if isinstance(found, Spectrum) else None
 
 
 def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pricing]) -> set[str]:
@@ -251,15 +224,15 @@ def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pr
     out, excess = set(), {}
     for part in analysis.groups:
         decomposed = analysis.decomposed.groups[part.name]
-        spectrum = _spectrum(decomposed)
-        if not isinstance(spectrum, Partial):
+        certificate = decomposed.target.truncations().certificate
+        if certificate is None:
             continue
         ranks = {form: part.ranks(form) for form in part.forms}
         costs = {form: pricing.at(part, form, ranks[form]) for form in part.forms}
         found = (
             None
             if multiplier is None
-            else _excess(decomposed.losses, spectrum.found, ranks, costs, multiplier)
+            else _excess(decomposed.losses, certificate, ranks, costs, multiplier)
         )
         if found is None:
             out.add(part.name)
@@ -275,7 +248,7 @@ def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pr
 
 def _excess(
     losses: Mapping[str, Losses],
-    own: Leading,
+    own: Certificate,
     ranks: Mapping[str, Ranks],
     costs: Mapping[str, Costs],
     multiplier: float,
@@ -309,17 +282,18 @@ def _excess(
 def _starts(
     analysis: Analysis, metrics: Metrics, solution: Solution
 ) -> Iterator[tuple[str, Tensor]]:
-    """Bases of all that was cut in the matrix view by a Kronecker metric."""
+    """Bases of all that was cut, in metrics that can start from one."""
     found = analysis.decomposed.groups
     choices = solution.allocation.choices
     joint = (group for group in analysis.several if group.name in choices)
     chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
-        choice, spectrum, metric = chosen.get(name), _spectrum(decomposed), metrics[name]
-        if choice is None or spectrum is None or not isinstance(metric, Kronecker):
+        choice = chosen.get(name)
+        if choice is None or choice.form is None or not choice.rank:
             continue
         if name in grouped:  # one rank for several: no component is judged by itself
             continue
-        if choice.form is not None and choice.rank and choice.rank <= len(spectrum.sigma):
-            yield name, start(spectrum, metric, choice.rank)
+        basis = metrics[name].start(decomposed.target.truncations(), choice.rank)
+        if basis is not None:
+            yield name, basis

@@ -7,12 +7,19 @@ this metric a global budget does worse than uniform ranks.
 
 from __future__ import annotations
 
-from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.whiten import Factor
 
 
 def _factors(moments: Moments) -> tuple[Factor, Factor]:
     return moments.input, None
 
 
-ACTIVATION = Metric("activation", frozenset({"input"}), "half the squared output error", _factors)
+ACTIVATION = KroneckerMetric(
+    "activation",
+    frozenset({"input"}),
+    "half the squared output error",
+    _factors,
+    damped=(True, False),
+)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import (
@@ -19,9 +18,9 @@ from fxcompress.metric.moments import (
     CountSum,
     GramSum,
     Moments,
+    Named,
     RowSum,
     ScaledSum,
-    Statistic,
     finish_together,
     is_root,
     normalized,
@@ -29,8 +28,11 @@ from fxcompress.metric.moments import (
     unit_mean,
 )
 from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, InputKey, Reach, SiteFacts, input_key, run_pass
+from fxcompress.metric.own_sums import OwnSums
+from fxcompress.metric.passes import DRAWS, Draws, Reach, run_pass
 from fxcompress.metric.pooled import Traces
+from fxcompress.metric.statistic import Statistic
+from fxcompress.metric.visitor import InputKey, Several, SiteFacts, input_key, same_samples
 from fxcompress.operators.shape import is_grouped, samples_in
 
 
@@ -83,13 +85,18 @@ def calibrate(
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    sums = _Sums(model, sites, metric.needs, metric.backward, scaled=not metric.directions)
+    needs = frozenset(each for each in metric.needs if not isinstance(each, Statistic))
+    sums = _Sums(model, sites, needs, metric.backward, scaled=not metric.directions)
+    own = OwnSums([each for each in metric.needs if isinstance(each, Statistic)])
     passed = run_pass(
-        model, sites, batches, sums,
+        model, sites, batches, Several([sums, own]),
         drawn=drawn, loss=loss, forward=forward,
         everywhere=everywhere, places=places, watched=watched, tick=tick,
     )  # fmt: skip
-    moments = sums.finish(passed.predictions)
+    moments = {
+        name: replace(found, own=own.finish(site, passed.predictions))
+        for site, (name, found) in zip(sites, sums.finish(passed.predictions).items(), strict=True)
+    }
     unmeasured = {
         site.name: reason
         for site in sites
@@ -106,7 +113,7 @@ def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -
     if metric.backward and not reach.answered:
         return UNANSWERED
     groups = site.shape.matrix[0]
-    stats = [s for s in (found.input, found.output, found.weight, found.entries) if s is not None]
+    stats = found.tensors
     # A group whose inputs or gradients are all zero has none.
     alive = [stat.reshape(groups, -1).any(1) for stat in stats]
     if bool(torch.stack(alive).all(0).any()):
@@ -119,13 +126,13 @@ ZERO = "its inputs or the gradients that came back to it are all exactly zero"
 
 
 class _Sums:
-    """Running sums of one pass: a visitor (:class:`fxcompress.metric.passes.Visitor`)."""
+    """Running sums of one pass: a visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
 
     def __init__(
         self,
         model: nn.Module,
         sites: Sequence[SiteFacts],
-        needs: frozenset[Statistic],
+        needs: frozenset[Named],
         backward: bool,
         *,
         scaled: bool = True,
@@ -289,20 +296,6 @@ class _Sums:
                 units=(first, second, third),
             )
         return found
-
-
-def same_samples(site: SiteFacts, first: int, now: int) -> None:
-    """Require that two calls of one layer are about the same samples.
-
-    Raises:
-        CalibrationError: they are not.
-    """
-    if first != now:
-        raise CalibrationError(
-            f"{site.name} is called on {first} samples and on {now} in one pass, so that the "
-            "gradient of its weight cannot be told sample by sample: choose metric: {kind: kfac}, "
-            "or exclude the layer (unless: [{name: ...}])"
-        )
 
 
 def _sums(

@@ -8,12 +8,15 @@ sites of different widths can share one budget.
 
 from __future__ import annotations
 
-from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.whiten import Factor
 
 
 def _factors(moments: Moments) -> tuple[Factor, Factor]:
     return None, moments.weight
 
 
-DIAGONAL = Metric("diagonal", frozenset({"weight"}), "nats per prediction", _factors)
+DIAGONAL = KroneckerMetric(
+    "diagonal", frozenset({"weight"}), "nats per prediction", _factors, damped=(False, True)
+)

@@ -9,72 +9,18 @@ k numbers a position, and no gradient of a weight is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.target import Spectrum, Truncations
+from fxcompress.forms.target import Components
 from fxcompress.graph.inputs import Forward
-from fxcompress.metric.capture import same_samples
 from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, SiteFacts, run_pass
-from fxcompress.metric.quadratic import Stacked
-from fxcompress.metric.split import SplitTruncations
+from fxcompress.metric.passes import DRAWS, Draws, run_pass
+from fxcompress.metric.visitor import SiteFacts, same_samples
 from fxcompress.operators.shape import Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Components:
-    """Components of one weight, or of one site's rows of stacked weights.
-
-    Attributes:
-        left: l_iq (g x m x k x q).
-        right: r_iq (g x k x q x n).
-    """
-
-    left: Tensor
-    right: Tensor
-
-    def rows(self, start: int, count: int) -> Components:
-        """Those of some rows of the weight only."""
-        return Components(self.left[:, start : start + count], self.right)
-
-
-def components(found: Truncations) -> Components | None:
-    """What truncations are sums of; None if it is no sum (Tucker-2)."""
-    groups = found.groups if isinstance(found, Stacked) else (found,)
-    lefts, rights = [], []
-    for group in groups:
-        if isinstance(group, Spectrum):
-            left, right = group.left.unsqueeze(2), group.right.unsqueeze(1)
-        elif isinstance(group, SplitTruncations):
-            left, right = group.components()
-        else:
-            return None
-        lefts.append(left)
-        rights.append(right)
-    return Components(torch.stack(lefts), torch.stack(rights))
-
-
-def remeasured(found: Truncations, energies: Tensor) -> Truncations:
-    """Truncations ranked by measured losses.
-
-    Args:
-        found: as :func:`components` were taken of.
-        energies: ``E[⟨∇W, c_i⟩²]`` of each (g x k).
-    """
-    if isinstance(found, Stacked):
-        pairs = zip(found.groups, energies, strict=True)
-        return Stacked(tuple(remeasured(group, part[None]) for group, part in pairs))
-    sigma = energies[0].sqrt()
-    if isinstance(found, SplitTruncations):  # its components are nested in their order
-        return replace(found, sigma=sigma)
-    assert isinstance(found, Spectrum)
-    order = torch.argsort(sigma, descending=True, stable=True)
-    return Spectrum(sigma[order], found.left[:, order], found.right[order])
 
 
 def measure_directions(
@@ -111,7 +57,7 @@ def measure_directions(
 
 
 class _Products:
-    """A visitor (:class:`fxcompress.metric.passes.Visitor`)."""
+    """A visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
 
     backward = True
 

@@ -10,6 +10,6 @@ still neglected, as it is in K-FAC.  The metric carries no damping where it was 
 from __future__ import annotations
 
 from fxcompress.metric.kfac import KFAC
-from fxcompress.metric.metric import Metric
+from fxcompress.metric.kronecker import KroneckerMetric
 
-EKFAC = Metric("ekfac", KFAC.needs, KFAC.unit, KFAC.factors, directions=True)
+EKFAC = KroneckerMetric("ekfac", KFAC.needs, KFAC.unit, KFAC.factors, directions=True)

@@ -17,17 +17,18 @@ has its exact loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, View, arrange, stack
-from fxcompress.metric.metric import Metric
-from fxcompress.operators.shape import Shape, is_grouped
-
-ELEMENTWISE = Metric("elementwise", frozenset({"entries"}), "nats per prediction", None)
+from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, View, arrange
+from fxcompress.metric.metric import Metric, Need
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.quadratic import QuadraticForm
 
 OFFERED = 12
 """Ranks that are offered of those that the rules permit."""
@@ -46,37 +47,23 @@ NOTHING = 1e-150
 
 
 @dataclass(frozen=True, eq=False)
-class Elementwise:
-    """The metric of one weight.
+class Elementwise(QuadraticForm):
+    """The form of one matrix, or of one group of a convolution.
 
     Attributes:
-        entries: F (m x n), or one group after another (g x m/g x n/g x kernel), float64.
-        grouped: whether it is a convolution.
+        entries: F (m x n), for a convolution of patches (m x n·k), float64.
         unit: a power of two; F is in units of its square.
+
+    Raises:
+        ValueError: F is not finite.
     """
 
     entries: Tensor
-    grouped: bool
     unit: float = 1.0
 
-    @staticmethod
-    def of(entries: Tensor, shape: Shape, unit: float = 1.0) -> Elementwise:
-        """Of the diagonal of the Fisher: (m x n), of a convolution (g x m/g x patch).
-
-        Args:
-            entries: in units of ``unit²``.
-            shape: of the operator.
-            unit: a power of two.
-
-        Raises:
-            ValueError: it is not finite.
-        """
-        if not bool(entries.isfinite().all()):
+    def __post_init__(self) -> None:
+        if not bool(self.entries.isfinite().all()):
             raise ValueError("the Fisher weights are not finite")
-        if not is_grouped(shape):
-            return Elementwise(entries, False, unit)
-        sizes = (*shape.matrix[:2], -1, *shape.kernel_size)
-        return Elementwise(entries.reshape(sizes), True, unit)
 
     @property
     def null(self) -> bool:
@@ -85,67 +72,87 @@ class Elementwise:
 
     def loss(self, change: Tensor) -> float:
         """``½ Σ F ∘ Δ²``."""
-        change = change.to(torch.float64) * self.unit
+        change = change.flatten(1).to(torch.float64) * self.unit
         return 0.5 * float((self.entries * change.square()).sum())
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight, by iteration."""
         if not bool(weight.isfinite().all()):
             raise ValueError("the weight is not finite")
-        pairs = zip(weight, self.entries, strict=True) if self.grouped else [(weight, self.entries)]
-        parts = []
-        for part, entries in pairs:
-            w, f = (arrange(each.detach().to(torch.float64), view)[0] for each in (part, entries))
-            parts.append((w * self.unit, f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))))
+        w = arrange(weight.detach().to(torch.float64), view)[0] * self.unit
+        f = arrange(self.entries.reshape(weight.shape), view)[0]
+        f = f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return _Iterated(tuple(parts), view == "tucker2", self.grouped, dtype, self.unit)
+        return _Iterated(w, f, view == "tucker2", weight.dim() == 2, dtype, self.unit)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Entry by entry, by weights that are raised to a millionth of their mean."""
+        wide = gradient.to(torch.float64)
+        if self.null:
+            return torch.zeros_like(wide)
+        weights = self.entries.clamp_min(FLOOR * float(self.entries.mean())).reshape(wide.shape)
+        return wide / self.unit / self.unit / weights
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Elementwise], rows: Sequence[int]) -> Elementwise:
+        """Weights of all entries, one below the other."""
+        unit = max(part.unit for part in parts)
+        return cls(torch.cat([part.entries * (part.unit / unit) ** 2 for part in parts]), unit)
+
+
+class _ElementwiseMetric(Metric):
+    name = "elementwise"
+    needs: frozenset[Need] = frozenset({"entries"})
+
+    def form(self, moments: Moments, damping: tuple[float, float]) -> Elementwise:
+        assert moments.entries is not None
+        return Elementwise(moments.entries, moments.units[2])
+
+
+ELEMENTWISE = _ElementwiseMetric()
 
 
 @dataclass(frozen=True, eq=False)
-class _Iterated:
-    """Approximations of every group, each at the same rank.
+class _Iterated(Truncations):
+    """Approximations of a matrix or of one group.
 
     Attributes:
-        groups: W times the unit, and F, (m x c x q) of each.
+        weight: W times the unit (m x c x q).
+        entries: F (m x c x q).
         two: whether both channel modes are reduced, instead of the matrix ((m, q) x c).
-        grouped: whether factors have a dimension of groups.
+        plain: whether it is a matrix, so that factors have no kernel dimension.
         dtype: of the factors that are handed out.
         unit: the root of what F is in units of.
     """
 
-    groups: tuple[tuple[Tensor, Tensor], ...]
+    weight: Tensor
+    entries: Tensor
     two: bool
-    grouped: bool
+    plain: bool
     dtype: torch.dtype
     unit: float = 1.0
 
-    @property
-    def sigma(self) -> Tensor:
+    @cached_property
+    def sigma(self) -> Tensor:  # type: ignore[override]
         """Of the start of the iterations, scaled so that ``½ Σ σ_i²`` is the loss at rank 0."""
-        squares = []
-        for w, f in self.groups:
-            left, right = _scales(f, self.two)
-            found = torch.linalg.svdvals(_flat(w * left * right)).square()
-            squares.append(found * (f * w.square()).sum() / found.sum().clamp_min(1e-300))
-        return torch.stack(squares).sum(0).sqrt()
+        w, f = self.weight, self.entries
+        left, right = _scales(f, self.two)
+        found = torch.linalg.svdvals(_flat(w * left * right)).square()
+        whole: Tensor = found * (f * w.square()).sum() / found.sum().clamp_min(1e-300)
+        return whole.sqrt()
 
     def losses(self, ranks: Ranks) -> Losses:
         losses = np.full(len(ranks), np.inf)
         for at in _offered(ranks):
             rank = tuple(ranks[at].tolist()) if self.two else int(ranks[at])
-            losses[at] = sum(approximate(w, f, rank)[1] for w, f in self.groups)
+            losses[at] = approximate(self.weight, self.entries, rank)[1]
         return losses
 
     def factors(self, rank: Rank) -> tuple[Tensor, ...]:
-        parts = []
-        for w, f in self.groups:
-            (*above, below), _ = approximate(w, f, rank)
-            factors = (*above, below / self.unit)
-            parts.append(tuple(factor.to(self.dtype) for factor in factors))
-        if self.grouped:
-            return stack(parts)
-        left, right = parts[0]
-        return left.squeeze(2), right
+        (*above, below), _ = approximate(self.weight, self.entries, rank)
+        if self.plain:
+            above = [each.squeeze(2) for each in above]
+        return tuple(factor.to(self.dtype) for factor in (*above, below / self.unit))
 
 
 def approximate(w: Tensor, f: Tensor, rank: Rank) -> tuple[tuple[Tensor, ...], float]:

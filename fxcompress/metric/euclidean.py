@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.whiten import Factor
 
 
 def _factors(moments: Moments) -> tuple[Factor, Factor]:
     return None, None
 
 
-EUCLIDEAN = Metric("euclidean", frozenset(), "half the squared weight error", _factors)
+EUCLIDEAN = KroneckerMetric(
+    "euclidean",
+    frozenset(),
+    "half the squared weight error",
+    _factors,
+    damped=(False, False),
+)

@@ -9,12 +9,13 @@ output gradients are independent, and different positions uncorrelated ("expand"
 
 from __future__ import annotations
 
-from fxcompress.metric.metric import Factor, Metric
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.moments import Moments
+from fxcompress.metric.whiten import Factor
 
 
 def _factors(moments: Moments) -> tuple[Factor, Factor]:
     return moments.input, moments.output
 
 
-KFAC = Metric("kfac", frozenset({"input", "output"}), "nats per prediction", _factors)
+KFAC = KroneckerMetric("kfac", frozenset({"input", "output"}), "nats per prediction", _factors)

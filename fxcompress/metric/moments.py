@@ -9,8 +9,8 @@ Products are taken in float32 (float64 for a float64 model), sums over the data 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from fxcompress.errors import CalibrationError
 from fxcompress.metric.memory import GIB, free_memory
 
-Statistic = Literal["input", "output", "weight", "entries"]
+Named = Literal["input", "output", "weight", "entries"]
+"""Statistics of :class:`Moments`."""
 
 LARGEST_OUTPUT = 16384
 """From this width on (a vocabulary, say) only the diagonal of G is kept."""
@@ -47,6 +48,7 @@ class Moments:
         entries: the diagonal of the Fisher per prediction (m x n), float64.
         units: of ``input``, of ``output`` and of the other two, which are given in units of its
             square.  Powers of two, 1 unless squares would come near the ends of float64.
+        own: other statistics by name (:class:`fxcompress.metric.statistic.Statistic`), float64.
     """
 
     input: Tensor | None = None
@@ -54,6 +56,32 @@ class Moments:
     weight: Tensor | None = None
     entries: Tensor | None = None
     units: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All statistics that there are."""
+        named = (self.input, self.output, self.weight, self.entries)
+        return (*(each for each in named if each is not None), *self.own.values())
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Moments:
+        """Those with every tensor changed."""
+
+        def changed(one: Tensor | None) -> Tensor | None:
+            return None if one is None else change(one)
+
+        return replace(
+            self,
+            input=changed(self.input),
+            output=changed(self.output),
+            weight=changed(self.weight),
+            entries=changed(self.entries),
+            own={name: change(each) for name, each in self.own.items()},
+        )
+
+    def group(self, index: int) -> Moments:
+        """Those of one group of a convolution."""
+        return self.changed(lambda each: each[index])
 
 
 def is_root(moment: Tensor) -> bool:

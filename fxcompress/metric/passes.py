@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,62 +40,9 @@ from fxcompress.graph.physical import (
 )
 from fxcompress.metric.output import Loss, OutputKind
 from fxcompress.metric.starts import FisherKind, Start, backward_starts
-from fxcompress.operators.shape import Shape, channels_of, extents_of
-
-
-class SiteFacts(Protocol):
-    """What a pass needs to know of a site."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def calls(self) -> int: ...
-
-
-InputKey = tuple[str, tuple[Any, ...]]
-
-
-def input_key(site: SiteFacts) -> InputKey:
-    """Equal for sites that see the same rows: the same value, read in the same way."""
-    return site.source, site.shape.reading
-
-
-class Visitor(Protocol):
-    """What is done with the values of a pass.
-
-    A mask says which rows count: positions of a value (its shape without features; of a
-    convolution, items x extents of its output; of an embedding, of its look-ups).  What it leaves
-    out is never NaN in inputs, and zero in gradients.
-
-    Attributes:
-        backward: whether gradients are wanted.
-    """
-
-    backward: bool
-
-    def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
-        """The input of a call, once for all sites on it; whether it is finite."""
-
-    def keep(self, site: SiteFacts, data: Tensor) -> Tensor | None:
-        """What of the input of a call is wanted together with its gradient; it takes memory."""
-
-    def predicted(self, count: int) -> None:
-        """The batch makes so many predictions; backward passes follow."""
-
-    def gradient(
-        self, site: SiteFacts, data: Tensor | None, gradient: Tensor, mask: Tensor | None
-    ) -> bool:
-        """The gradient of a call's output, with what was kept; whether it is finite."""
-
-    def start(self, exponent: int) -> None:
-        """A backward pass begins, whose gradients are to be multiplied by ``2^exponent``."""
-
-    def end(self) -> None:
-        """A backward pass has ended."""
+from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.shape import channels_of, extents_of
 
 
 @dataclass(frozen=True)
@@ -348,7 +295,7 @@ class _Session:
         try:
             self.model.eval()
             for site in self.sites:
-                module = self.model.get_submodule(site.name)
+                module = operator_at(self.model, site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
                 ran = partial(self._see_run, name)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.metric.moments import is_root
-from fxcompress.metric.passes import SiteFacts
+from fxcompress.metric.visitor import SiteFacts
 
 PROBES = 64
 """Pairs of random vectors, drawn anew for every batch."""

@@ -1,222 +1,163 @@
-"""The Kronecker metric at one site: ``½ tr(G Δ A Δᵀ)``, for a matrix and for a convolution.
+"""What is asked of a metric at one site: a quadratic form on changes of its weight.
 
-A convolution is a linear map of patches: its canonical weight (m x n x kernel) of a group is the
-matrix (m x n·k), A the second moments of patches, G those of output gradients at a position.
-The groups are independent of one another: a Fisher block each.
+A form is about one matrix (m x n), or about one group of a convolution (m x n x k_1 x ... x k_d),
+whose rows of input are patches.  :class:`Grouped` puts forms together for the groups of a
+convolution (g x m/g x n/g x kernel), so that nothing else has to know of groups.
+
+A new form says :attr:`QuadraticForm.null`, :meth:`QuadraticForm.loss`,
+:meth:`QuadraticForm.truncations` and :meth:`QuadraticForm.solve`.  What it does not say beyond
+that it does without: it is decomposed in full every time, and offers no joint forms.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fxcompress.forms.target import (
+    Components,
     Losses,
-    Quadratic,
     Rank,
     Ranks,
-    Spectrum,
-    Target,
     Truncations,
     View,
     stack,
 )
-from fxcompress.metric.elementwise import Elementwise
-from fxcompress.metric.metric import Factor, Metric
-from fxcompress.metric.moments import Moments, is_root
-from fxcompress.metric.spectrum import decompose_whitened, quadratic_loss
-from fxcompress.metric.split import SplitTruncations
-from fxcompress.metric.tucker import TuckerTruncations
-from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
-from fxcompress.operators.shape import Shape, is_grouped
+from fxcompress.metric.whiten import BlockWhitener, Whitener
 
 
-class Whiteners:
-    """Whiteners of factors; the last input factor is remembered, as sites on one input share it.
-
-    Args:
-        damping: of the input and of the output factor.
-    """
-
-    def __init__(self, damping: tuple[float, float]) -> None:
-        self.damping = damping
-        self._last: tuple[Factor, list[Whitener]] | None = None
-
-    def inputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
-        """Of an input factor in units of ``unit²``, one per group."""
-        if self._last is None or factor is None or self._last[0] is not factor:
-            self._last = (factor, _each(factor, groups, self.damping[0], unit))
-        return self._last[1]
-
-    def outputs(self, factor: Factor, groups: int, unit: float = 1.0) -> list[Whitener]:
-        """Of an output factor in units of ``unit²``, one per group."""
-        return _each(factor, groups, self.damping[1], unit)
-
-
-def _each(factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
-    if factor is None:
-        return [Whitener()] * (groups or 1)
-    return [whitener(part, damping, unit) for part in (factor if groups else [factor])]
-
-
-def quadratic(metric: Metric, shape: Shape, moments: Moments, whiteners: Whiteners) -> Quadratic:
-    """The metric at one site.
-
-    Args:
-        metric: makes factors of moments.
-        shape: of the operator.
-        moments: of the site.
-        whiteners: of the factors, damped.
-
-    Raises:
-        ValueError: a factor is not finite.
-    """
-    if metric.factors is None:
-        assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape, moments.units[2])
-    a, g = metric.factors(moments)
-    groups = shape.matrix[0] if is_grouped(shape) else 0
-    first, second = _units(moments)
-    outputs = whiteners.outputs(g, groups, second)
-    pairs = zip(whiteners.inputs(a, groups, first), outputs, strict=True)
-    parts = tuple(Kronecker(inputs, outputs) for inputs, outputs in pairs)
-    return Grouped(parts) if groups else parts[0]
-
-
-def _units(moments: Moments) -> tuple[float, float]:
-    """What the roots of the input and of the output factor are in units of."""
-    first, second, third = moments.units
-    return first, third if moments.output is None else second
-
-
-def undamped_loss(metric: Metric, shape: Shape, moments: Moments, change: Tensor) -> float:
-    """Loss of a change of a weight by the moments themselves: ``½ tr(G Δ A Δᵀ)``, undamped.
-
-    For moments that the change was not chosen by: there is nothing to be careful about.
-
-    Args:
-        metric: makes factors of moments.
-        shape: of the operator.
-        moments: of the site.
-        change: Δ (canonical layout), float64.
-    """
-    if metric.factors is None:
-        assert moments.entries is not None
-        return Elementwise.of(moments.entries, shape, moments.units[2]).loss(change)
-    found = metric.factors(moments)
-    for factor, unit in zip(found, _units(moments), strict=True):
-        if factor is not None:
-            change = change * unit
-    grouped = is_grouped(shape)
-    parts = change.flatten(2) if grouped else change[None]
-    factors = [
-        [None] * len(parts) if factor is None else [*factor] if grouped else [factor]
-        for factor in found
-    ]
-    return 0.5 * sum(
-        float((_times(g, part) * _times(a, part.T).T).sum())
-        for a, g, part in zip(*factors, parts, strict=True)
-    )
-
-
-def _times(factor: Factor, x: Tensor) -> Tensor:
-    """``M x`` (d x k) for a factor M (d x d), or its diagonal, or a root of it (r x d)."""
-    if factor is None:
-        return x
-    factor = factor.to(x.dtype)
-    if is_root(factor):
-        return factor.T @ (factor @ x)
-    return factor[:, None] * x if factor.dim() == 1 else factor @ x
-
-
-def stacked(parts: Sequence[Quadratic], rows: Sequence[int]) -> Quadratic:
-    """The metric of weights on one input, stacked to one (Σm x n).
-
-    The output factor of a Kronecker metric becomes block diagonal.
-
-    Args:
-        parts: the metrics of the weights, with one input factor.
-        rows: of each weight.
-    """
-    if isinstance(parts[0], Elementwise):
-        each = [part for part in parts if isinstance(part, Elementwise)]
-        unit = max(part.unit for part in each)
-        entries = [part.entries * (part.unit / unit) ** 2 for part in each]
-        return Elementwise(torch.cat(entries), False, unit)
-    blocks = [p.outputs for p in parts if isinstance(p, Kronecker)]
-    inputs = parts[0].inputs  # type: ignore[attr-defined]
-    return Kronecker(inputs, BlockWhitener(tuple(blocks), tuple(rows)))  # type: ignore[arg-type]
-
-
-def shares(together: Quadratic, target: Target, rows: Sequence[int]) -> Callable[[int], Tensor]:
-    """The loss of each of several stacked weights at a rank, up to a common factor.
-
-    Args:
-        together: what :func:`stacked` returned.
-        target: the stacked weight in it.
-        rows: of each weight.
-    """
-    found = target.truncations()
-    if isinstance(together, Kronecker):
-        assert isinstance(together.outputs, BlockWhitener)
-        assert isinstance(found, Spectrum)
-        whitened = together.outputs.split(together.outputs.into(found.left.to(torch.float64)))
-        energy = torch.stack([part.square().sum(0) for part in whitened])
-        sizes = energy / energy.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-        return lambda rank: (sizes[:, rank:] * found.sigma[rank:].square()).sum(1)
-    assert isinstance(together, Elementwise)
-    entries, weight = together.entries, target.weight.to(torch.float64)
-
-    def parts(rank: int) -> Tensor:
-        left, right = found.factors(rank)
-        losses = entries * (left.to(torch.float64) @ right.to(torch.float64) - weight).square()
-        return torch.stack([part.sum() for part in torch.split(losses, list(rows))])
-
-    return parts
-
-
-@dataclass(frozen=True, eq=False)
-class Kronecker:
-    """The metric of a weight that is a matrix (m x n), or one group of a convolution.
+class Factors(NamedTuple):
+    """The damped factors of a form ``½ tr(G Δ A Δᵀ)``, as whiteners.
 
     Attributes:
-        inputs: whitens A, over inputs or patches.
-        outputs: whitens G.
-        splits: those of the one weight that it is asked about; Tucker-2 shares one.
+        inputs: of A (n x n), over inputs or patches.
+        outputs: of G (m x m).
     """
 
     inputs: Whitener
     outputs: Whitener | BlockWhitener
-    splits: dict[View, SplitTruncations] = field(default_factory=dict)
+
+
+class QuadraticForm(ABC):
+    """``½ vec(Δ)ᵀ M vec(Δ)`` for changes Δ of one weight: a metric at one site.
+
+    It remembers nothing of the weights that it is asked about.
+    """
 
     @property
+    @abstractmethod
     def null(self) -> bool:
         """Whether no change of the weight makes a difference."""
-        return self.inputs.null or self.outputs.null
 
+    @abstractmethod
     def loss(self, change: Tensor) -> float:
-        """Predicted loss of a change (m x n), or (m x n x kernel)."""
-        return quadratic_loss(change.flatten(1), self.inputs, self.outputs)
+        """Predicted loss of a change (canonical layout), in nats for a Fisher metric."""
 
+    @abstractmethod
     def truncations(self, weight: Tensor, view: View) -> Truncations:
-        """Approximations of a weight (m x n), or (m x n x kernel)."""
-        if view == "matrix":
-            return decompose_whitened(weight.flatten(1), self.inputs, self.outputs)
-        key: View = "input" if view == "tucker2" else view
-        if key not in self.splits:
-            self.splits[key] = SplitTruncations.of(weight, self.inputs, self.outputs, key)
-        found = self.splits[key]
-        return TuckerTruncations(found) if view == "tucker2" else found
+        """Approximations of a weight (canonical layout) of every rank.
+
+        Raises:
+            ValueError: the weight is not finite.
+        """
+
+    @abstractmethod
+    def solve(self, gradient: Tensor) -> Tensor:
+        """The natural gradient ``M⁻¹ ∇``, damping included, float64; 0 if the form is.
+
+        Args:
+            gradient: with respect to the weight (canonical layout).
+        """
+
+    @property
+    def by_group(self) -> tuple[QuadraticForm, ...]:
+        """The forms of the groups of a convolution; of a matrix itself."""
+        return (self,)
+
+    @property
+    def factors(self) -> Factors | None:
+        """A and G of a Kronecker product; None of any other form, and of a convolution's groups."""
+        return None
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Self], rows: Sequence[int]) -> QuadraticForm | None:
+        """The form of weights on one input, stacked to one (Σm x n); None if there is none.
+
+        Args:
+            parts: the forms of the weights.
+            rows: of each weight.
+        """
+        return None
+
+    def shares(
+        self, weight: Tensor, found: Truncations, rows: Sequence[int]
+    ) -> Callable[[int], Tensor]:
+        """The loss of each of several stacked weights at a rank, up to a common factor.
+
+        Args:
+            weight: the stacked weight (Σm x n), in a form made by :meth:`stacked`.
+            found: its truncations.
+            rows: of each weight.
+        """
+        wide = weight.to(torch.float64)
+
+        def parts(rank: int) -> Tensor:
+            left, right = found.factors(rank)
+            change = left.to(torch.float64) @ right.to(torch.float64) - wide
+            losses, start = [], 0
+            for count in rows:
+                alone = torch.zeros_like(change)
+                alone[start : start + count] = change[start : start + count]
+                losses.append(self.loss(alone))
+                start += count
+            return torch.tensor(losses, dtype=torch.float64)
+
+        return parts
+
+    def for_matrices(self) -> QuadraticForm:
+        """The same form without what takes memory and is asked for by kernels only."""
+        return self
+
+    def starting_from(self, basis: Tensor, iterations: int) -> QuadraticForm:
+        """The same form, whose truncations may start from a space instead of from nothing.
+
+        They say then by a :class:`~fxcompress.forms.target.Certificate` what that may have missed.
+
+        Args:
+            basis: what :meth:`start` returned for a weight nearby.
+            iterations: of a subspace iteration.
+        """
+        return self
+
+    def start(self, found: Truncations, rank: int) -> Tensor | None:
+        """Where to start the next time, if that rank is expected again; None for nowhere.
+
+        Args:
+            found: truncations of a weight seen as one matrix.
+            rank: the expected one.
+        """
+        return None
 
 
 @dataclass(frozen=True, eq=False)
-class Grouped:
-    """The metric of a convolution: its groups one by one."""
+class Grouped(QuadraticForm):
+    """The form of a convolution (g x m/g x n/g x kernel): its groups one by one.
 
-    groups: tuple[Kronecker, ...]
+    The groups are independent of one another: a block of the Fisher each.
+    """
+
+    groups: tuple[QuadraticForm, ...]
+
+    @property
+    def by_group(self) -> tuple[QuadraticForm, ...]:
+        """The forms of the groups."""
+        return self.groups
 
     @property
     def null(self) -> bool:
@@ -224,23 +165,28 @@ class Grouped:
         return all(group.null for group in self.groups)
 
     def loss(self, change: Tensor) -> float:
-        """Predicted loss of a change (g x m/g x n/g x kernel)."""
+        """Sum over the groups."""
         return sum(group.loss(part) for group, part in zip(self.groups, change, strict=True))
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
-        """Approximations of a weight (g x m/g x n/g x kernel), equal ranks in all groups."""
+        """Approximations at equal ranks in all groups."""
         parts = zip(self.groups, weight, strict=True)
-        return Stacked(tuple(group.truncations(part, view) for group, part in parts))
+        return GroupedTruncations(tuple(group.truncations(part, view) for group, part in parts))
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Group by group."""
+        parts = zip(self.groups, gradient, strict=True)
+        return torch.stack([group.solve(part) for group, part in parts])
 
 
 @dataclass(frozen=True, eq=False)
-class Stacked:
+class GroupedTruncations(Truncations):
     """Truncations of all groups, each at the same rank."""
 
     groups: tuple[Truncations, ...]
 
-    @property
-    def sigma(self) -> Tensor:
+    @cached_property
+    def sigma(self) -> Tensor:  # type: ignore[override]
         """Root of the loss that the components carry, all groups together (k)."""
         return torch.stack([group.sigma for group in self.groups]).square().sum(0).sqrt()
 
@@ -254,3 +200,21 @@ class Stacked:
     def factors(self, rank: Rank) -> tuple[Tensor, ...]:
         """With a leading dimension of groups."""
         return stack([group.factors(rank) for group in self.groups])
+
+    def components(self) -> Components | None:
+        """Those of the groups side by side."""
+        parts = [each for group in self.groups if (each := group.components()) is not None]
+        if len(parts) < len(self.groups):
+            return None
+        lefts, rights = [each.left for each in parts], [each.right for each in parts]
+        return Components(torch.cat(lefts), torch.cat(rights))
+
+    def remeasured(self, energies: Tensor) -> GroupedTruncations:
+        """Every group by its own losses."""
+        pairs = zip(self.groups, energies, strict=True)
+        return GroupedTruncations(tuple(group.remeasured(part[None]) for group, part in pairs))
+
+    def derived(self, view: View) -> Truncations | None:
+        """Approximations in another view that those of all groups come with."""
+        parts = [each for group in self.groups if (each := group.derived(view)) is not None]
+        return GroupedTruncations(tuple(parts)) if len(parts) == len(self.groups) else None

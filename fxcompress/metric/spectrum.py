@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.forms.target import Spectrum
-from fxcompress.metric.metric import Factor
-from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
+from fxcompress.metric.whiten import BlockWhitener, Factor, Whitener, whitener
 
 
 def decompose(

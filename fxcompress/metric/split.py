@@ -19,18 +19,28 @@ its factorization.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.forms.target import Losses, Rank, Ranks, View, arrange, tail
+from fxcompress.forms.target import (
+    Components,
+    Losses,
+    Rank,
+    Ranks,
+    Truncations,
+    View,
+    arrange,
+    tail,
+)
 from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
 
 
 @dataclass(frozen=True, eq=False)
-class SplitTruncations:
+class SplitTruncations(Truncations):
     """Approximations of one group of a convolution, of every rank k >= r >= 0.
 
     Attributes:
@@ -43,6 +53,7 @@ class SplitTruncations:
         coordinates: ``L_Gᵀ T`` (m x k x q), float64.
         sigma: root of the loss that each b_i carries (k), float64; not sorted.
         dtype: of the factors that are handed out.
+        view: that they are of.
     """
 
     weight: Tensor
@@ -53,6 +64,7 @@ class SplitTruncations:
     coordinates: Tensor
     sigma: Tensor
     dtype: torch.dtype
+    view: View
 
     @staticmethod
     def of(
@@ -81,6 +93,7 @@ class SplitTruncations:
             basis.new_zeros(0),
             basis.new_zeros(0),
             torch.promote_types(weight.dtype, torch.float32),
+            view,
         )
         fitted, _ = plain.fit(len(basis))
         coordinates = outputs.into(fitted).reshape(m, len(basis), q) * inputs.unit
@@ -120,8 +133,8 @@ class SplitTruncations:
             product = self.weight.flatten(1) @ above.reshape(rank * q, -1).T
         return torch.linalg.solve_triangular(lower, product.T, upper=False).T, lower
 
-    def components(self) -> tuple[Tensor, Tensor]:
-        """Left (m x k x q) and right (k x q x c·q) whose products are what each b_i adds.
+    def components(self) -> Components:
+        """What each b_i adds: left (1 x m x k x q) and right (1 x k x q x c·q).
 
         Patches are in the order in which A has them.
         """
@@ -132,10 +145,73 @@ class SplitTruncations:
         patches = torch.einsum("ic,qp->iqcp", self.basis, eye).reshape(rank * q, c * q)
         right = torch.empty_like(patches)
         right[:, self.order] = torch.linalg.solve_triangular(lower, patches, upper=False)
-        return (
-            fitted.reshape(m, rank, q).to(self.dtype),
-            right.reshape(rank, q, c * q).to(self.dtype),
+        return Components(
+            fitted.reshape(1, m, rank, q).to(self.dtype),
+            right.reshape(1, rank, q, c * q).to(self.dtype),
         )
+
+    def remeasured(self, energies: Tensor) -> Self:
+        """The same components with measured losses, in their order: they are nested in it."""
+        return replace(self, sigma=energies[0].sqrt())
+
+    def derived(self, view: View) -> Truncations | None:
+        """Tucker-2 starts from the input channels of the view ``input``."""
+        return TuckerTruncations(self) if (self.view, view) == ("input", "tucker2") else None
+
+
+@dataclass(frozen=True, eq=False)
+class TuckerTruncations(Truncations):
+    """Approximations of one group of a convolution, of every pair of ranks (r_1, r_2).
+
+    The subspace of r_1 input channels and the coordinates T (m x r_1·k) of the weight in it are
+    those of the view ``input``.  Given them, the best r_2 output channels are the leading left
+    singular vectors of T in whitened coordinates: a sequentially truncated HOSVD (Vannieuwenhoven,
+    Vandebril, Meerbergen 2012).  The loss of both steps adds up, exactly.
+
+    Attributes:
+        inputs: the split in the view ``input``.
+    """
+
+    inputs: SplitTruncations
+    _tails: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def sigma(self) -> Tensor:  # type: ignore[override]
+        """Root of the loss that each input channel carries (k)."""
+        return self.inputs.sigma
+
+    def derived(self, view: View) -> Truncations | None:
+        """The split of the input channels that they start from."""
+        return self.inputs if view == "input" else None
+
+    def losses(self, ranks: Ranks) -> Losses:
+        """At pairs (k x 2) of input and output ranks."""
+        firsts = self.inputs.losses(ranks[:, 0])
+        seconds = [self._tail(int(first))[int(second)] for first, second in ranks]
+        return cast("Losses", firsts + np.array([float(each) for each in seconds]))
+
+    def factors(self, rank: Rank) -> tuple[Tensor, Tensor, Tensor]:
+        """(m x r_2), (r_2 x r_1 x k), (r_1 x n)."""
+        assert isinstance(rank, tuple)
+        first, second = rank
+        split = self.inputs
+        t = split.coordinates[:, :first].flatten(1)
+        vectors = torch.linalg.eigh(t @ t.T).eigenvectors.flip(1)[:, :second]
+        left, right = split.factors(first)
+        # L_Gᵀ W ≈ Y Yᵀ L_Gᵀ W: the core is what is left of the layer above the inputs.
+        above = split.outputs.into(left.to(torch.float64).flatten(1))
+        core = (vectors.T @ above).reshape(second, first, -1)
+        unit = split.outputs.unit  # which would leave the range of a narrow type
+        below, core = split.outputs.out_of(vectors) * unit, core / unit
+        return below.to(left.dtype), core.to(left.dtype), right
+
+    def _tail(self, first: int) -> Tensor:
+        """Loss of the output step at every r_2 from 0 to m, after r_1 input channels."""
+        if first not in self._tails:
+            t = self.inputs.coordinates[:, :first].flatten(1)
+            values = torch.linalg.eigvalsh(t @ t.T).clamp_min(0).flip(0)
+            self._tails[first] = tail(0.5 * values).cpu()
+        return self._tails[first]
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -13,12 +13,18 @@ eigenvalues raised to a relative floor takes over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxcompress.metric.moments import is_root
+
+Factor = Tensor | None
+"""A positive semi-definite matrix (d x d), a diagonal one (d), or None for the identity.
+
+A matrix of low rank may be given by a root (r x d), r < d: it is ``Rᵀ R``.
+"""
 
 FLOOR = 1e-9
 """Eigenvalues are raised to this fraction of the mean eigenvalue, so that inverses exist."""
@@ -95,6 +101,10 @@ class Whitener:
             return self._powers(x, -2)
         return x if self.scale is None else x / self.scale.square()[:, None].to(x.dtype)
 
+    def without_matrix(self) -> Whitener:
+        """The same products, without the factor itself."""
+        return replace(self, matrix=None)
+
     def _powers(self, x: Tensor, power: int) -> Tensor:
         """A power of the symmetric root, times x."""
         assert self.few is not None
@@ -123,7 +133,7 @@ class BlockWhitener:
         sizes: rows of each.
     """
 
-    blocks: tuple[Whitener, ...]
+    blocks: tuple[Whitener | BlockWhitener, ...]
     sizes: tuple[int, ...]
 
     @property
@@ -150,8 +160,17 @@ class BlockWhitener:
         parts = zip(self.blocks, self.split(x), strict=True)
         return torch.cat([block.out_of(part) for block, part in parts])
 
+    def solve(self, x: Tensor) -> Tensor:
+        """``(L Lᵀ)⁻¹ x`` for x (Σd x k)."""
+        parts = zip(self.blocks, self.split(x), strict=True)
+        return torch.cat([block.solve(part) for block, part in parts])
 
-def whitener(factor: Tensor | None, damping: float, unit: float = 1.0) -> Whitener:
+    def without_matrix(self) -> BlockWhitener:
+        """The same products, without the factors themselves."""
+        return replace(self, blocks=tuple(block.without_matrix() for block in self.blocks))
+
+
+def whitener(factor: Factor, damping: float, unit: float = 1.0) -> Whitener:
     """The whitener of a factor, damped relative to its mean eigenvalue.
 
     Args:
@@ -209,3 +228,31 @@ def _whitener_of_few(rows: Tensor, damping: float, unit: float) -> Whitener:
     damped = (values + damping * mean).clamp_min(FLOOR * mean)
     other = max(damping, FLOOR) * mean
     return Whitener(few=(basis @ vectors, damped.sqrt(), other**0.5), unit=unit)
+
+
+class Whiteners:
+    """Whiteners of factors; the last input factor is remembered, as sites on one input share it.
+
+    Args:
+        damping: of the input and of the output factor.
+    """
+
+    def __init__(self, damping: tuple[float, float]) -> None:
+        self.damping = damping
+        self._last: tuple[Factor, list[Whitener]] | None = None
+
+    def inputs(self, factor: Factor, groups: int = 0, unit: float = 1.0) -> list[Whitener]:
+        """Of an input factor in units of ``unit²``; of groups with a dimension of their own."""
+        if self._last is None or factor is None or self._last[0] is not factor:
+            self._last = (factor, _each(factor, groups, self.damping[0], unit))
+        return self._last[1]
+
+    def outputs(self, factor: Factor, groups: int = 0, unit: float = 1.0) -> list[Whitener]:
+        """Of an output factor in units of ``unit²``; of groups with a dimension of their own."""
+        return _each(factor, groups, self.damping[1], unit)
+
+
+def _each(factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
+    if factor is None:
+        return [Whitener()] * (groups or 1)
+    return [whitener(part, damping, unit) for part in (factor if groups else [factor])]

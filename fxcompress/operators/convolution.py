@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.operators import patches, rows
-from fxcompress.operators.kind import Application, Call, Kind
+from fxcompress.operators.calls import Application, Call, same
+from fxcompress.operators.kind import Kind
 from fxcompress.operators.shape import CPU, Shape, Sizes
 from fxcompress.operators.words import OPERATORS, AttributeValue, Takes, operators_of
 
@@ -391,23 +392,14 @@ class _Convolution(Kind):
             dtype=weight.dtype,
             device=weight.device,
         )
-        after = partial(_biased, bias, dims) if bias is not None else _same
+        after = partial(_biased, bias, dims) if bias is not None else same
         return Application(shape, weight, given["input"], after=after, bias=bias)
-
-    def applying(self, shape: ConvShape, weight: nn.Parameter) -> nn.Module:
-        layer = replace(shape, device=torch.device("meta")).bare()
-        layer.weight = weight
-        return layer
 
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = (*_ARGUMENTS[:5], "output_padding", "groups", "dilation")
 _TEXT = re.compile(r"(conv|conv_transpose)([123])d ([0-9]{1,9})→([0-9]{1,9}) ([0-9×]{1,32})")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
 
 
 def _biased(bias: Tensor, dims: int, value: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.operators import rows
-from fxcompress.operators.kind import Application, Call, Kind
+from fxcompress.operators.calls import Application, Call
+from fxcompress.operators.kind import Kind
 from fxcompress.operators.shape import CPU, Shape, Sizes
 from fxcompress.operators.words import AttributeValue, Takes
 
@@ -103,6 +104,10 @@ class EmbeddingShape(Shape):
         """The inverse of :meth:`canonical`."""
         return canonical.T
 
+    def same_product(self, other: Shape) -> bool:
+        sizes = (other.in_features, other.out_features)
+        return other.takes == self.takes and sizes == (self.in_features, self.out_features)
+
     def bare(self) -> nn.Embedding:
         """An uninitialized ``nn.Embedding``."""
         return self.table(self.out_features)
@@ -187,7 +192,7 @@ class _Embedding(Kind):
             given = dict(zip(_NATIVE, call.args, strict=False)) | dict(call.kwargs)
         data = given.get("input", given.get("indices"))
         weight: Any = given.get("weight")
-        if getattr(weight, "ndim", 0) != 2:
+        if getattr(weight, "ndim", 0) != 2 or given.get("max_norm") is not None:
             return None
         padding = given.get("padding_idx")
         if padding is not None:
@@ -201,14 +206,8 @@ class _Embedding(Kind):
             padding,
             bool(given.get("sparse", False)),
             bool(given.get("scale_grad_by_freq", False)),
-            given.get("max_norm"),
         )
         return Application(shape, weight, data)
-
-    def applying(self, shape: EmbeddingShape, weight: nn.Parameter) -> nn.Module:
-        layer = replace(shape, device=torch.device("meta")).bare()
-        layer.weight = weight
-        return layer
 
 
 def _is_index(value: Any) -> bool:

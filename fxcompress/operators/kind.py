@@ -4,53 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fxcompress.operators.calls import Application, Call
 from fxcompress.operators.shape import CPU, Shape
 from fxcompress.operators.words import AttributeValue
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A call of a torch function.
-
-    Attributes:
-        name: of the function (``"__matmul__"``), without a library.
-        args, kwargs: what it is given: tensors, or what stands for them.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Application:
-    """A call as the application of a weight to a value: ``after(operator(before(data)))``.
-
-    Attributes:
-        shape: of the operator, without a bias, whose weight is stored as the call has it.
-        weight: that is applied.
-        data: the value that it is applied to.
-        before: brings the value into the order that the operator takes.
-        after: brings the operator's output into the order of the call's, and adds what it adds.
-        bias: what ``after`` adds; None for nothing.
-    """
-
-    shape: Shape
-    weight: Any
-    data: Any
-    before: Callable[[Tensor], Tensor] = _same
-    after: Callable[[Tensor], Tensor] = _same
-    bias: Any = None
 
 
 class Kind(ABC):
@@ -110,7 +71,3 @@ class Kind(ABC):
             call: of any function.
             is_weight: whether an argument is one.
         """
-
-    @abstractmethod
-    def applying(self, shape: Any, weight: nn.Parameter) -> nn.Module:
-        """A module of a shape without bias that has a weight in common with others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.operators import rows
-from fxcompress.operators.kind import Application, Call, Kind
+from fxcompress.operators.calls import Application, Call, same
+from fxcompress.operators.kind import Kind
 from fxcompress.operators.shape import CPU, Shape, Sizes
 from fxcompress.operators.words import AttributeValue, Takes
 
@@ -98,6 +98,13 @@ class LinearShape(Shape):
         """The inverse of :meth:`canonical`."""
         return canonical.T if self.transposed else canonical
 
+    @property
+    def is_mirrored(self) -> bool:
+        return self.transposed
+
+    def mirrored(self) -> LinearShape:
+        return replace(self, transposed=not self.transposed)
+
     def bare(self) -> nn.Linear:
         """An uninitialized ``nn.Linear``."""
         layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
@@ -109,6 +116,9 @@ class LinearShape(Shape):
             device=self.device,
         )
         return layer
+
+    def applying(self, weight: nn.Parameter) -> nn.Module:
+        return Product(weight) if self.transposed else super().applying(weight)
 
     def counted_on(self, rows: int, inputs: tuple[Sizes, ...]) -> LinearShape:
         return replace(self, rows=rows)
@@ -222,13 +232,6 @@ class _Linear(Kind):
         scaled = any(call.kwargs.get(word, 1) != 1 for word in ("alpha", "beta"))
         return None if scaled else _product(args[1], args[2], args[0], transposed=True)
 
-    def applying(self, shape: LinearShape, weight: nn.Parameter) -> nn.Module:
-        if shape.transposed:
-            return Product(weight)
-        layer = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
-        layer.weight = weight
-        return layer
-
 
 # Functions that multiply by a matrix (n x m), and where it stands.
 _MATRIX = {"matmul": 1, "__matmul__": 1, "mm": 1, "addmm": 2}
@@ -239,12 +242,8 @@ def _product(data: Any, weight: Any, bias: Any, *, transposed: bool) -> Applicat
         return None
     n, m = weight.shape if transposed else weight.shape[::-1]
     shape = LinearShape(n, m, False, weight.dtype, weight.device, transposed)
-    after = partial(torch.add, bias) if bias is not None else _same
+    after = partial(torch.add, bias) if bias is not None else same
     return Application(shape, weight, data, after=after, bias=bias)
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
 
 
 def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Application | None:
@@ -252,34 +251,45 @@ def _einsum(args: tuple[Any, ...], is_weight: Callable[[Any], bool]) -> Applicat
     if not args or not isinstance(args[0], str):
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    found = _EINSUM.fullmatch(args[0].replace(" ", ""))
-    if found is None or len(operands) != 2 or not any(map(is_weight, operands)):
+    letters = _letters(args[0])
+    if letters is None or len(operands) != 2 or not any(map(is_weight, operands)):
         return None
-    first, second, out = found.groups()
     data, weight = operands
+    of_data, of_weight, out = letters
     if not is_weight(weight):
-        (data, weight), (first, second) = (weight, data), (second, first)
-    of_data, of_out = first.replace("...", "."), out.replace("...", ".")
-    if "." in second or len({*second}) != 2 or len(second) != 2 or len({*of_data}) < len(of_data):
+        data, weight, of_data, of_weight = weight, data, of_weight, of_data
+    if "." in of_weight or len(of_weight) != 2:
         return None
-    contracted = next((c for c in second if c in of_data and c not in of_out), None)
-    free = next((c for c in second if c not in of_data and c in of_out), None)
-    if contracted is None or free is None:
+    first = of_weight[0] in of_data
+    summed, free = of_weight[not first], of_weight[first]
+    if summed not in of_data or of_data.replace(summed, "") != out.replace(free, ""):
         return None
-    if of_data.replace(contracted, "") != of_out.replace(free, ""):
+    if summed in out or free not in out or free in of_data:
         return None
-    made = _product(data, weight, None, transposed=second[0] == contracted)
+    made = _product(data, weight, None, transposed=of_weight[0] == summed)
     if made is None:
         return None
-    before, after = _place(of_data, contracted), _place(of_out, free)
+    before, after = _place(of_data, summed), _place(out, free)
     return replace(
         made,
-        before=_same if before == -1 else partial(torch.movedim, source=before, destination=-1),
-        after=_same if after == -1 else partial(torch.movedim, source=-1, destination=after),
+        before=same if before == -1 else partial(torch.movedim, source=before, destination=-1),
+        after=same if after == -1 else partial(torch.movedim, source=-1, destination=after),
     )
 
 
+def _letters(equation: str) -> tuple[str, str, str] | None:
+    """The letters of two operands and of what is made of them, ``.`` for an ellipsis.
+
+    None if a letter stands twice in one of them.
+    """
+    found = _EINSUM.fullmatch(equation.replace(" ", "").replace("...", "."))
+    if found is None or any(len({*each}) < len(each) for each in found.groups()):
+        return None
+    return found[1], found[2], found[3]
+
+
 _EINSUM = re.compile(r"([A-Za-z.]+),([A-Za-z.]+)->([A-Za-z.]+)")
+_letters._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _place(letters: str, letter: str) -> int:
@@ -294,14 +304,8 @@ def linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
     >>> linear_arguments(("x",), {"bias": "b", "weight": "w"})
     ('x', 'w', 'b')
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    return given["input"], given["weight"], given.get("bias")
 
-
-def _signature(input: Any, weight: Any, bias: Any = None) -> None: ...
-
-
-_SIGNATURE = inspect.signature(_signature)
 
 KIND = _Linear()

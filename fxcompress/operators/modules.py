@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.operators.kind import Application, Call, Kind
+from fxcompress.operators.calls import Application, Call
+from fxcompress.operators.kind import Kind
 from fxcompress.operators.shape import CPU, Shape
 from fxcompress.operators.words import KINDS as WORDS
 

@@ -15,8 +15,10 @@ row of outputs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -116,6 +118,33 @@ class Shape(ABC):
     @abstractmethod
     def stored(self, canonical: Tensor) -> Tensor:
         """The inverse of :meth:`canonical`."""
+
+    def mirrored(self) -> Shape | None:
+        """The shape whose weight is stored as the transpose of this one's; None without any."""
+        return None
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether the weight is stored as the transpose of what torch's own module stores."""
+        return False
+
+    def same_product(self, other: Shape) -> bool:
+        """Whether two operators make the same of one input and one weight, of whatever type."""
+        return bool(replace(self, dtype=other.dtype, device=other.device) == other)
+
+    @property
+    def stored_size(self) -> Sizes:
+        """The size of the weight as it is stored."""
+        groups, m, n = self.matrix
+        kernel = self.kernel_size
+        size = (groups, m, n // math.prod(kernel), *kernel) if kernel else (m, n)
+        return tuple(self.stored(torch.empty(size, device="meta")).shape)
+
+    def applying(self, weight: nn.Parameter) -> nn.Module:
+        """A module of this shape, without bias, that has its weight in common with others."""
+        module = replace(self, device=torch.device("meta")).bare()
+        module.weight = weight
+        return module
 
     @abstractmethod
     def bare(self) -> nn.Module:

@@ -24,7 +24,7 @@ class KindWords:
             weight; or values with spatial dimensions, of which every group sees patches.
         ops: canonical operators, each with its number of spatial dimensions.
         attributes: name -> type, of each of them (see
-            :class:`fxcompress.rules.vocabulary.AttributeType`).
+            :class:`fxcompress.rules.language.vocabulary.AttributeType`).
     """
 
     name: str

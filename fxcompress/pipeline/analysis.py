@@ -38,7 +38,13 @@ from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
 from fxcompress.progress import Progress
-from fxcompress.rewrite import Factorized, find_batch_norms, fold_batch_norms, prepared
+from fxcompress.rewrite import (
+    Factorized,
+    find_batch_norms,
+    fold_batch_norms,
+    prepared,
+    record_operators,
+)
 from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
 
 
@@ -167,6 +173,7 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
     decomposed = decompose_groups(work, surveyed.groups, metric_of, tick)
+    request.notes.add(*_apart(surveyed, decomposed))
     if metric.directions:
         wanted = wanted_directions(decomposed, surveyed.groups)
         tick = request.show.stage("directions", division.count)
@@ -177,6 +184,16 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
         )  # fmt: skip
         decomposed = with_directions(decomposed, surveyed.groups, energies)
     return Analysis.of(surveyed, estimated, decomposed)
+
+
+def _apart(found: Survey, decomposed: Decomposition) -> Iterator[str]:
+    """What cannot be rewritten together, though every part of it has an influence."""
+    kind = found.rules.rules.metric.kind
+    for group in found.several:
+        known = group.name in decomposed.groups
+        if not known and not any(site.name in decomposed.idle for site in group.sites):
+            names = ", ".join(site.name for site in group.sites)
+            yield f"{names}: metric {kind} cannot weigh them together, so no joint form is offered"
 
 
 def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estimate:
@@ -291,14 +308,14 @@ def survey(
 
     tick = request.show.stage("record", None)
     examples = examples or [first]
-    recording = record(work, examples, forward=request.forward)
+    recording = record_operators(work, examples, forward=request.forward)
     tick()
 
     request.show.stage("match", None)
     matched = match_model(work, loaded, recording)
     matched.check()
     before, size = recording.operators, _model_size(work, recording)
-    asked = {match.weight: match.path for match in matched.matches if match.fold}
+    asked = {match.weight: match.path for match in matched.matches if match.limits.fold_batch_norm}
     folded, reasons = find_batch_norms(work, recording, asked)
     if folded:
         fold_batch_norms(work, folded)

@@ -14,6 +14,7 @@ from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, find_form, fit
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
+from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
@@ -208,7 +209,7 @@ def _build(
         chosen, rank = entries[0].choice
         form = group.forms[chosen]
         built = _form(group, instead[name], planned) if instead else form
-        modules = [analysis.model.get_submodule(site.name) for site in group.sites]
+        modules = [operator_at(analysis.model, site.name) for site in group.sites]
         bodies[name] = body = built.empty(rank)
         try:
             factors = form.factors(analysis.decomposed.groups[name].target, rank)
@@ -247,7 +248,7 @@ def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
 def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
     """Compare a body with its operator given the weight that the body stands for."""
     inputs = _sample(analysis, site)
-    operator = copy.deepcopy(analysis.model.get_submodule(site.name)).double()
+    operator = copy.deepcopy(operator_at(analysis.model, site.name)).double()
     wide = inputs.double() if inputs.is_floating_point() else inputs
     with torch.no_grad():
         operator.weight = nn.Parameter(site.shape.stored(weight))
@@ -280,7 +281,7 @@ def _rerecord(
     failures = {}
     within = containing(after.called)
     for entry in planned.rewritten:
-        if not _runs(after, within, entry.name):
+        if not _runs(after, within, operator_path(rewritten, entry.name)):
             failures[entry.group] = _Failure(
                 str(entry.form), "the model runs past it, so the rewritten layer would save nothing"
             )

@@ -1,7 +1,7 @@
 """``compile`` and ``plan``: the stages in order.
 
 record → match → calibrate → spectrum → budget → rewrite, each a function over frozen values
-(README, "How it works").  The model that was given is only read;
+(docs/how-it-works.md).  The model that was given is only read;
 all work happens on a copy of its structure that shares its parameters until the end.
 """
 
@@ -17,7 +17,6 @@ from torch import nn
 
 from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
-from fxcompress.graph.recorder import record
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
@@ -27,8 +26,8 @@ from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
-from fxcompress.rules import Explanation, Rules, read_rules, with_keep
-from fxcompress.rules.diagnostics import choices, suggest
+from fxcompress.rewrite import record_operators
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -157,7 +156,7 @@ def explain(
         if example is None:
             raise RecordError("explain runs the model once: give it an example batch")
         work = working_copy(model)
-        recording = record(work, [example], forward=forward)
+        recording = record_operators(work, [example], forward=forward)
         return Explanation.of(match_model(work, loaded, recording), rule=rule)
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:

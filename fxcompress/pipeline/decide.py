@@ -13,8 +13,7 @@ from torch import Tensor
 from fxcompress.budget import Choice
 from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
-from fxcompress.metric import METRICS, Metric
-from fxcompress.metric.quadratic import undamped_loss
+from fxcompress.metric import METRICS
 from fxcompress.pipeline.analysis import Analysis, Survey
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
@@ -33,6 +32,7 @@ from fxcompress.plans.plan import (
     total_size,
 )
 from fxcompress.plans.units import UNITS, CountedUnit
+from fxcompress.rewrite import planned_weight
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
@@ -71,7 +71,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             "held back": len(analysis.estimate.held_back.batches),
             "seed": rules.metric.seed,
         },
-        damping=analysis.estimate.damping if _is_damped(METRICS[rules.metric.kind]) else (),
+        damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
@@ -113,7 +113,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
         if entry.form is not None and entry.name in known:
             dense = sites[entry.name].weight_in(analysis.model).to(torch.float64)
             change = _approximated(analysis, entry) - dense
-            loss = undamped_loss(metric, sites[entry.name].shape, known[entry.name], change)
+            loss = metric.undamped_loss(sites[entry.name].shape, known[entry.name], change)
             entry = entry.model_copy(update={"predicted": loss})
         entries.append(entry)
     predicted = math.fsum(entry.predicted for entry in entries)
@@ -127,10 +127,6 @@ def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor:
     form, rank = entry.choice
     target = analysis.decomposed.groups[group.name].target
     return group.approximated(form, target, rank)[entry.member]
-
-
-def _is_damped(metric: Metric) -> bool:
-    return metric.factors is not None and bool(metric.needs)
 
 
 def price(analysis: Survey) -> dict[str, Pricing]:
@@ -238,9 +234,11 @@ def _site_plan(
     mine = analysis.groups_of(site.name)
     forms = tuple(form for group in mine for form in group.forms)
     out = {form for group in mine for form in excluded.get(group.name, ())}
+    weight, applied = planned_weight(analysis.model, site.weight)
     return SitePlan(
         name=site.name,
-        weight=site.weight,
+        weight=weight,
+        applied=applied,
         op=site.op,
         operator=str(site.shape),
         in_features=site.in_features,
@@ -269,7 +267,7 @@ def _site_plan(
 def _dense_reason(
     site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
 ) -> str:
-    if site.name in analysis.decomposed.idle and not site.match.unmeasured:
+    if site.name in analysis.decomposed.idle and not site.match.limits.unmeasured:
         known = analysis.estimate.calibration.unmeasured
         why = known.get(site.name, "every statistic of it is zero")
         return f"no influence was measured: {why}"

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Target
-from fxcompress.forms.target import Losses, Quadratic
-from fxcompress.metric import Metric, Moments
-from fxcompress.metric.directions import Components, components, remeasured
-from fxcompress.metric.quadratic import Whiteners, quadratic, shares, stacked
+from fxcompress.forms.target import Components, Losses
+from fxcompress.metric import Metric, Moments, QuadraticForm
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.pipeline.sites import Group, Site
 
 
@@ -70,7 +69,7 @@ class Decomposition:
 def decompose_groups(
     model: nn.Module,
     groups: Sequence[Group],
-    metric_of: Callable[[Site], Quadratic],
+    metric_of: Callable[[Site], QuadraticForm],
     tick: Callable[[], None] = lambda: None,
 ) -> Decomposition:
     """Approximate the weights of every group, and ask their forms what they would lose.
@@ -88,7 +87,7 @@ def decompose_groups(
     found: dict[str, Decomposed] = {}
     idle: list[str] = []
     waiting = {site.name: each for each in groups if len(each.sites) > 1 for site in each.sites}
-    parts: dict[str, Quadratic] = {}  # of sites whose group is not complete yet
+    parts: dict[str, QuadraticForm] = {}  # of sites whose group is not complete yet
     for single in groups:
         if len(single.sites) > 1:
             continue
@@ -100,16 +99,31 @@ def decompose_groups(
         if (several := waiting.get(site.name)) is not None:
             parts[site.name] = own
             if all(member.name in parts for member in several.sites):
-                those = [parts.pop(member.name) for member in several.sites]
-                if not any(part.null for part in those):
-                    found[several.name] = decompose(model, several, stacked(those, several.rows))
+                together = stacked(several, parts)
+                if together is not None:
+                    found[several.name] = decompose(model, several, together)
+                for member in several.sites:
+                    del parts[member.name]
         tick()
     return Decomposition(found, tuple(idle))
 
 
+def stacked(group: Group, metrics: Mapping[str, QuadraticForm]) -> QuadraticForm | None:
+    """The metric of the stacked weights of several sites on one input.
+
+    None if one of them has no influence, or the metric cannot be that of several weights.
+
+    Args:
+        group: of the sites.
+        metrics: by site name.
+    """
+    parts = [metrics[site.name] for site in group.sites]
+    return None if any(part.null for part in parts) else parts[0].stacked(parts, group.rows)
+
+
 def metric_from(
     moments: dict[str, Moments], metric: Metric, damping: tuple[float, float]
-) -> Callable[[Site], Quadratic]:
+) -> Callable[[Site], QuadraticForm]:
     """The metric at each site, made of its moments.
 
     Args:
@@ -119,19 +133,19 @@ def metric_from(
     """
     whiteners = Whiteners(damping)
 
-    def metric_of(site: Site) -> Quadratic:
-        return quadratic(metric, site.shape, moments.pop(site.name), whiteners)
+    def metric_of(site: Site) -> QuadraticForm:
+        return metric.quadratic(site.shape, moments.pop(site.name), whiteners)
 
     return metric_of
 
 
-def decompose(model: nn.Module, group: Group, metric: Quadratic) -> Decomposed:
+def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decomposed:
     """Approximate the weights of a group, stacked if they are several.
 
     Args:
         model: has the weights.
         group: with the forms that are asked.
-        metric: at the site, or of the stacked weight (:func:`fxcompress.metric.quadratic.stacked`).
+        metric: at the site, or of the stacked weight (:func:`stacked`).
 
     Raises:
         ValueError: a weight is not finite.
@@ -139,8 +153,8 @@ def decompose(model: nn.Module, group: Group, metric: Quadratic) -> Decomposed:
     weights = [site.weight_in(model) for site in group.sites]
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
     losses = {name: form.losses(target, group.ranks(name)) for name, form in group.forms.items()}
-    target.truncations()  # for reports, whatever view the forms have
-    parts = shares(metric, target, group.rows) if len(weights) > 1 else None
+    whole = target.truncations()  # for reports, whatever view the forms have
+    parts = metric.shares(target.weight, whole, group.rows) if len(weights) > 1 else None
     again = any(form.projects for form in group.forms.values())
     return Decomposed(target if again else target.without_metric(), losses, parts)
 
@@ -158,10 +172,10 @@ def wanted_directions(
             continue
         target = decomposition.groups[group.name].target
         if len(group.sites) == 1:
-            found = {view: components(each) for view, each in target.views.items()}
+            found = {view: each.components() for view, each in target.views.items()}
             wanted[group.name] = {view: each for view, each in found.items() if each is not None}
             continue
-        whole = components(target.truncations())
+        whole = target.truncations().components()
         assert whole is not None
         start = 0
         for site in group.sites:
@@ -193,12 +207,12 @@ def with_directions(
         if len(group.sites) == 1:
             for view, each in views.items():
                 if (group.name, view) in energies:
-                    views[view] = remeasured(each, energies[group.name, view])
+                    views[view] = each.remeasured(energies[group.name, view])
         else:
             # Operators are taken as independent, as they are for the choice of components.
             each_site = torch.stack([energies[site.name, group.name][0] for site in group.sites])
             order = torch.argsort(each_site.sum(0), descending=True, stable=True)
-            views = {"matrix": remeasured(before.target.truncations(), each_site.sum(0)[None])}
+            views = {"matrix": before.target.truncations().remeasured(each_site.sum(0)[None])}
             quadratic, parts = None, partial(_tails, each_site[:, order])
         target = Target(before.target.weight, quadratic, views)
         losses = {

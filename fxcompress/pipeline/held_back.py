@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
-from fxcompress.metric.quadratic import Whiteners, quadratic, undamped_loss
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.pipeline.sites import Group
 
 DAMPING = (1e-3, 1e-1)
@@ -120,21 +120,10 @@ def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
     """Moments in float32: they are kept until the plan is made, and nothing is inverted in them."""
     known: dict[int, Tensor] = {}  # sites on one input share a tensor
 
-    def narrow(one: Tensor | None) -> Tensor | None:
-        if one is None:
-            return None
+    def narrow(one: Tensor) -> Tensor:
         return known.setdefault(id(one), one.to(torch.float32))
 
-    return {
-        name: replace(
-            each,
-            input=narrow(each.input),
-            output=narrow(each.output),
-            weight=narrow(each.weight),
-            entries=narrow(each.entries),
-        )
-        for name, each in moments.items()
-    }
+    return {name: each.changed(narrow) for name, each in moments.items()}
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -166,11 +155,10 @@ def choose_damping(
     """
     fallback = default_damping(given)
     usable = [group for group in groups if group.forms and group.name in held]
-    if metric.factors is None or not usable:
+    if not any(metric.damped) or not usable:
         return fallback
     places = sorted({len(usable) * at // PROBES for at in range(PROBES)})
     probes = [usable[place] for place in places]
-    needs = tuple(factor is not None for factor in metric.factors(moments[probes[0].name]))
 
     @cache
     def lost(damping: tuple[float, float]) -> float:
@@ -178,9 +166,9 @@ def choose_damping(
         return math.fsum(_lost(model, probe, metric, moments, held, whiteners) for probe in probes)
 
     inputs, outputs = fallback
-    if given[0] is None and needs[0]:
+    if given[0] is None and metric.damped[0]:
         inputs = min(INPUT_DAMPINGS, key=lambda each: lost((each, outputs)))
-    if given[1] is None and needs[1]:
+    if given[1] is None and metric.damped[1]:
         outputs = min(OUTPUT_DAMPINGS, key=lambda each: lost((inputs, each)))
     return inputs, outputs
 
@@ -196,7 +184,7 @@ def _lost(
     """Loss of a site on the data held back, at half of the ranks that it may have."""
     (site,) = group.sites
     weight = site.weight_in(model)
-    target = Target(weight, quadratic(metric, site.shape, moments[site.name], whiteners))
+    target = Target(weight, metric.quadratic(site.shape, moments[site.name], whiteners))
     form = next(iter(group.forms))
     ranks = group.ranks(form)
     if not len(ranks):
@@ -205,4 +193,4 @@ def _lost(
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
     (approximated,) = group.approximated(form, target, at)
     change = approximated - weight.to(torch.float64)
-    return undamped_loss(metric, site.shape, held[site.name], change)
+    return metric.undamped_loss(site.shape, held[site.name], change)

@@ -18,8 +18,7 @@ from fxcompress.metric import Calibration
 from fxcompress.metric.capture import UNANSWERED
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.sites import Site
-from fxcompress.rules.globs import compile_globs
-from fxcompress.rules.schema import GraphNode, NodePattern, RuleSet
+from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
 
 NAMED = 8
 """Layers that a note names; more of them are counted."""
@@ -39,7 +38,7 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
     Raises:
         CalibrationError: no site has a measured influence, and no rule asks for others.
     """
-    if not sites or any(s.name not in found.unmeasured or s.match.unmeasured for s in sites):
+    if not sites or any(s.name not in found.unmeasured or s.match.limits.unmeasured for s in sites):
         return
     reasons = dict.fromkeys(found.unmeasured.values())
     remedy = "; ".join(_REMEDIES[reason == UNANSWERED] for reason in reasons)
@@ -52,7 +51,7 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
 
 def reach_notes(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
     """What a user should know of layers that calibration said little or nothing of."""
-    kept = {site.name for site in sites if not site.match.unmeasured}
+    kept = {site.name for site in sites if not site.match.limits.unmeasured}
     for reason in dict.fromkeys(found.unmeasured.values()):
         names = [name for name, each in found.unmeasured.items() if each == reason]
         rows = sum(found.reach[name].rows for name in names)

@@ -44,12 +44,20 @@ from fxcompress.metric.output import (
     heads,
     loss_sum,
 )
+from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.agreement import assess, mean_with_error, units
 from fxcompress.pipeline.analysis import iterate, working_copy
 from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
 from fxcompress.progress import stages
-from fxcompress.rewrite import apply_plan, empty_bodies, fold_batch_norms, mismatches, skeleton
+from fxcompress.rewrite import (
+    apply_plan,
+    empty_bodies,
+    fold_batch_norms,
+    hold_planned,
+    mismatches,
+    skeleton,
+)
 from fxcompress.rewrite.replace import replace_module
 
 Exchange = Sequence[tuple[nn.Module, nn.Module]]
@@ -93,13 +101,14 @@ def measure(
     kind = _family(output, plan)
     with torch.inference_mode(False), torch.no_grad(), stages(progress) as show:
         dense = working_copy(model)
+        hold_planned(dense, plan.sites)
         fold_batch_norms(dense, plan.folded)
         compressed = skeleton(small)
         for each in (dense, compressed):
             nn.Module.train(each, False)  # torch.export forbids .eval() on what it returns
         replacements = _replacements(model, compressed, plan)
         exchanges = {
-            name: [(dense.get_submodule(site), replacements[site]) for site in sites]
+            name: [(operator_at(dense, site), replacements[site]) for site in sites]
             for name, sites in units(plan).items()
         }
         runs = len(exchanges) + 2
@@ -220,17 +229,18 @@ def _replacements(model: nn.Module, compressed: nn.Module, plan: Plan) -> Mappin
     """
     names = [site.name for site in plan.rewritten]
     if not isinstance(compressed, fx.GraphModule):
-        return {name: compressed.get_submodule(name) for name in names}
+        return {name: operator_at(compressed, name) for name in names}
     tree = nn.Module()
     for name, child in working_copy(model)._modules.items():
         tree.add_module(name, child)
+    hold_planned(tree, plan.sites)
     fold_batch_norms(tree, plan.folded)
     apply_plan(tree, plan.model_copy(update={"folded": ()}), empty_bodies(plan, model))
     nn.Module.train(tree, False)
-    found = {name: tree.get_submodule(name) for name in names}
+    found = {name: operator_at(tree, name) for name in names}
     for site in plan.rewritten:
         facade: Any = found[site.name]
-        values = compressed.get_submodule(site.name).state_dict()
+        values = operator_at(compressed, site.name).state_dict()
         (facade if site.bundle else facade.body).load_state_dict(values, assign=True)
     return found
 

@@ -16,8 +16,7 @@ from fxcompress.pipeline.decomposition import Decomposition
 from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
 from fxcompress.pipeline.sites import Group, encoded
 from fxcompress.plans.units import CountedUnit
-from fxcompress.rules import Match
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match
 
 Costs = NDArray[np.float64]
 
@@ -110,7 +109,7 @@ def problems(
     idle = {*decomposed.idle}
 
     def measured(group: Group) -> bool:
-        return group.name not in idle or group.sites[0].match.unmeasured
+        return group.name not in idle or group.sites[0].match.limits.unmeasured
 
     offered = []
     for group in groups:
@@ -183,7 +182,7 @@ def _options(
     """
     worth = np.zeros(len(ranks), dtype=np.bool_)
     for cost, whole in zip(costs, dense, strict=True):
-        worth |= cost <= (1 - match.min_saving) * whole
+        worth |= cost <= (1 - match.limits.min_saving) * whole
     worth &= np.isfinite(loss)
     if ranks.ndim == 1:
         worth &= loss <= np.minimum.accumulate(loss)

@@ -23,10 +23,10 @@ from fxcompress.forms import (
 )
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.plans.plan import Size, total_size
-from fxcompress.rules import Match, MatchResult
-from fxcompress.rules.result import Bundle
+from fxcompress.rules import Bundle, Match, MatchResult
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Site:
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
-        return canonical_weight(model.get_submodule(self.name)).detach()
+        return canonical_weight(operator_at(model, self.name)).detach()
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,10 @@ def _permitted(full_rank: Rank, match: Match | Bundle) -> Ranks:
 
     def within(full: int) -> Ranks:
         return permitted_ranks(
-            full, minimum=match.min_rank, maximum=match.max_rank, multiple_of=match.multiple_of
+            full,
+            minimum=match.limits.min_rank,
+            maximum=match.limits.max_rank,
+            multiple_of=match.limits.multiple_of,
         )
 
     if isinstance(full_rank, int):
@@ -198,7 +201,7 @@ def gather_sites(
                 name=operator.path,
                 weight=match.weight,
                 op=operator.op,
-                shape=shape_of(model.get_submodule(operator.path)).counted_on(
+                shape=shape_of(operator_at(model, operator.path)).counted_on(
                     facts.rows, facts.inputs
                 ),
                 calls=len(facts.calls),

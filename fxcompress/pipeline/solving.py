@@ -127,7 +127,7 @@ def _demand(
     least = least_cost(entities)
     if least > limit:
         kept = sum(
-            not site.match.unmeasured
+            not site.match.limits.unmeasured
             for site in analysis.sites
             if site.name in analysis.decomposed.idle
         )

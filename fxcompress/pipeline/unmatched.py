@@ -12,7 +12,7 @@ from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
 from fxcompress.pipeline.analysis import Survey
 from fxcompress.plans.plan import Unmatched
-from fxcompress.rules.result import STEPS
+from fxcompress.rules import STEPS
 
 
 def unmatched(analysis: Survey) -> tuple[Unmatched, ...]:

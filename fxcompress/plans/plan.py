@@ -163,6 +163,8 @@ class SitePlan(_Frozen):
     Attributes:
         name: path of the module (``"model.layers.0.mlp.up_proj"``).
         weight: name of the parameter.
+        applied: how a function applies the weight, where that is not done by a module of its own:
+            as it is stored, or transposed (of a matrix (in x out)); empty for a module.
         op: canonical operator.
         operator: the operator in words, ``"linear 576→1536"``.
         in_features, out_features: channels of a convolution; rows and width of a table.
@@ -214,6 +216,7 @@ class SitePlan(_Frozen):
     seconds: tuple[float, float] | None = None
     reason: str = ""
     spectrum: tuple[float, ...] = ()
+    applied: Literal["", "as stored", "transposed"] = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

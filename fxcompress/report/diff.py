@@ -18,7 +18,7 @@ from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import Group, Row, fold_blocks
 from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
 from fxcompress.report.unchanged import Unchanged, unchanged
-from fxcompress.rules.folding import fold
+from fxcompress.rules.matching.folding import fold
 
 LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"

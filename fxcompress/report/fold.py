@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxcompress.plans.plan import SitePlan
-from fxcompress.rules.folding import Literals, fold, split_indices
+from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 Structure = tuple[tuple[object, ...], ...]
 

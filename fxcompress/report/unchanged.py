@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxcompress.plans.plan import Plan
-from fxcompress.rules.folding import Literals, fold, split_indices
+from fxcompress.rules.matching.folding import Literals, fold, split_indices
 
 # A number that stands alone: not part of a path, a name or a version.
 _NUMBER = re.compile(r"(?<![\w.])[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?![\w]|\.\w)")

@@ -1,5 +1,6 @@
 """Rewriting: bodies in place of operators, in a module tree or in an fx graph."""
 
+from fxcompress.rewrite.applied import hold_like, hold_planned, planned_weight, record_operators
 from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches
 from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.batch_norm import find_batch_norms, fold_batch_norms
@@ -19,9 +20,13 @@ __all__ = [
     "empty_bodies",
     "find_batch_norms",
     "fold_batch_norms",
+    "hold_like",
+    "hold_planned",
     "mismatches",
     "own_parameters",
+    "planned_weight",
     "prepared",
+    "record_operators",
     "skeleton",
     "verify",
 ]

@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxcompress.forms import Body, Shape, find_form, fit
 from fxcompress.graph.canonical import canonicalize
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import kind_of, shape_of
 from fxcompress.plans.plan import Folded, Plan, SitePlan
+from fxcompress.rewrite.applied import hold_planned
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.batch_norm import fold_batch_norms
 from fxcompress.rewrite.facade import Factorized
@@ -39,7 +41,7 @@ def empty_bodies(
     reference = _reference(model, plan)
 
     def shape(site: SitePlan) -> Any:
-        found = shape_of(reference.get_submodule(site.name))
+        found = shape_of(operator_at(reference, site.name))
         where = found.device if device is None else device
         return replace(found, dtype=getattr(torch, site.dtype), device=where)
 
@@ -60,6 +62,7 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
         bodies: filled or empty.
     """
     names = [site.name for site in plan.rewritten]
+    hold_planned(model, plan.sites, {*names, *(pair.convolution for pair in plan.folded)})
     fold_batch_norms(model, plan.folded)
     expand_attention(model, above=names)
     if isinstance(model, fx.GraphModule):
@@ -78,19 +81,21 @@ def _origin(site: SitePlan) -> Provenance:
 
 def mismatches(model: nn.Module, plan: Plan) -> str:
     """How ``model`` differs from what the plan was made for; empty if every site is there."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    reference = prepared(model)
+    if problems := hold_planned(reference, plan.sites):
+        return _told(problems)
     problems = [
         f"it has no batch norm {pair.norm} after a convolution {pair.convolution}"
         for pair in plan.folded
-        if not _foldable(modules, pair)
+        if not _foldable(reference, pair)
     ]
     if problems:
         return _told(problems)
-    reference = _reference(model, plan)
+    fold_batch_norms(reference, plan.folded)
     places: dict[nn.Module, str] = {}
     for site in plan.sites:
         try:
-            module = reference.get_submodule(site.name)
+            module = operator_at(reference, site.name)
             shape = shape_of(module)
         except (AttributeError, ValueError):  # nothing of that name, or not a matrix
             problems.append(f"it has no {site.op} layer {site.name}")
@@ -135,16 +140,19 @@ def _reads(model: fx.GraphModule, path: str) -> tuple[Any, ...]:
 def _reference(model: nn.Module, plan: Plan) -> nn.Module:
     """The tree in which the sites of a plan are named."""
     reference = prepared(model)
+    hold_planned(reference, plan.sites)
     fold_batch_norms(reference, plan.folded)
     return reference
 
 
-def _foldable(modules: Mapping[str, nn.Module], pair: Folded) -> bool:
+def _foldable(model: nn.Module, pair: Folded) -> bool:
     """Whether both modules of a pair are there, and fit each other."""
-    convolution, norm = modules.get(pair.convolution), modules.get(pair.norm)
+    try:
+        convolution, norm = operator_at(model, pair.convolution), model.get_submodule(pair.norm)
+    except AttributeError:
+        return False
     return (
-        convolution is not None
-        and (kind := kind_of(convolution)) is not None
+        (kind := kind_of(convolution)) is not None
         and kind.shape(convolution).takes == "patches"
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None

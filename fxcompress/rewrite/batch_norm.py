@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.words import OPERATORS
 from fxcompress.plans.plan import Folded
@@ -90,7 +91,7 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[Folded]) -> None:
     The weight learns if that of the convolution did, the bias if one of both biases did.
     """
     for pair in pairs:
-        convolution: Any = model.get_submodule(pair.convolution)
+        convolution: Any = operator_at(model, pair.convolution)
         norm: Any = model.get_submodule(pair.norm)
         shape = shape_of(convolution)
         learns = convolution.weight.requires_grad

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress.forms import Body, Form, JointForm, Rank
+from fxcompress.operators.applied import operator_at
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
@@ -83,7 +84,7 @@ def substitute(
         origins: what is replaced, and why.
         places: of the modules and calls of ``model``.
     """
-    originals = [model.get_submodule(origin.site) for origin in origins]
+    originals = [operator_at(model, origin.site) for origin in origins]
     if body.shared is not None:
         _take_over(body.shared, originals)
     for original, head in zip(originals, body.heads, strict=True):

@@ -1,36 +1,55 @@
-"""The rule language: load rules, match them against a recorded graph, explain the outcome."""
+"""The rule language: load rules, match them against a recorded graph, explain the outcome.
 
-from fxcompress.rules.cases import CaseResult, run_cases
-from fxcompress.rules.completion import json_schema
-from fxcompress.rules.explain import Explanation
-from fxcompress.rules.given import Rules, at_progress, read_rules, with_keep
-from fxcompress.rules.loader import LoadedRules, load_rules, parse_rules
-from fxcompress.rules.matcher import match_rules
-from fxcompress.rules.presets import preset_names, preset_path
-from fxcompress.rules.result import Funnel, Match, MatchResult, Miss, Problem
-from fxcompress.rules.schema import (
+:mod:`fxcompress.rules.language` turns YAML into validated rules, :mod:`fxcompress.rules.matching`
+rules and a recorded graph into matches and explanations.
+"""
+
+from fxcompress.rules.language.completion import json_schema
+from fxcompress.rules.language.diagnostics import choices, suggest
+from fxcompress.rules.language.given import Rules, at_progress, read_rules, with_keep
+from fxcompress.rules.language.globs import compile_globs
+from fxcompress.rules.language.loader import LoadedRules, load_rules, parse_rules
+from fxcompress.rules.language.presets import preset_names, preset_path
+from fxcompress.rules.language.schema import (
     Budget,
+    Case,
+    CaseNode,
     Damping,
     Defaults,
+    GraphNode,
+    Limits,
     Metric,
+    NodePattern,
     Rewrite,
     Rule,
     RuleSet,
     Solver,
 )
+from fxcompress.rules.language.vocabulary import STEPS
+from fxcompress.rules.matching.cases import CaseResult, run_cases
+from fxcompress.rules.matching.explain import Explanation
+from fxcompress.rules.matching.matcher import match_rules
+from fxcompress.rules.matching.result import Bundle, Funnel, Match, MatchResult, Miss, Problem
 
 __all__ = [
+    "STEPS",
     "Budget",
+    "Bundle",
+    "Case",
+    "CaseNode",
     "CaseResult",
     "Damping",
     "Defaults",
     "Explanation",
     "Funnel",
+    "GraphNode",
+    "Limits",
     "LoadedRules",
     "Match",
     "MatchResult",
     "Metric",
     "Miss",
+    "NodePattern",
     "Problem",
     "Rewrite",
     "Rule",
@@ -38,6 +57,8 @@ __all__ = [
     "Rules",
     "Solver",
     "at_progress",
+    "choices",
+    "compile_globs",
     "json_schema",
     "load_rules",
     "match_rules",
@@ -46,5 +67,6 @@ __all__ = [
     "preset_path",
     "read_rules",
     "run_cases",
+    "suggest",
     "with_keep",
 ]

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from fxcompress.forms import Body, ConvShape, Target
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.recorder import record
-from fxcompress.metric.quadratic import Grouped, Kronecker
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import whitener
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
-from fxcompress.rules import match_rules
-from fxcompress.rules.loader import load_rules
-from fxcompress.rules.schema import RuleSet
+from fxcompress.rules import RuleSet, load_rules, match_rules
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors

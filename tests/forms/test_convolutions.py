@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress.forms import Form, Target, find_form
 from fxcompress.forms.target import Rank
-from fxcompress.metric.quadratic import Grouped, Kronecker
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.convolution import ConvShape
 from fxcompress.operators.modules import shape_of

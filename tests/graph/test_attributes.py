@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import record
-from fxcompress.rules.vocabulary import PLAIN_OPERATORS
+from fxcompress.rules.language.vocabulary import PLAIN_OPERATORS
 from tests.zoo import ZOO
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxcompress.isvt.subspace import Leading, leading
+from fxcompress.metric.subspace import Leading, leading
 
 
 def matrix(m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.isvt.proximal import natural
 from fxcompress.isvt.threshold import Thresholded
 from fxcompress.metric import METRICS, Moments
 from fxcompress.metric.elementwise import Elementwise, approximate
-from fxcompress.metric.quadratic import Kronecker, Whiteners, quadratic
-from fxcompress.metric.whiten import Whitener
+from fxcompress.metric.kronecker import Kronecker
+from fxcompress.metric.whiten import Whitener, Whiteners
 from fxcompress.operators.linear import LinearShape
 from tests.isvt.problems import Branches, Problem, mlp, rules
 
@@ -34,15 +33,15 @@ def test_the_whitened_gradient_solves_the_kronecker_system(damping: tuple[float,
     a, g = spd(5), spd(4)
     moments = Moments(input=a, output=g)
     shape = LinearShape(5, 4, False, torch.float64)
-    metric = quadratic(METRICS["kfac"], shape, moments, Whiteners(damping))
+    metric = METRICS["kfac"].quadratic(shape, moments, Whiteners(damping))
     gradient = torch.randn(4, 5, dtype=torch.float64)
     eye4, eye5 = torch.eye(4).double(), torch.eye(5).double()
     a = a + damping[0] * a.diagonal().mean() * eye5
     g = g + damping[1] * g.diagonal().mean() * eye4
     dense = torch.linalg.solve(torch.kron(g, a), gradient.flatten()).reshape(4, 5)
-    torch.testing.assert_close(natural(metric, gradient), dense, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(metric.solve(gradient), dense, rtol=1e-6, atol=1e-9)
     # it minimizes ⟨∇, Δ⟩ + ½ ‖Δ‖²_M
-    step = -natural(metric, gradient)
+    step = -metric.solve(gradient)
     best = float((gradient * step).sum()) + metric.loss(step)
     for _ in range(20):
         other = step + 0.1 * torch.randn_like(step)
@@ -51,9 +50,9 @@ def test_the_whitened_gradient_solves_the_kronecker_system(damping: tuple[float,
 
 def test_singular_metrics() -> None:
     null = Kronecker(Whitener(null=True), Whitener())
-    assert not natural(null, torch.ones(2, 3)).any()
+    assert not null.solve(torch.ones(2, 3)).any()
     entries = torch.tensor([[1.0, 0.0], [4.0, 2.0]], dtype=torch.float64)
-    found = natural(Elementwise(entries, False), torch.ones(2, 2))
+    found = Elementwise(entries).solve(torch.ones(2, 2))
     assert found.isfinite().all()
     assert found[1, 0] == 0.25
 
@@ -85,7 +84,7 @@ def step(case: Problem, value: Callable[[], Tensor], alpha: float) -> tuple[floa
             weight = case.found.model.get_parameter(site.weight)
             old[site.name] = weight.clone()
             assert weight.grad is not None
-            weight -= alpha * natural(case.metrics[site.name], weight.grad)
+            weight -= alpha * case.metrics[site.name].solve(weight.grad)
         found = case.threshold()
         moved = 0.0
         for site, weight in [*found.weights()]:
@@ -106,7 +105,7 @@ def curvature(case: Problem, value: Callable[[], Tensor]) -> float:
         gradients = torch.autograd.grad(value(), weights, create_graph=True)
         inner = sum((g * v).sum() for g, v in zip(gradients, vectors, strict=True))
         products = torch.autograd.grad(inner, weights)
-        vectors = [natural(m, p) for m, p in zip(metrics, products, strict=True)]
+        vectors = [m.solve(p) for m, p in zip(metrics, products, strict=True)]
         size = sum(2 * m.loss(v) for m, v in zip(metrics, vectors, strict=True)) ** 0.5
         vectors = [v / size for v in vectors]
     return size
@@ -194,7 +193,7 @@ def test_the_elementwise_metric_is_majorize_minimize() -> None:
         first = 0.5 * float((f * (start - w).square()).sum())
         assert direct <= first + 1e-12
         # one plain step: a prox of the gradient in the metric p q, with α = 1
-        ahead = start - natural(Elementwise(p[:, None] * q, False), f * (start - w))
+        ahead = start - Elementwise(p[:, None] * q).solve(f * (start - w))
         u, s, v = torch.linalg.svd(p.sqrt()[:, None] * ahead * q.sqrt())
         after = (u[:, :rank] * s[:rank]) @ v[:rank] / p.sqrt()[:, None] / q.sqrt()
         assert 0.5 * float((f * (after - w).square()).sum()) <= first + 1e-12

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fxcompress.forms import ConvShape, Shape
 from fxcompress.metric import METRICS, Draws, calibrate
-from fxcompress.metric.directions import components, measure_directions
-from fxcompress.metric.metric import Metric
-from fxcompress.metric.quadratic import Whiteners, quadratic
+from fxcompress.metric.directions import measure_directions
+from fxcompress.metric.kronecker import KroneckerMetric
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import canonical_weight, shape_of
 from tests.convolutions import CASES, build, data
 
-EVERYTHING = Metric(
+EVERYTHING = KroneckerMetric(
     "all", frozenset({"input", "output", "entries"}), "", lambda m: (m.input, m.output)
 )
 SEED = 3
@@ -174,8 +174,8 @@ def test_directions_are_measured_along_the_dense_components(case: str, view: Any
     kfac = METRICS["kfac"]
     moments = calibrate(model, [site], [batch], kfac, drawn=Draws(seed=SEED)).moments["layer"]
     weight = canonical_weight(model.layer).detach()
-    found = quadratic(kfac, site.shape, moments, Whiteners((1e-3, 1e-1))).truncations(weight, view)
-    these = components(found)
+    found = kfac.quadratic(site.shape, moments, Whiteners((1e-3, 1e-1))).truncations(weight, view)
+    these = found.components()
     assert these is not None
     measured = measure_directions(
         model, [site], {"layer": {view: these}}, [batch[:3], batch[3:]], drawn=Draws(seed=SEED)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import LinearShape, Target, find_form
+from fxcompress.forms import Target, find_form
 from fxcompress.metric import elementwise
-from fxcompress.metric.elementwise import Elementwise, approximate
+from fxcompress.metric.elementwise import ELEMENTWISE, Elementwise, approximate
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from tests.convolutions import CASES, build
 
@@ -99,7 +101,7 @@ def test_every_form_has_the_loss_that_it_says(name: str) -> None:
     shape = shape_of(layer)
     weight = shape.canonical(layer.weight.detach())
     f = torch.rand(2, 4, 3 * 6, dtype=torch.float64) ** 4
-    metric = Elementwise.of(f, shape)
+    metric = ELEMENTWISE.quadratic(shape, Moments(entries=f), Whiteners((0.0, 0.0)))
     target = Target(weight, metric)
     form = find_form(name, "conv2d")
     full = form.full_rank(shape)
@@ -116,7 +118,7 @@ def test_every_form_has_the_loss_that_it_says(name: str) -> None:
 
 def test_not_every_rank_is_offered_and_the_others_are_infinite() -> None:
     w, f = problem(40, 50)
-    target = Target(w[..., 0], Elementwise.of(f[..., 0], LinearShape(50, 40, False)))
+    target = Target(w[..., 0], Elementwise(f[..., 0]))
     losses = find_form("low_rank").losses(target, np.arange(1, 41))
     assert np.isfinite(losses).sum() == elementwise.OFFERED
     assert np.isfinite(losses[[0, -1]]).all()
@@ -126,14 +128,14 @@ def test_weights_without_influence() -> None:
     """A dead row, a dead column, and a layer without any influence."""
     w, f = problem(4, 5)
     f[1], f[:, 2] = 0, 0
-    target = Target(w[..., 0], Elementwise.of(f[..., 0], LinearShape(5, 4, False)))
+    target = Target(w[..., 0], Elementwise(f[..., 0]))
     left, right = find_form("low_rank").factors(target, 2)
     assert bool((left @ right).isfinite().all())
-    nothing = Elementwise.of(torch.zeros(4, 5).double(), LinearShape(5, 4, False))
+    nothing = Elementwise(torch.zeros(4, 5).double())
     assert nothing.null
     assert find_form("low_rank").losses(Target(w[..., 0], nothing), np.array([1]))[0] < 1e-140
     with pytest.raises(ValueError, match="not finite"):
-        Elementwise.of(torch.full((4, 5), torch.nan), LinearShape(5, 4, False))
+        Elementwise(torch.full((4, 5), torch.nan))
 
 
 def test_linear_layers_by_the_whole_compiler() -> None:
@@ -143,7 +145,7 @@ def test_linear_layers_by_the_whole_compiler() -> None:
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
     batches = [torch.randn(32, 12) for _ in range(4)]
     rules = fxcompress.rules.load_rules("every-linear").rules.model_copy(
-        update={"metric": fxcompress.rules.schema.Metric(kind="elementwise")}
+        update={"metric": fxcompress.rules.Metric(kind="elementwise")}
     )
     small = fxcompress.compile(model, rules, batches, keep=0.7)
     plan = fxcompress.plan_of(small)

@@ -18,15 +18,15 @@ from fxcompress.forms import Shape
 from fxcompress.graph.padding import NONE
 from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.capture import _Sums
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.memory import free_memory
-from fxcompress.metric.metric import Metric
 from fxcompress.metric.moments import GramSum, RowSum, finish_together
 from fxcompress.metric.passes import run_pass
 from fxcompress.metric.starts import backward_starts
 from fxcompress.operators.modules import shape_of
 from fxcompress.rules import parse_rules
 
-ALL = Metric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
+ALL = KroneckerMetric("all", frozenset({"input", "output", "weight"}), "", lambda m: (None, None))
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.errors import CalibrationError
+from fxcompress.forms.target import Components
 from fxcompress.metric import METRICS, Calibration, calibrate
-from fxcompress.metric.directions import Components, measure_directions
-from fxcompress.metric.metric import Metric
+from fxcompress.metric.directions import measure_directions
+from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.output import divergence
 from tests.metric.test_moments import Target, target
 from tests.small import rules
 
 Batch = dict[str, Any]
 
-EVERYTHING = Metric(
+EVERYTHING = KroneckerMetric(
     "all", frozenset({"input", "output", "entries", "weight"}), "", lambda m: (None, None)
 )
-ROWS = Metric("rows", frozenset({"input", "output"}), "", lambda m: (None, None), directions=True)
+ROWS = KroneckerMetric(
+    "rows", frozenset({"input", "output"}), "", lambda m: (None, None), directions=True
+)
 VOCABULARY, WIDTH = 40, 16
 
 

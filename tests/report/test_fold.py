@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxcompress.report.fold import fold_blocks
-from fxcompress.rules.folding import fold, index_set, split_indices
+from fxcompress.rules.matching.folding import fold, index_set, split_indices
 from tests.report.plans import llama, site
 
 

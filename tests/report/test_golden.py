@@ -1,7 +1,6 @@
-"""The texts, exactly.  To accept a change: write the new text to the file and read it."""
+"""The texts, exactly.  To accept a change: ``pytest --write-golden``, and read the difference."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from fxcompress.plans.plan import Plan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
 
-GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[[str, str], None]
 
 
 def a_site_left_dense() -> Plan:
@@ -96,15 +95,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_diff(case: Callable[[], Plan]) -> None:
-    expected = (GOLDEN / f"{case.__name__}.diff.txt").read_text("utf-8")
-    assert str(diff_plan(case())) + "\n" == expected
+def test_diff(case: Callable[[], Plan], golden: Golden) -> None:
+    golden(f"{case.__name__}.diff.txt", f"{diff_plan(case())}\n")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_table(case: Callable[[], Plan]) -> None:
-    expected = (GOLDEN / f"{case.__name__}.table.txt").read_text("utf-8")
-    assert str(case()) + "\n" == expected
+def test_table(case: Callable[[], Plan], golden: Golden) -> None:
+    golden(f"{case.__name__}.table.txt", f"{case()}\n")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.rewrite import Factorized, JointMember, ProjectedAttention
-from fxcompress.rules.loader import parse_rules
+from fxcompress.rules import parse_rules
 from tests.small import rules
 
 N = 24

@@ -15,7 +15,7 @@ import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher
 
 from fxcompress.graph.operator import Operator
-from fxcompress.rules.schema import Alternative, GraphNode
+from fxcompress.rules.language.schema import Alternative, GraphNode
 
 Embedding = dict[str, int]
 Fits = Callable[[GraphNode, Operator], bool]

@@ -142,17 +142,11 @@ MISTAKES = {
         "contradiction",
         "'a.fc' cannot be both matched and missed",
     ),
-    "trap: boolean": Mistake(
-        case().replace("name: t", "name: «no»"),
-        "yaml-boolean",
-        "'no' is a boolean in YAML 1.1, not a string",
-        'quote it: "no"',
-    ),
-    "trap: exponent": Mistake(
-        case(f"{FC}, m: {{op: layer_norm, input: $n, eps: «1e-5»}}"),
-        "yaml-number",
-        "'1e-5' is a string in YAML 1.1, not a number",
-        "write 1.0e-5",
+    "a boolean for a name": Mistake(
+        case().replace("name: t", "name: «true»"),
+        "wrong-type",
+        "name is a string or a list of them, not true",
+        'quote it: "true"',
     ),
 }
 

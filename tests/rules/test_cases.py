@@ -6,9 +6,16 @@ import pytest
 
 from fxcompress.errors import RecordError
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import LoadedRules, MatchResult, match_rules, parse_rules, run_cases
-from fxcompress.rules.case_graph import build_operators
-from fxcompress.rules.schema import Case, CaseNode
+from fxcompress.rules import (
+    Case,
+    CaseNode,
+    LoadedRules,
+    MatchResult,
+    match_rules,
+    parse_rules,
+    run_cases,
+)
+from fxcompress.rules.matching.case_graph import build_operators
 
 RULES = """\
 budget: {keep: 0.8}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxcompress.rules import Explanation, match_rules, parse_rules
-from fxcompress.rules.folding import fold_numbers, fold_paths
-from fxcompress.rules.globs import expand
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import Explanation, MatchResult, match_rules, parse_rules
+from fxcompress.rules.language.globs import expand
+from fxcompress.rules.matching.folding import fold_numbers, fold_paths
 from tests.rules.graphs import blocks, decoder
 
 TEXT = """\
@@ -43,9 +42,8 @@ def result() -> MatchResult:
     )
 
 
-def test_text() -> None:
-    golden = Path(__file__).parent / "golden" / "explain.txt"
-    assert f"{Explanation.of(result())}\n" == golden.read_text(encoding="utf-8")
+def test_text(golden: Callable[[str, str], None]) -> None:
+    golden("explain.txt", f"{Explanation.of(result())}\n")
 
 
 def test_the_plan_adds_a_last_step() -> None:
@@ -131,9 +129,8 @@ def joint() -> Explanation:
     return Explanation.of(matched, {"h.1.attn.q.weight": "no saving"})
 
 
-def test_a_rule_about_several_operators() -> None:
-    golden = Path(__file__).parent / "golden" / "explain_joint.txt"
-    assert f"{joint()}\n" == golden.read_text(encoding="utf-8")
+def test_a_rule_about_several_operators(golden: Callable[[str, str], None]) -> None:
+    golden("explain_joint.txt", f"{joint()}\n")
 
 
 def test_its_json_lists_the_members() -> None:

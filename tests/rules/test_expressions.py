@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxcompress.errors import RuleError
-from fxcompress.rules.expressions import (
+from fxcompress.rules.language.expressions import (
     ExpressionError,
     evaluate,
     evaluate_number,

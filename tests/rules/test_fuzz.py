@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.rules import fuzz
-from tests.rules.fuzz import EVERYTHING, KEYS, LEAVES, TOKENS, check
+from tests.rules.fuzz import EVERYTHING, KEYS, LEAVES, TOKENS, as_yaml, check
 
 
 def run(count: int, seed: int, jobs: int = 1) -> str:
@@ -124,4 +124,4 @@ def test_any_shape_anywhere(place: tuple[str | int, ...], value: object) -> None
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
-    check(yaml.safe_dump(data))
+    check(as_yaml(data))

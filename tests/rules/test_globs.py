@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fxcompress.rules.globs import GlobError, compile_globs, expand
+from fxcompress.rules.language.globs import GlobError, compile_globs, expand
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from fxcompress.rules import Budget, load_rules, parse_rules, preset_names
+from fxcompress.rules import Budget, RuleSet, load_rules, parse_rules, preset_names
+from fxcompress.rules.language.document import read_document
 from tests.rules.fuzz import EVERYTHING
 
 TEXT = """\
@@ -75,6 +77,33 @@ def test_a_rule_set_made_in_python_is_checked_and_located() -> None:
 def test_every_key_survives_the_way_through_python() -> None:
     made = parse_rules(EVERYTHING, "r").rules
     assert load_rules(made).rules == made
+
+
+SCALARS: dict[str, object] = {
+    "no": "no", "on": "on", "Yes": "Yes", "y": "y", "true": True, "False": False, "tRUE": "tRUE",
+    "~": None, "": None, "Null": None, "nil": "nil",
+    "12": 12, "-5": -5, "+5": 5, "017": 17, "0o17": 15, "0x1F": 31, "0b11": "0b11",
+    "1_000": "1_000",
+    "1e3": 1000.0, "1e-3": 1e-3, "1.5E+2": 150.0, ".5": 0.5, "5.": 5.0, "e1": "e1", ".": ".",
+    "-.inf": -math.inf, ".INF": math.inf, "inf": "inf", "nan": "nan",
+    "1:30": "1:30", "2020-01-01": "2020-01-01", "=": "=", "<<": "<<",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", SCALARS)
+def test_scalars_are_those_of_yaml_1_2(raw: str) -> None:
+    """As of its core schema, section 10.3.2, which editors follow."""
+    found = read_document(f"a: {raw}\n").data["a"]
+    assert (found, type(found)) == (SCALARS[raw], type(SCALARS[raw]))
+
+
+def test_strings_that_look_like_other_scalars_survive_the_way_through_python() -> None:
+    words = [*filter(None, SCALARS), "1.0", "a: b", "# c", " d", "*e", "'"]
+    rule = {"id": "a", "match": {"node": {"op": "linear"}}, "rewrite": "none"}
+    for word in words:
+        given = {"budget": {"keep": 1}, "rules": [{**rule, "description": word}]}
+        made = RuleSet.model_validate(given)
+        assert load_rules(made).rules == made
 
 
 def test_places_of_any_value() -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 
 from fxcompress.errors import RuleError
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import Miss, match_rules, parse_rules
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import (
+    Defaults,
+    Limits,
+    MatchResult,
+    Miss,
+    Rewrite,
+    match_rules,
+    parse_rules,
+)
 from tests.rules.graphs import conv2d, decoder, embedding, linear, plain
 
 
@@ -52,15 +60,23 @@ def test_match_carries_the_merged_defaults() -> None:
     text += rule("b", 'op: linear, name: "y"', "", "{any_of: [low_rank, pivoted], min_rank: 2}")
     result = match(text, [linear("x"), linear("y")], "defaults: {multiple_of: 8, min_rank: 4}")
     x, y = result.matches
-    assert (x.forms, x.min_rank, x.max_rank, x.multiple_of, x.group) == (
-        ("pivoted",),
-        4,
-        64,
-        8,
-        "g",
-    )
-    assert (y.forms, y.min_rank, y.max_rank, y.group) == (("low_rank", "pivoted"), 2, None, None)
+    assert (x.forms, x.group) == (("pivoted",), "g")
+    assert x.limits == Limits(min_rank=4, max_rank=64, multiple_of=8)
+    assert (y.forms, y.group) == (("low_rank", "pivoted"), None)
+    assert y.limits == Limits(min_rank=2, multiple_of=8)
     assert (x.location, x.operators, x.op, x.path) == ("r.yaml:4", ("x",), "linear", "x")
+
+
+def test_every_limit_can_be_given_by_a_rule() -> None:
+    """A limit is filled from the keys of its name: those of the schema, and no others."""
+    names = {field.name for field in dataclasses.fields(Limits)}
+    assert names <= Rewrite.model_fields.keys()
+    shared = names & Defaults.model_fields.keys()
+    assert shared == {"min_rank", "multiple_of", "min_saving"}
+    given = Rewrite(form="pivoted", min_rank=3, min_saving=0.0, unmeasured=True)
+    limits = Limits.of(given, Defaults(min_rank=2, multiple_of=8, min_saving=0.5))
+    assert limits == Limits(min_rank=3, multiple_of=8, min_saving=0.0, unmeasured=True)
+    assert Limits.of(None, Defaults(min_saving=0.5)) == Limits(min_saving=0.5)
 
 
 @pytest.mark.parametrize(

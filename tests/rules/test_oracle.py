@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import record
 from fxcompress.rules import LoadedRules, RuleSet, match_rules
-from fxcompress.rules.dataflow import Dataflow
-from fxcompress.rules.diagnostics import Span
-from fxcompress.rules.document import Entry
-from fxcompress.rules.patterns import GraphPattern, NodeTest
-from fxcompress.rules.schema import Alternative, GraphNode
-from fxcompress.rules.search import embeddings
+from fxcompress.rules.language.diagnostics import Span
+from fxcompress.rules.language.document import Entry
+from fxcompress.rules.language.schema import Alternative, GraphNode
+from fxcompress.rules.matching.dataflow import Dataflow
+from fxcompress.rules.matching.patterns import GraphPattern, NodeTest
+from fxcompress.rules.matching.search import embeddings
 from tests.rules import oracle
 from tests.zoo import ZOO
 

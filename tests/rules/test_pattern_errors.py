@@ -274,23 +274,16 @@ MISTAKES = {
         "'*.q' starts an alias in YAML",
         'quote it: "*.q"',
     ),
-    "trap: exponent": Mistake(
-        nodes(Q, "n: {op: layer_norm, input: $q, eps: «1e-5»}"),
-        "yaml-number",
-        "'1e-5' is a string in YAML 1.1, not a number",
-        "write 1.0e-5",
-    ),
-    "trap: whole exponent": Mistake(
+    "an exponent for a whole number": Mistake(
         nodes("q: {op: linear, input: $x, in_features: «1e3»}"),
-        "yaml-number",
-        "'1e3' is a string in YAML 1.1, not a number",
-        "write 1000",
+        "bad-attribute-value",
+        "linear's in_features is a whole number, not 1000.0",
+        "conditions on numbers go into 'where'",
     ),
-    "trap: boolean": Mistake(
-        nodes(Q, "n: {op: gelu, input: $q, approximate: «no»}"),
-        "yaml-boolean",
-        "'no' is a boolean in YAML 1.1, not a string",
-        'quote it: "no"',
+    "a boolean for a string": Mistake(
+        nodes(Q, "n: {op: gelu, input: $q, approximate: «true»}"),
+        "bad-attribute-value",
+        "gelu's approximate is a string, not True",
     ),
     "too many optional nodes": Mistake(
         nodes(
@@ -322,12 +315,6 @@ MISTAKES = {
         "bad-name",
         "'$q' is a reference, and a name is wanted here",
         "without the $: q",
-    ),
-    "trap: boolean as a node": Mistake(
-        nodes("«on»: {op: linear, input: $x}"),
-        "yaml-boolean",
-        "'on' is a boolean in YAML 1.1, not a name",
-        'quote it: "on"',
     ),
     "trap: node twice": Mistake(
         nodes(Q, "«q»: {op: linear, input: $x}"),

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from fxcompress.graph.operator import Operator
-from fxcompress.rules import match_rules, parse_rules
-from fxcompress.rules.result import MatchResult
+from fxcompress.rules import MatchResult, match_rules, parse_rules
 from tests.rules.graphs import blocks, linear, plain, siblings
 
 QKV = """\
@@ -383,7 +382,7 @@ def test_a_joint_form_makes_a_bundle() -> None:
     (bundle,) = result.bundles
     assert bundle.name == "a@h.0.attn.q"
     assert bundle.members == tuple(f"h.0.attn.{n}.weight" for n in "qkv")
-    assert (bundle.roles, bundle.forms, bundle.max_rank) == (("q", "k", "v"), ("joint",), 64)
+    assert (bundle.roles, bundle.forms, bundle.limits.max_rank) == (("q", "k", "v"), ("joint",), 64)
     assert [m.forms for m in result.matches] == [("pivoted",)] * 3
 
 

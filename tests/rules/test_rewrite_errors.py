@@ -256,6 +256,17 @@ MISTAKES = {
         "wrong-place",
         "relu takes no weight",
     ),
+    "a graph that computes something else": Mistake(
+        graph(
+            DOWN,
+            "act: {op: relu, input: $down}",
+            UP.replace("up:", "«up»:").replace("down,", "act,"),
+        ),
+        "wrong-template",
+        "'up' does not compute fc.left @ fc.right @ $x + fc.bias: off by 85% (r = 3, 7 to 9 "
+        "features)",
+        "the solver counts on that product: no match could be rewritten",
+    ),
     "wrong cost": Mistake(
         graph(DOWN, UP, rest='      cost: «"r * fc.in_features"»'),
         "wrong-cost",

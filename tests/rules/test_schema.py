@@ -14,8 +14,8 @@ import yaml
 
 from fxcompress.forms.words import FormWord, add_word, form_words
 from fxcompress.rules import RuleSet, json_schema, parse_rules
-from fxcompress.rules.completion import SHIPPED
-from fxcompress.rules.vocabulary import ALL_OPERATORS, OPERATORS
+from fxcompress.rules.language.completion import SHIPPED
+from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS
 from tests.rules.fuzz import EVERYTHING, ROOT
 
 FILES = sorted([*ROOT.glob("rules/*.yaml"), *ROOT.glob("examples/*.yaml")])
@@ -77,8 +77,8 @@ def everything_but(*keys: str | int, value: Any = None) -> Any:
         (("rules", 0, "unless", 1, "shares_weight_with"), "relu"),
         (("rules", 1, "match", "group", "op"), "relu"),
         (("rules", 1, "match", "group", "min"), 0),
-        (("rules", 3, "rewrite", "graph", "act", "op"), "softmax"),
-        (("rules", 3, "rewrite", "graph", "act", "dim"), 1),
+        (("rules", 3, "rewrite", "graph", "gate", "op"), "softmax"),
+        (("rules", 3, "rewrite", "graph", "gate", "dim"), 1),
         (("rules", 0, "match", "nodes", "q", "op"), "input"),
         (("tests", 0, "graph", "q", "in_features"), [64, 32]),
         (("tests", 0, "model"), "m.py:net"),

@@ -6,7 +6,7 @@ import pytest
 
 from fxcompress.graph.attributes import _ARGUMENTS
 from fxcompress.graph.names import MODULES
-from fxcompress.rules.vocabulary import ALL_OPERATORS, COMMUTATIVE, PLAIN_OPERATORS
+from fxcompress.rules.language.vocabulary import ALL_OPERATORS, COMMUTATIVE, PLAIN_OPERATORS
 
 
 def test_operators_of_known_modules_have_a_word() -> None:

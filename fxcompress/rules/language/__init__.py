@@ -1,0 +1,1 @@
+"""From YAML to validated rules that remember where they stand."""

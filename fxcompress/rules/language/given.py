@@ -1,0 +1,75 @@
+"""Rules as callers give them, and with other budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from numbers import Real
+from os import PathLike
+
+from fxcompress.errors import BudgetError, RuleError
+from fxcompress.rules.language.loader import LoadedRules, load_rules
+from fxcompress.rules.language.schema import Budget, Rule, RuleSet
+
+Rules = str | PathLike[str] | RuleSet | LoadedRules
+"""A rule file, the name of a preset, or a rule set."""
+
+
+def read_rules(rules: Rules) -> LoadedRules:
+    """A rule file, a preset or a rule set, checked.
+
+    Raises:
+        RuleError: it is none of these, or cannot be used.
+    """
+    if not isinstance(rules, (str, PathLike, RuleSet, LoadedRules)):
+        raise RuleError(
+            f"rules must be a file, the name of a preset or a RuleSet, not a {type(rules).__name__}"
+        )
+    return rules if isinstance(rules, LoadedRules) else load_rules(rules)
+
+
+def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
+    """The same rules with another fraction to keep.
+
+    Raises:
+        BudgetError: it is no fraction, or the rules have several budgets.
+    """
+    if keep is None:
+        return loaded
+    if not (isinstance(keep, Real) and 0 < keep <= 1):
+        raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}")
+    budgets = loaded.rules.budgets
+    if len(budgets) > 1:
+        units = " and ".join(budget.unit for budget in budgets)
+        raise BudgetError(f"keep= stands for one budget, and the rules have several: {units}")
+    budget = budgets[0].model_copy(update={"keep": float(keep)})
+    return replace(loaded, rules=loaded.rules.model_copy(update={"budget": budget}))
+
+
+def at_progress(loaded: LoadedRules, share: float) -> LoadedRules:
+    """The same rules on the way from the dense model to their budgets.
+
+    Args:
+        loaded: the rules.
+        share: of what the budgets take away, 0 (nothing yet) to 1 (the budgets themselves).
+    """
+
+    def softened(keep: float) -> float:
+        return keep if share == 1 else 1 - share * (1 - keep)
+
+    def budget(one: Budget) -> Budget:
+        return one.model_copy(update={"keep": softened(one.keep)})
+
+    def rule(one: Rule) -> Rule:
+        if one.rewrite == "none" or one.rewrite.keep is None:
+            return one
+        keep = softened(one.rewrite.keep)
+        return one.model_copy(update={"rewrite": one.rewrite.model_copy(update={"keep": keep})})
+
+    rules = loaded.rules
+    budgets = (
+        budget(rules.budget)
+        if isinstance(rules.budget, Budget)
+        else tuple(budget(one) for one in rules.budget)
+    )
+    softer = {"budget": budgets, "rules": tuple(rule(one) for one in rules.rules)}
+    return replace(loaded, rules=rules.model_copy(update=softer))

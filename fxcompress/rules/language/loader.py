@@ -1,0 +1,215 @@
+"""From a rule file to checked rules that remember where they stand.
+
+>>> loaded = parse_rules('''
+... budget: {keep: 0.8}
+... rules:
+...   - id: mlp
+...     match: {node: {op: linear, as: fc, name: "*.mlp.*"}}
+...     where: [fc.in_features >= 256]
+...     rewrite: {form: pivoted}
+... ''', "rules.yaml")
+>>> loaded.location("mlp"), loaded.location("mlp", "where", 0)
+('rules.yaml:4', 'rules.yaml:6:13')
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+
+from fxcompress.errors import RuleError
+from fxcompress.forms.template import Template
+from fxcompress.rules.language.checks import check_rules
+from fxcompress.rules.language.diagnostics import Diagnostic, choices, render, suggest
+from fxcompress.rules.language.document import (
+    Core,
+    Document,
+    Entry,
+    KeyPath,
+    nearest,
+    read_document,
+)
+from fxcompress.rules.language.expressions import Expression, ExpressionError
+from fxcompress.rules.language.presets import preset_names, preset_path
+from fxcompress.rules.language.schema import RuleSet
+from fxcompress.rules.language.validation import validate
+
+_MOST_BYTES = 64_000
+"""What PyYAML reads in about half a second; rule files have a few thousand."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would not read as a string, and nothing else."""
+
+    yaml_implicit_resolvers = Core.yaml_implicit_resolvers
+
+
+@dataclass(frozen=True)
+class LoadedRules:
+    """Rules together with the text that they came from.
+
+    Attributes:
+        rules: the checked rule set.
+        filename: as it appears in locations.
+        text: the source.
+        entries: path of keys (``("rules", 0, "where", 1)``) -> where that value stands.
+        expressions: rule id -> its ``where`` conditions.
+        templates: rule id -> its ``graph``, for rules that have one.
+    """
+
+    rules: RuleSet
+    filename: str
+    text: str = field(repr=False)
+    entries: Mapping[KeyPath, Entry] = field(repr=False)
+    expressions: Mapping[str, tuple[Expression, ...]] = field(repr=False)
+    templates: Mapping[str, Template] = field(repr=False, default_factory=dict)
+
+    def location(self, rule_id: str, *keys: str | int) -> str:
+        """``"file:line"`` of a rule, or ``"file:line:column"`` of a value inside it.
+
+        A key that the file leaves out gives the nearest thing around it.
+
+        Raises:
+            KeyError: no rule has that id.
+        """
+        path = self._path(rule_id)
+        if not keys:
+            return f"{self.filename}:{self.entries[path].value.line}"
+        return self.place(*path, *keys)
+
+    def place(self, *keys: str | int) -> str:
+        """``"file:line:column"`` of any value, or of the nearest thing around it.
+
+        >>> parse_rules("budget: {keep: 1}\\nrules: [{id: a, match: {node: {op: linear}}, "
+        ...             "rewrite: none}]", "r.yaml").place("budget", "keep")
+        'r.yaml:1:16'
+        """
+        span = self.entries[nearest(self.entries, keys)].value
+        return f"{self.filename}:{span.line}:{span.column}"
+
+    def failed(self, rule_id: str, index: int, error: ExpressionError, operator: str) -> RuleError:
+        """The located error for a ``where`` condition that failed on an operator."""
+        entry = self.entries[(*self._path(rule_id), "where", index)]
+        message = f"on operator '{operator}': {error.message}"
+        item = Diagnostic(error.code, message, entry.part(error.offset, error.length))
+        return RuleError(render([item], self.filename, self.text))
+
+    def _path(self, rule_id: str) -> KeyPath:
+        for index, rule in enumerate(self.rules.rules):
+            if rule.id == rule_id:
+                return ("rules", index)
+        raise KeyError(rule_id)
+
+
+def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:
+    """Rules from a file, from a preset ("decoder", "encoder", "every-linear"), or from Python.
+
+    A :class:`RuleSet` made in Python is written as YAML and read back, so that it passes
+    the same checks and its rules have locations too.
+
+    >>> load_rules("decoder").rules.budget.keep
+    0.8
+
+    Raises:
+        RuleError: every problem of the file, or why it cannot be read.
+    """
+    if isinstance(source, RuleSet):
+        plain = source.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        text = yaml.dump(
+            plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_MOST_BYTES
+        )
+        return parse_rules(text, "<RuleSet>")
+    name = os.fspath(source)
+    preset = preset_path(name) if isinstance(source, str) else None
+    path = preset or Path(name)
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise _unusable(name, "too-large", f"{size:,} bytes; at most {_MOST_BYTES:,}")
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        presets = preset_names()
+        hint = suggest(name, presets) or f"presets are {choices(presets)}"
+        raise _unusable(name, "unreadable", f"cannot read it: {reason}", hint) from None
+    # A preset shows as "decoder.yaml": where it is installed says nothing about the rules.
+    shown = path.name if preset else name
+    return parse_rules(_decode(raw, shown), shown)
+
+
+def parse_rules(text: str, filename: str) -> LoadedRules:
+    """Rules from YAML text; ``filename`` is what locations show.
+
+    Raises:
+        RuleError: every problem found in the text.
+    """
+    if len(text) > _MOST_BYTES:
+        raise _unusable(filename, "too-large", f"more than {_MOST_BYTES:,} characters")
+    text = text.removeprefix("\ufeff")
+    document = read_document(text)
+    if not isinstance(document.data, dict):
+        raise _not_a_mapping(document, filename, text)
+    valid, shape = validate(document)
+    checked = check_rules(document, valid)
+    # A line that YAML itself misread, and characters that the reader has complained about, are
+    # not worth a second complaint.
+    told = {item.span for item in document.diagnostics}
+    misread = {
+        item.span.line
+        for item in document.diagnostics
+        if item.span and item.code.startswith("yaml-")
+    }
+    new = [
+        item
+        for item in dict.fromkeys((*shape, *checked.diagnostics))
+        if item.span is None or not (item.span in told or item.span.line in misread)
+    ]
+    diagnostics = [*document.diagnostics, *new]
+    if diagnostics or valid.whole is None:
+        raise RuleError(render(diagnostics, filename, text))
+    return LoadedRules(
+        valid.whole,
+        filename,
+        text,
+        MappingProxyType(dict(document.entries)),
+        MappingProxyType(dict(checked.expressions)),
+        MappingProxyType(dict(checked.templates)),
+    )
+
+
+def _not_a_mapping(document: Document, filename: str, text: str) -> RuleError:
+    problems = list(document.diagnostics)
+    if not problems and document.data is None:
+        problems.append(
+            Diagnostic("empty", "an empty rule file", hint="it needs at least 'budget' and 'rules'")
+        )
+    elif not problems:
+        what = "a list" if isinstance(document.data, list) else "plain text"
+        hint = "rules go under the key 'rules'" if what == "a list" else ""
+        message = f"a rule file is a mapping, not {what}"
+        problems.append(Diagnostic("not-a-mapping", message, document.entries[()].value, hint))
+    return RuleError(render(problems, filename, text))
+
+
+def _decode(raw: bytes, filename: str) -> str:
+    if b"\0" in raw:
+        raise _unusable(filename, "binary", "a binary file, not YAML text")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line = before.count(b"\n") + 1
+        column = error.start - (before.rfind(b"\n") + 1) + 1
+        raise RuleError(
+            f"{filename}:{line}:{column} error[not-utf-8]: byte 0x{raw[error.start]:02x} is not "
+            "UTF-8\n   save the file as UTF-8"
+        ) from None
+
+
+def _unusable(filename: str, code: str, message: str, hint: str = "") -> RuleError:
+    return RuleError(render([Diagnostic(code, message, hint=hint)], filename, ""))

@@ -1,0 +1,642 @@
+"""The shape of a rule file, as frozen pydantic models.
+
+The models check shape and numbers.  What needs the vocabulary (operators, attributes,
+expressions) is checked by :mod:`fxcompress.rules.language.checks`, with positions.  The
+docstrings of fields become the descriptions of the JSON Schema, which editors show.
+
+>>> rules = RuleSet.model_validate(
+...     {"budget": {"keep": 0.8}, "rules": [
+...         {"id": "mlp", "match": {"node": {"op": "linear", "name": "*.mlp.*"}},
+...          "rewrite": {"form": "pivoted"}}]})
+>>> rules.rules[0].match.alternatives[0].names
+('node',)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from fxcompress.graph.operator import AttributeValue
+from fxcompress.metric.words import metric_words
+from fxcompress.plans.units import UNITS, CountedUnit, UnitWord
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+MOST_NODES = 32
+"""Operators in one pattern."""
+
+MOST_OPTIONAL = 8
+"""Optional operators of one pattern; each doubles the number of variants."""
+
+Text = Annotated[str, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
+Identifier = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+_OneOrMany = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
+Globs = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
+Ops = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
+Reference = Annotated[str, Field(strict=True, pattern=r"^\$[A-Za-z_][A-Za-z0-9_]*$")]
+AttributePattern = Annotated[Any, AfterValidator(_freeze)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class Budget(_Model):
+    """How much of the model may remain: ``{keep: 0.8, of: matched, unit: parameters}``."""
+
+    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+    """The fraction that remains."""
+    of: Literal["matched", "model"] = "matched"
+    """Of what: the operators that the rules match, or the whole model."""
+    unit: UnitWord = "parameters"
+    """What is counted; latency is measured on this machine, operator by operator."""
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.of == "model" and not isinstance(UNITS[self.unit], CountedUnit):
+            message = f"{self.unit} is measured for the matched operators only: leave 'of' out"
+            raise PydanticCustomError("wrong-place", message)
+        return self
+
+
+def _different(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    """One budget per unit and whole."""
+    seen = {(budget.unit, budget.of) for budget in budgets}
+    if len(seen) < len(budgets):
+        message = "two budgets are about the same unit: keep the tighter one"
+        raise PydanticCustomError("duplicate-budget", message)
+    return budgets
+
+
+class Damping(_Model):
+    """Added to each factor's eigenvalues, relative to their mean.
+
+    What is left out is chosen by what it loses on the batches held back; 1e-3 and 1e-1 if none are.
+    """
+
+    input: Annotated[Number, Field(ge=0)] | None = None
+    """For the second moments of the inputs."""
+    output: Annotated[Number, Field(ge=0)] | None = None
+    """For the second moments of the gradients of the outputs."""
+
+
+def _known_metric(value: Any) -> Any:
+    known = metric_words()
+    if isinstance(value, str) and value in known:
+        return value
+    expected = ", ".join(f"'{name}'" for name in known)
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
+
+class Metric(_Model):
+    """The distance that decides which components of a weight count."""
+
+    kind: Annotated[str, BeforeValidator(_known_metric)] = "kfac"
+    """Which distance; kfac is the Fisher metric in its Kronecker form."""
+    damping: Damping = Damping()
+    """Added to each factor's eigenvalues, relative to their mean."""
+    output: Annotated[
+        Annotated[Literal["auto", "categorical", "bernoulli", "gaussian"], Tag("one")]
+        | Annotated[
+            dict[Text, Literal["categorical", "bernoulli", "gaussian"]],
+            Field(min_length=1),
+            Tag("several"),
+        ],
+        Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
+    ] = "auto"
+    """What the outputs of the model mean; of several outputs, by name or place ("0")."""
+    fisher: Literal["sampled", "exact", "empirical"] = "sampled"
+    """Where labels come from: drawn from the model, all of them (few classes), or the data's."""
+    seed: Whole = 0
+    """Of the draws from the model's predictions."""
+    batches: Count | None = None
+    """How many of the calibration batches are used, from the first; all if left out."""
+    held_back: Share = 0.125
+    """Share of them that the metric never sees, one of two or more at least: the loss of the plan
+    is predicted and measured on these.  0 for none."""
+
+
+class Solver(_Model):
+    """How ranks are chosen, and how the weights are trained meanwhile.
+
+    By default the model is cut once, and nothing is trained.  With ``{rounds: 5, steps: 20}``
+    ranks fall in five rounds of twenty gradient steps each, towards the dense model's own
+    predictions: no labels are needed.
+    """
+
+    allocation: Literal["global", "uniform"] = "global"
+    """One global threshold, or the same fraction everywhere."""
+    rounds: Count = 1
+    """Thresholdings, the last one to the budget."""
+    steps: Annotated[Whole, Field(ge=0)] = 0
+    """Gradient steps after each of them, one calibration batch a step; 0 trains nothing."""
+    schedule: Literal["soft", "hard"] = "soft"
+    """Whether the budget falls over the rounds, or holds from the first one on."""
+    objective: Literal["kl", "task"] = "kl"
+    """What is descended on: the KL divergence from the dense model, or the loss= given."""
+    gradient: Literal["factors", "whitened"] = "factors"
+    """Steps of an optimizer on the factors, or steps along the gradient in the coordinates of the
+    metric, each of them thresholded (proximal gradient)."""
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
+    """At its highest, 2.5e-4 if left out; it rises and falls over all rounds.  For whitened
+    gradients the first step size, 1 if left out."""
+    features: Annotated[Number, Field(ge=0)] = 10.0
+    """Weight, beside the KL, of the mean over layers of how far their outputs are from those of
+    the dense model, in the Fisher metric; 0 for the KL alone.  It is not used with a task loss."""
+    correct: Flag = False
+    """Whether weights are fitted in closed form, after each thresholding, to the inputs that the
+    compressed layers before them really produce: a share of the way that the objective chooses."""
+    memory: Annotated[Number, Field(gt=0)] = 4.0
+    """GiB for what a gradient keeps; larger batches are cut into pieces."""
+
+    @property
+    def iterative(self) -> bool:
+        """Whether anything is trained."""
+        return self.steps > 0 or self.correct
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.rounds > 1 and not self.iterative:
+            message = "rounds without gradient steps change nothing: give 'steps' too, or 'correct'"
+            raise PydanticCustomError("wrong-place", message)
+        if self.objective == "task" and self.features and "features" in self.model_fields_set:
+            message = "features are compared with the dense model's, which a task loss does not ask"
+            raise PydanticCustomError("wrong-place", message)
+        return self
+
+
+class Defaults(_Model):
+    """What holds for every rule that does not say otherwise."""
+
+    tied: Literal["skip"] = "skip"
+    """What becomes of weights that several operators read."""
+    multi_call: Literal["once", "skip"] = "once"
+    """What becomes of a module that is called several times."""
+    multiple_of: Count = 1
+    """Ranks are multiples of this."""
+    min_rank: Count = 1
+    """The lowest rank."""
+    min_saving: Share = 0.0
+    """The share of an operator's cost that a rewrite has to save to be made."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rewrite is bound to: the keys of a rule, or the file's defaults, or these.
+
+    A field is filled from the keys of its name in :class:`Rewrite` and :class:`Defaults`.
+
+    Attributes:
+        min_rank: lowest rank.
+        max_rank: highest rank, None if it is free.
+        multiple_of: what ranks are a multiple of.
+        min_saving: share of an operator's cost that a rewrite has to save to be made at all.
+        fold_batch_norm: whether a batch norm behind an operator is to be folded into it.
+        unmeasured: whether operators without a measured influence on the output are rewritten.
+    """
+
+    min_rank: int = 1
+    max_rank: int | None = None
+    multiple_of: int = 1
+    min_saving: float = 0.0
+    fold_batch_norm: bool = False
+    unmeasured: bool = False
+
+    @classmethod
+    def of(cls, rewrite: Rewrite | None, defaults: Defaults) -> Limits:
+        """Those of a rule; of one with ``rewrite: none``, the defaults."""
+        given = {
+            field.name: value
+            for source in (defaults, rewrite)
+            for field in fields(cls)
+            if (value := getattr(source, field.name, None)) is not None
+        }
+        return cls(**given)
+
+
+class WithAttributes(BaseModel):
+    """A matcher whose further keys are operator attributes."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", populate_by_name=True, use_attribute_docstrings=True
+    )
+    __pydantic_extra__: dict[str, AttributePattern] = Field(init=False)
+
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]:
+        """The attributes asked for: ``{"kernel_size": (3, 3)}``."""
+        return cast("Mapping[str, AttributeValue]", self.model_extra or {})
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Its keys that are no attributes."""
+        return tuple(field.alias or name for name, field in cls.model_fields.items())
+
+
+class NodePattern(WithAttributes):
+    """One operator: ``{op: conv2d, as: c, name: "*.conv1", kernel_size: [3, 3]}``."""
+
+    op: Ops
+    """The operator, or a list of which it is one."""
+    bound_name: Identifier = Field(
+        default="node", alias="as", description="The operator's name in expressions."
+    )
+    name: Globs | None = None
+    """Globs on the module path; * crosses dots, {q,k} is an or."""
+
+
+class GroupPattern(NodePattern):
+    """All operators on one input: ``{op: linear, as: fc, name: "*.{q,k,v}_proj"}``."""
+
+    min: Count = 2
+    """The fewest members of a group."""
+    max: Count | None = None
+    """The most members of a group."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_range(self.min, self.max)
+        return self
+
+
+class GraphNode(WithAttributes):
+    """One of several operators: ``{op: linear, input: $x, name: "*.q_proj"}``."""
+
+    op: Ops
+    """The operator, or a list of which it is one."""
+    name: Globs | None = None
+    """Globs on the module path; * crosses dots, {q,k} is an or."""
+    input: Reference | None = None
+    """The one value that it reads: $x."""
+    inputs: Annotated[tuple[Reference | None, ...], Field(min_length=1)] | None = None
+    """The values that it reads, in order; null is any value."""
+    optional: Flag = False
+    """Whether a match may do without it."""
+
+
+class Alternative(_Model):
+    """A pattern: one operator, several that are connected, or all on one input."""
+
+    node: NodePattern | None = None
+    """One operator."""
+    nodes: Annotated[
+        dict[Identifier, GraphNode] | None, Field(min_length=1, max_length=MOST_NODES)
+    ] = None
+    """Several operators, by name; each says where its inputs come from."""
+    group: GroupPattern | None = None
+    """All operators of one kind that read the same value."""
+    inputs: tuple[Identifier, ...] | None = None
+    """Names of the values that come from outside of 'nodes'."""
+    outputs: Annotated[tuple[Identifier, ...], Field(min_length=1)] | None = None
+    """Nodes whose values may be used outside of the match; if left out, those that no other
+    node of the pattern reads."""
+    scope: Globs | None = None
+    """Globs on the path of a module that has to enclose the whole match."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        kinds = tuple(k for k in PATTERN_KINDS if k in type(self).model_fields)
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            words = ", ".join(f"'{kind}'" for kind in kinds[:-1]) + f" and '{kinds[-1]}'"
+            found = " and ".join(f"'{kind}'" for kind in given) or "none of them"
+            raise PydanticCustomError(
+                "no-positive-matcher", f"match takes one of {words}; it has {found}"
+            )
+        for key in ("inputs", "outputs"):
+            if getattr(self, key) is not None and self.nodes is None:
+                raise PydanticCustomError("wrong-place", f"'{key}' goes with 'nodes' only")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that the pattern binds."""
+        if self.nodes is not None:
+            return tuple(self.nodes)
+        one = self.node or self.group
+        return (one.bound_name,) if one is not None else ()
+
+
+PATTERN_KINDS = ("node", "nodes", "group", "any_of")
+"""Keys of a pattern, of which it has exactly one."""
+
+
+class Pattern(Alternative):
+    """What a rule is about: one pattern, or ``{any_of: [{...}, ...]}`` of several (or)."""
+
+    any_of: Annotated[tuple[Alternative, ...], Field(min_length=1)] | None = None
+    """Patterns of which one has to match; all bind the same names."""
+
+    @model_validator(mode="after")
+    def _scope_inside(self) -> Self:
+        if self.any_of is not None and self.scope is not None:
+            message = "'scope' goes into the patterns of any_of"
+            raise PydanticCustomError("wrong-place", message)
+        return self
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """The patterns, of which one has to match."""
+        return (self,) if self.any_of is None else self.any_of
+
+    @property
+    def keyed(self) -> tuple[tuple[tuple[str | int, ...], Alternative], ...]:
+        """The alternatives, each behind the keys in the rule that lead to it."""
+        if self.any_of is None:
+            return ((("match",), self),)
+        return tuple((("match", "any_of", index), one) for index, one in enumerate(self.any_of))
+
+    @property
+    def node_count(self) -> int:
+        """Number of nodes in the pattern: larger patterns win an overlap."""
+        return max(
+            len(one.nodes) if one.nodes is not None else one.group.min if one.group else 1
+            for one in self.alternatives
+        )
+
+
+class Exclusion(WithAttributes):
+    """One entry of ``unless``; all of its keys together exclude an operator."""
+
+    name: Globs | None = None
+    """Globs on the module path."""
+    scope: Globs | None = None
+    """Globs on the path of the module that calls the operator."""
+    node: Identifier | None = None
+    """The operator of the pattern that is meant; any of them, if left out."""
+    shares_weight_with: Text | None = None
+    """An operator that reads the same weight, such as embedding."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set:
+            raise PydanticCustomError(
+                "no-positive-matcher", "an empty entry of 'unless' excludes nothing"
+            )
+        return self
+
+
+class TemplateNode(_Model):
+    """One operator of a template: ``{op: linear, input: $x, weight: fc.right}``."""
+
+    op: Text
+    """The operator."""
+    input: Reference | None = None
+    """The one value that it reads: $x."""
+    inputs: Annotated[tuple[Reference, ...], Field(min_length=1)] | None = None
+    """The values that it reads, in order."""
+    weight: Text | None = None
+    """Where its weight comes from: fc.right (r x n), fc.left (m x r), joint.right."""
+    bias: Text | None = None
+    """Where its bias comes from: fc.bias."""
+
+
+class Rewrite(_Model):
+    """What becomes of a match."""
+
+    form: Text | None = None
+    """The form that its operators take."""
+    any_of: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Forms that the solver chooses from."""
+    graph: Annotated[dict[Identifier, TemplateNode] | None, Field(min_length=1, max_length=64)] = (
+        None
+    )
+    """A subgraph of your own, by node names."""
+    outputs: Annotated[dict[Identifier, Identifier] | None, Field(min_length=1)] = None
+    """Operator of the match -> node of 'graph' that takes its place."""
+    cost: Text | None = None
+    """Parameters of 'graph' (biases left out) as an expression in the rank r; it is checked
+    against the graph."""
+    nodes: Annotated[tuple[Identifier, ...], Field(min_length=1)] | None = None
+    """The operators of the match that are rewritten; if left out, all that a form applies to."""
+    min_rank: Count | None = None
+    """The lowest rank."""
+    min_saving: Share | None = None
+    """The share of an operator's cost that a rewrite has to save to be made."""
+    max_rank: Count | None = None
+    """The highest rank."""
+    multiple_of: Count | None = None
+    """Ranks are multiples of this."""
+    group: Name | None = None
+    """A name; sites of one group get equal ranks."""
+    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    """The share that remains at most of what this rule matches, in the unit of every budget."""
+    fold_batch_norm: Flag = False
+    """Whether a batch norm that follows a convolution becomes part of it, whatever its rank; in
+    eval mode that changes nothing, in training it no longer normalizes."""
+    unmeasured: Flag = False
+    """Whether operators without a measured influence on the output are rewritten, too: those that
+    no gradient came back to, or only zeros.  Every rank of them then counts as free of loss."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [key for key in REWRITE_KINDS if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"'{key}'" for key in given) or "none of them"
+            raise PydanticCustomError(
+                "missing-form",
+                f"rewrite takes one of 'form', 'any_of' and 'graph'; it has {found}",
+            )
+        if self.graph is None and (self.outputs is not None or self.cost is not None):
+            key = "outputs" if self.outputs is not None else "cost"
+            raise PydanticCustomError("wrong-place", f"'{key}' goes with 'graph' only")
+        low, high = self.min_rank, self.max_rank
+        if low is not None and high is not None and low > high:
+            raise PydanticCustomError("bad-number", f"min_rank {low} is above max_rank {high}")
+        return self
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The registered forms that the solver may choose from; none for a ``graph``."""
+        return (self.form,) if self.form is not None else self.any_of or ()
+
+
+REWRITE_KINDS = ("form", "any_of", "graph")
+"""Keys of a rewrite, of which it has exactly one."""
+
+
+class Range(_Model):
+    """A range of counts, ends included; an end left out is open."""
+
+    min: Annotated[int, Field(strict=True, ge=0)] = 0
+    """The fewest."""
+    max: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """The most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_range(self.min, self.max)
+        return self
+
+
+def _check_range(low: int, high: int | None) -> None:
+    if high is not None and low > high:
+        raise PydanticCustomError("bad-number", f"min {low} is above max {high}")
+
+
+class Expect(_Model):
+    """How many sites a rule has to match: ``{matches: 12}`` or ``{matches: {min: 1}}``."""
+
+    matches: Annotated[
+        Annotated[int, Field(strict=True, ge=0), Tag("count")] | Annotated[Range, Tag("range")],
+        Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "count"),
+    ]
+    """A count, or a range of counts."""
+
+    @property
+    def range(self) -> Range:
+        """The expectation as a range of counts."""
+        if isinstance(self.matches, Range):
+            return self.matches
+        return Range(min=self.matches, max=self.matches)
+
+
+class Rule(_Model):
+    """One rule: what it matches, what it leaves out, and what becomes of the rest."""
+
+    id: Name
+    """Its name in reports; unique in the file."""
+    description: Text = ""
+    """In words, for people."""
+    priority: Whole = 0
+    """Of two rules that match one operator, the one with the higher priority gets it."""
+    match: Pattern
+    """What the rule is about."""
+    unless: tuple[Exclusion, ...] = ()
+    """What is taken out again; any entry that hits does it."""
+    where: tuple[Text, ...] = ()
+    """Conditions that all have to hold: "fc.in_features >= 256"."""
+    rewrite: Annotated[
+        Annotated[Literal["none"], Tag("word")] | Annotated[Rewrite, Tag("mapping")],
+        Discriminator(lambda value: "mapping" if isinstance(value, dict | Rewrite) else "word"),
+    ]
+    """What becomes of a match; none leaves it as it is, whatever other rules say."""
+    expect: Expect | None = None
+    """How many sites the rule has to match."""
+
+
+class CaseNode(WithAttributes):
+    """One operator of a test's graph: ``{op: linear, path: layers.0.fc, input: $x}``.
+
+    Attributes that are left out: of operators with a weight, 64 for widths, 3 for kernel sizes,
+    1 for strides, paddings, dilations and groups, float32, with a bias; others have none.
+    """
+
+    op: Text
+    """The operator."""
+    path: Text | None = None
+    """Its module path; its name in the graph, if left out."""
+    scope: Text | None = None
+    """Path of the module that calls it; the parent of 'path', if left out."""
+    input: Reference | None = None
+    """The one value that it reads; a name that is no node is a value from outside."""
+    inputs: Annotated[tuple[Reference, ...], Field(min_length=1)] | None = None
+    """The values that it reads, in order."""
+    weight: Text | None = None
+    """Name of the weight that it reads, for ties; 'path' and .weight, if left out."""
+
+
+Members = Annotated[
+    Annotated[Text, Tag("path")] | Annotated[tuple[Text, ...], Field(min_length=1), Tag("members")],
+    Discriminator(lambda value: "members" if isinstance(value, list | tuple) else "path"),
+]
+
+
+class Case(_Model):
+    """A test of the rules: what they match and miss in a small graph or a model.
+
+    Tests run by ``fxcompress test`` only, never when rules are used.
+    """
+
+    name: Text
+    """What is tested, in words."""
+    graph: Annotated[dict[Identifier, CaseNode] | None, Field(min_length=1, max_length=256)] = None
+    """A small graph, operator by operator."""
+    model: Text | None = None
+    """file.py:function for a function that returns a model; the file stands next to the rules.
+    It is run by 'fxcompress test --run-models' only."""
+    data: Text | None = None
+    """file.py:function for a function that returns batches; goes with 'model'."""
+    matches: dict[Text, tuple[Members, ...]] = Field(default_factory=dict)
+    """Rule -> module paths of all that it matches; for a rule about several operators, a list
+    of lists has the members of each match."""
+    misses: dict[Text, dict[Text, Text]] = Field(default_factory=dict)
+    """Rule -> module path -> the step at which it is lost, or text of the reason."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.graph is None) == (self.model is None):
+            found = "neither" if self.graph is None else "both"
+            message = f"a test takes one of 'graph' and 'model'; it has {found}"
+            raise PydanticCustomError("missing-graph", message)
+        if self.data is not None and self.model is None:
+            raise PydanticCustomError("wrong-place", "'data' goes with 'model' only")
+        if not self.matches and not self.misses:
+            message = "a test expects something: it needs 'matches' or 'misses'"
+            raise PydanticCustomError("nothing-expected", message)
+        return self
+
+
+def reads(node: GraphNode | TemplateNode | CaseNode) -> tuple[str | None, ...]:
+    """Names of the values that a node reads, in order; None for one that may be any."""
+    given = (node.input,) if node.input is not None else node.inputs or ()
+    return tuple(None if reference is None else reference[1:] for reference in given)
+
+
+class RuleSet(_Model):
+    """A whole rule file."""
+
+    version: Literal[1] = 1
+    """Of the rule language."""
+    budget: Annotated[
+        Annotated[Budget, Tag("one")]
+        | Annotated[
+            tuple[Budget, ...], Field(min_length=1), AfterValidator(_different), Tag("several")
+        ],
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+    ]
+    """How much of the model may remain; a list of budgets has to be met at once."""
+    metric: Metric = Metric()
+    """The distance that decides which components of a weight count."""
+    solver: Solver = Solver()
+    """How ranks are chosen."""
+    defaults: Defaults = Defaults()
+    """What holds for every rule that does not say otherwise."""
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    """The rules."""
+    tests: tuple[Case, ...] = ()
+    """What the rules match and miss; run by 'fxcompress test'."""
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets that have to be met at once."""
+        return (self.budget,) if isinstance(self.budget, Budget) else self.budget

@@ -1,0 +1,1 @@
+"""From rules and a recorded graph to matches and explanations."""

@@ -1,0 +1,264 @@
+"""Why a rule got what it got: funnels, near misses, and what was rejected.
+
+Everything here is read off the :class:`~fxcompress.rules.matching.result.MatchResult`; nothing is
+matched a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxcompress.rules.language.vocabulary import STEPS
+from fxcompress.rules.matching.folding import fold_key, fold_numbers, fold_paths
+from fxcompress.rules.matching.result import Funnel, Instance, MatchResult
+
+_OUTCOME = "rewritten"
+_MOST_LINES = 12
+_WIDEST = 64
+_ABOUT_OTHERS = ("pattern", "overlap")
+"""Steps whose reasons name other operators."""
+_DEPTHS = {step: depth for depth, step in enumerate((*STEPS, _OUTCOME))}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that a rule lost at the same step for the same reason.
+
+    Attributes:
+        step: where they were lost; ``"rewritten"`` for matches that the plan left dense.
+        reason: why.
+        location: the condition in the rule file.
+        paths: (folded path, number of sites) in graph order.
+    """
+
+    step: str
+    reason: str
+    location: str
+    paths: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Matches of several operators that are alike.
+
+    Attributes:
+        scope: folded path of the innermost module around all operators of a match.
+        operators: (name in the pattern, path below the scope).
+        count: number of matches.
+    """
+
+    scope: str
+    operators: tuple[tuple[str, str], ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class RuleExplanation:
+    """One rule.
+
+    Attributes:
+        rule_id: the rule.
+        location: ``"file:line"``.
+        funnel: sites left after every step.
+        near: what got furthest and was lost all the same.
+        rejected: everything else, the furthest first.
+        matched: what a rule about several operators has; empty for other rules.
+    """
+
+    rule_id: str
+    location: str
+    funnel: Funnel
+    near: tuple[Group, ...]
+    rejected: tuple[Group, ...]
+    matched: tuple[Matched, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The explanation of a whole rule file, or of one rule; ``str()`` gives the text.
+
+    Attributes:
+        rules: one explanation per rule, in file order.
+        problems: the problems found while matching.
+    """
+
+    rules: tuple[RuleExplanation, ...]
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        result: MatchResult,
+        outcomes: Mapping[str, str] | None = None,
+        *,
+        rule: str | None = None,
+    ) -> Explanation:
+        """Explain a result.
+
+        Args:
+            result: what the matcher returned.
+            outcomes: weight -> why the plan left it dense (``"no saving: rank 448 ≥ break-even
+                418"``). Matched weights without an entry count as rewritten. None: there is
+                no plan, and the funnel ends with what was matched.
+            rule: explain this rule only.
+
+        Raises:
+            KeyError: there is no rule of that id.
+        """
+        wanted = tuple(result.funnels) if rule is None else (rule,)
+        return cls(
+            tuple(_explain(result, rule_id, outcomes) for rule_id in wanted),
+            tuple(item.text for item in result.problems if item.rule_id in wanted),
+        )
+
+    def __str__(self) -> str:
+        return "\n\n".join(_rule_text(item) for item in self.rules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Funnel, matches and near misses of every rule; nothing but JSON's own types."""
+        rules = [
+            {
+                "rule": item.rule_id,
+                "location": item.location,
+                "funnel": dict(item.funnel.steps),
+                **_matched_json(item),
+                "near_misses": [_group_json(group) for group in item.near],
+                "rejected": [_group_json(group) for group in item.rejected],
+            }
+            for item in self.rules
+        ]
+        return {"rules": rules, "problems": list(self.problems)}
+
+
+def _explain(
+    result: MatchResult, rule_id: str, outcomes: Mapping[str, str] | None
+) -> RuleExplanation:
+    funnel = result.funnels[rule_id]
+    losses: list[tuple[str, str, str, str]] = [
+        (miss.step, miss.reason, miss.location, miss.path or miss.operator)
+        for miss in result.misses_of(rule_id)
+    ]
+    if outcomes is not None:
+        won = [match for match in result.matches if match.rule_id == rule_id]
+        dense = [match for match in won if match.weight in outcomes]
+        losses += [
+            (_OUTCOME, outcomes[m.weight], m.location, m.path or m.operators[0]) for m in dense
+        ]
+        if won:
+            instances = result.instances.get(rule_id)
+            rewritten = len(won) - len(dense)
+            if instances is not None:
+                rewritten = sum(
+                    one.counted for one in instances if set(one.claimed) - set(outcomes)
+                )
+            steps = (*funnel.steps, (_OUTCOME, rewritten))
+            funnel = replace(funnel, steps=steps)
+    folded = sorted(_grouped(losses), key=lambda group: -_DEPTHS[group.step])
+    # A site whose name does not fit was never near, even if nothing else came further.
+    furthest = max((_DEPTHS[group.step] for group in folded), default=0)
+    near = tuple(g for g in folded if _DEPTHS[g.step] == furthest and furthest > 0)
+    rejected = tuple(folded[len(near) :])
+    matched = _matched(result.instances.get(rule_id, ()))
+    return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
+
+
+def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[Group]:
+    """Losses of one step, place and reason; reasons that differ in a number only are one."""
+    groups: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {}
+    for step, reason, location, path in losses:
+        alike = fold_key(reason) if step in _ABOUT_OTHERS else reason
+        reasons, paths = groups.setdefault((step, alike, location), ([], []))
+        reasons.append(reason)
+        paths.append(path)
+    for (step, _, location), (reasons, paths) in groups.items():
+        yield Group(step, fold_numbers(reasons), location, fold_paths(paths))
+
+
+def _matched(instances: Sequence[Instance]) -> tuple[Matched, ...]:
+    scopes: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for instance in instances:
+        parts = [path.split(".") for _, path in instance.operators]
+        depth = 0
+        while all(len(path) > depth + 1 and path[depth] == parts[0][depth] for path in parts):
+            depth += 1
+        below = [".".join(path[depth:]) for path in parts]
+        names = [name for name, _ in instance.operators]
+        operators = tuple(zip(names, below, strict=True))
+        scopes.setdefault(operators, []).append(".".join(parts[0][:depth]))
+    return tuple(
+        Matched(scope, operators, count)
+        for operators, paths in scopes.items()
+        for scope, count in fold_paths(paths)
+    )
+
+
+def _rule_text(item: RuleExplanation) -> str:
+    rows = [("near miss", *row) for group in item.near for row in _rows(group)]
+    rows += [("rejected", *row) for group in item.rejected for row in _rows(group)]
+    widths = [
+        min(_WIDEST, max((len(row[column]) for row in rows), default=0)) for column in range(3)
+    ]
+    lines = [f"rule {item.rule_id} ({item.location})", _funnel_text(item.funnel)]
+    if item.funnel.anchors:
+        anchors = ", ".join(f"'{anchor}'" for anchor in item.funnel.anchors)
+        lines[-1] += f"   (of {anchors})"
+    lines += map(_matched_text, item.matched[:_MOST_LINES])
+    more = sum(matched.count for matched in item.matched[_MOST_LINES:])
+    lines += [f"matched    and {more} more"] * (more > 0)
+    for kind, path, reason, location in rows:
+        line = f"{kind:<9}  {path:<{widths[1]}}  {reason:<{widths[2]}}  {location}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _funnel_text(funnel: Funnel) -> str:
+    # Without an overlap, and with a plan, "60 legal → 60 kept → 58 rewritten" says "60" twice.
+    counts = dict(funnel.steps)
+    if _OUTCOME in counts and counts["kept"] == counts["legal"]:
+        steps = tuple(step for step in funnel.steps if step[0] != "kept")
+        return str(replace(funnel, steps=steps))
+    return str(funnel)
+
+
+def _matched_text(item: Matched) -> str:
+    operators = ", ".join(f"{name} = {path}" for name, path in item.operators)
+    count = f" ({item.count})" if item.count > 1 else ""
+    return f"matched    {item.scope or 'the model'}{count}   {operators}"
+
+
+def _rows(group: Group) -> list[tuple[str, str, str]]:
+    rows = [
+        (f"{path} ({count})" if count > 1 else path, group.reason, group.location)
+        for path, count in group.paths[:_MOST_LINES]
+    ]
+    rest = sum(count for _, count in group.paths[_MOST_LINES:])
+    if rest:
+        rows.append((f"and {rest} more", group.reason, group.location))
+    return rows
+
+
+def _matched_json(item: RuleExplanation) -> dict[str, Any]:
+    """What only rules about several operators have."""
+    if not item.funnel.anchors:
+        return {}
+    matched = [
+        {
+            "scope": one.scope,
+            "operators": [{"node": name, "path": path} for name, path in one.operators],
+            "matches": one.count,
+        }
+        for one in item.matched
+    ]
+    return {"counted": list(item.funnel.anchors), "matched": matched}
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    return {
+        "step": group.step,
+        "reason": group.reason,
+        "location": group.location,
+        "sites": sum(count for _, count in group.paths),
+        "paths": [path for path, _ in group.paths],
+    }

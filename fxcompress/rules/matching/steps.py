@@ -1,0 +1,274 @@
+"""The steps that the sites of one rule take, each saying why a site was lost.
+
+Every step is a function from a column of sites to a column of verdicts: a
+:class:`~fxcompress.rules.matching.result.Lost`, or None for a site that passes.  They run for
+every site of every rule, so whatever depends on the rule only is prepared once, and whatever
+depends on attributes only is kept by the site's signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from fxcompress.graph.operator import Operator
+from fxcompress.rules.language.expressions import Expression, ExpressionError, evaluate
+from fxcompress.rules.language.globs import compile_globs
+from fxcompress.rules.language.loader import LoadedRules
+from fxcompress.rules.language.schema import Alternative, Exclusion, Rule
+from fxcompress.rules.language.vocabulary import STEPS
+from fxcompress.rules.matching.literals import matches_literal, show
+from fxcompress.rules.matching.patterns import NodeTest, quoted
+from fxcompress.rules.matching.result import Lost
+from fxcompress.rules.matching.scopes import scope_test
+from fxcompress.rules.matching.sites import Site
+
+Legality = Callable[[Operator], str | None]
+JointLegality = Callable[[Sequence[Operator]], str | None]
+SiteCheck = Callable[[Site], Lost | None]
+Step = Callable[[Sequence[Site]], Sequence[Lost | None]]
+Keys = tuple[str | int, ...]
+
+
+def site_steps(rule: Rule, loaded: LoadedRules, legality: SiteCheck) -> list[Step]:
+    """The steps of a rule about single operators, in the order in which they are taken."""
+    steps = _positives(rule, loaded)
+    exclusions = [exclusion(number, rule, loaded) for number in range(len(rule.unless))]
+    steps += [each(check) for check in exclusions]
+    (bound,) = rule.match.alternatives[0].names
+    steps += [_condition(condition, bound) for condition in conditions(rule, loaded)]
+    # Leaving an operator as it is, is legal wherever there is a weight.
+    return [*steps, each(has_weight if rule.rewrite == "none" else legality)]
+
+
+def each(check: SiteCheck) -> Step:
+    """A step that looks at one site at a time."""
+    return lambda sites: [check(site) for site in sites]
+
+
+def legality_check(loaded: LoadedRules, legality: Legality) -> SiteCheck:
+    """Ties, repeated calls, and the caller's own reasons; asked once per site for all rules."""
+    defaults = loaded.rules.defaults
+    known: dict[str, Lost | None] = {}
+
+    def check(site: Site) -> Lost | None:
+        if site.key in known:
+            return known[site.key]
+        lost = has_weight(site)
+        if lost is None and site.tied:
+            lost = Lost("legal", f"tied to {site.ties} (defaults.tied: {defaults.tied})")
+        calls = len(site.operators)
+        if lost is None and calls > 1 and defaults.multi_call == "skip":
+            lost = Lost("legal", f"called {calls} times (defaults.multi_call: skip)")
+        if lost is None:
+            reasons = (legality(operator) for operator in site.operators)
+            reason = next((reason for reason in reasons if reason is not None), None)
+            lost = None if reason is None else Lost("legal", reason)
+        known[site.key] = lost
+        return lost
+
+    return check
+
+
+def has_weight(site: Site) -> Lost | None:
+    """A site without a weight parameter is lost."""
+    return None if site.first.weight is not None else Lost("legal", "reads no weight parameter")
+
+
+# ---- positive matchers ------------------------------------------------------------------
+
+
+def _positives(rule: Rule, loaded: LoadedRules) -> list[Step]:
+    """The positive matchers: a site has to pass those of one alternative."""
+    found = [
+        (alternative, _alternative(alternative, rule, loaded, keys))
+        for keys, alternative in rule.match.keyed
+    ]
+    if rule.match.any_of is None:
+        return found[0][1]
+
+    def check(site: Site) -> Lost | None:
+        furthest: Lost | None = None
+        for alternative, steps in found:
+            assert alternative.node is not None
+            calls = site.only(alternative.node.op)
+            if calls is None:
+                continue
+            lost = next((lost for step in steps for lost in step([calls]) if lost), None)
+            if lost is None:
+                return None
+            if furthest is None or STEPS.index(lost.step) > STEPS.index(furthest.step):
+                furthest = lost
+        return furthest
+
+    whole = [] if rule.match.scope is None else [_scope(rule.match.scope, rule, loaded, ("match",))]
+    return [each(check), *whole]
+
+
+def _alternative(
+    alternative: Alternative, rule: Rule, loaded: LoadedRules, keys: Keys
+) -> list[Step]:
+    assert alternative.node is not None
+    steps = node_steps(NodeTest.of(alternative.node), rule, loaded, (*keys, "node"))
+    if alternative.scope is not None:
+        steps.append(_scope(alternative.scope, rule, loaded, keys))
+    return steps
+
+
+def node_steps(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> list[Step]:
+    """Name and attributes of one operator pattern, as far as the rule asks for them."""
+    named = _name(test, loaded.location(rule.id, *keys, "name"))
+    attributes = each(_attributes(test, rule, loaded, keys))
+    return [named] * (test.globs is not None) + [attributes] * bool(test.attributes)
+
+
+def _name(test: NodeTest, location: str) -> Step:
+    named = test.named or bool
+    lost = Lost("name", test.not_named, location)
+
+    def other_calls(site: Site) -> Lost | None:
+        # One named call is enough: the others share the weight, hence the fate.
+        if any(named(call.path) for call in site.operators[1:]):
+            return None
+        return _also_tied(lost, site)
+
+    return lambda sites: [
+        None if named(site.path) else lost if site.lone else other_calls(site) for site in sites
+    ]
+
+
+def _attributes(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> SiteCheck:
+    known: dict[int, Lost | None] = {}
+
+    def ask(site: Site) -> Lost | None:
+        for operator in site.operators:
+            misfit = test.misfit(operator)
+            if misfit is not None:
+                attribute, reason = misfit
+                return Lost("attribute", reason, loaded.location(rule.id, *keys, attribute))
+        return None
+
+    def check(site: Site) -> Lost | None:
+        if site.signature not in known:
+            known[site.signature] = ask(site)
+        lost = known[site.signature]
+        return lost if lost is None or site.lone else _also_tied(lost, site)
+
+    return check
+
+
+def _also_tied(lost: Lost, site: Site) -> Lost:
+    return replace(lost, text=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
+
+
+def _scope(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Step:
+    encloses, lost = scope_test(globs), scope_loss(globs, rule, loaded, keys)
+    return each(lambda site: None if encloses(site.operators) else lost)
+
+
+def scope_loss(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Lost:
+    """What is said of a match that no module of the right name encloses."""
+    location = loaded.location(rule.id, *keys, "scope")
+    return Lost("scope", f"no enclosing module is named {quoted(globs)}", location)
+
+
+# ---- unless -----------------------------------------------------------------------------
+
+
+def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
+    """One entry of ``unless``: a site is out if any of its calls fits all keys."""
+    entry: Exclusion = rule.unless[number]
+    shares = entry.shares_weight_with
+    named = compile_globs(entry.name).match if entry.name is not None else None
+    encloses = scope_test(entry.scope) if entry.scope is not None else None
+    attributes = tuple(entry.attributes.items())
+    globs = (("name", entry.name), ("scope", entry.scope))
+    parts = [f"{key} {quoted(given)}" for key, given in globs if given is not None]
+    parts += [f"shares_weight_with {shares}"] if shares else []
+    parts += [f"{key} {show(value)}" for key, value in attributes]
+    location = loaded.location(rule.id, "unless", number)
+    hit = Lost("unless", f"unless: {', '.join(parts)}", location)
+
+    def check(site: Site) -> Lost | None:
+        lost = hit
+        if shares is not None:
+            sharing = [other for other in site.tied if other.op == shares]
+            if not sharing:
+                return None
+            lost = replace(hit, text=f"{hit.reason} ({sharing[0].path or sharing[0].name})")
+        for operator in site.operators:
+            if named is not None and not named(operator.path):
+                continue
+            if encloses is not None and not encloses((operator,)):
+                continue
+            if all(matches_literal(operator, key, wanted) for key, wanted in attributes):
+                return lost
+        return None
+
+    return check
+
+
+# ---- where ------------------------------------------------------------------------------
+
+
+class Condition:
+    """One expression of ``where``."""
+
+    def __init__(
+        self, number: int, expression: Expression, rule: Rule, loaded: LoadedRules
+    ) -> None:
+        self.expression = expression
+        self._number = number
+        self._rule = rule
+        self._loaded = loaded
+        self._location = loaded.location(rule.id, "where", number)
+
+    def lost(
+        self,
+        operators: Mapping[str, Operator | None],
+        counts: Mapping[str, int] | None = None,
+    ) -> Lost | None:
+        """Why the condition does not hold for some operators, by their names in the pattern.
+
+        Raises:
+            RuleError: it has no truth value, located.
+        """
+        values = {name: o.attributes if o is not None else None for name, o in operators.items()}
+        try:
+            if evaluate(self.expression, values, counts):
+                return None
+        except ExpressionError as error:
+            at = next(o.path or o.name for o in operators.values() if o is not None)
+            raise self._loaded.failed(self._rule.id, self._number, error, at) from None
+        shown = [
+            f"{owner}.{key} = {show(attributes.get(key))}"
+            for owner, key in self.expression.attributes
+            if (attributes := values.get(owner)) is not None
+        ]
+        reason = f"where: {' '.join(self.expression.text.split())} is False"
+        reason += f" ({', '.join(shown)})" if shown else ""
+        return Lost("where", reason, self._location)
+
+
+def conditions(rule: Rule, loaded: LoadedRules) -> list[Condition]:
+    """Those of a rule, in its order."""
+    expressions = enumerate(loaded.expressions[rule.id])
+    return [Condition(number, expression, rule, loaded) for number, expression in expressions]
+
+
+def _condition(condition: Condition, bound: str) -> Step:
+    """A condition on single operators; it has to hold for every call of a site."""
+    # A model has few distinct shapes: most sites are answered from here.
+    known: dict[int, Lost | None] = {}
+
+    def ask(site: Site) -> Lost | None:
+        verdicts = (condition.lost({bound: operator}) for operator in site.operators)
+        return next((lost for lost in verdicts if lost is not None), None)
+
+    def step(sites: Sequence[Site]) -> list[Lost | None]:
+        for site in sites:
+            if site.signature not in known:
+                known[site.signature] = ask(site)
+        return [known[site.signature] for site in sites]
+
+    return step
