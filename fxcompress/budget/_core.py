@@ -39,7 +39,7 @@ class Contest:
     cost: Floats
 
     def within(self, allowed: float) -> Contest:
-        """Those that regret at most some amount, one at least."""
+        """The choices that regret at most some amount, one at least."""
         kept = self.regret <= max(allowed, float(self.regret.min()))
         return Contest(
             self.slot, self.choices[kept], self.regret[kept], self.loss[kept], self.cost[kept]

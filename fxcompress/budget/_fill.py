@@ -14,7 +14,7 @@ from fxcompress.budget._instance import Instance, Pick
 
 
 def settled(core: Core, picks: Sequence[Pick]) -> list[Pick]:
-    """The same allocation without choices that another one of the core beats in everything."""
+    """An allocation without choices that another one of the core beats in loss and in cost."""
     found = []
     for ways, (index, choices) in zip(core.entities, picks, strict=True):
         for open_way in ways:

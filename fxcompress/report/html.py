@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Head:
-    """Of a column; ``css`` are its classes, ``at`` is its place among those to sort by."""
+    """Head of a column; ``css`` are its classes, ``at`` is its place among those to sort by."""
 
     text: str
     column: Column

@@ -233,7 +233,7 @@ class Limits:
 
     @classmethod
     def of(cls, rewrite: Rewrite | None, defaults: Defaults) -> Limits:
-        """Those of a rule; of one with ``rewrite: none``, the defaults."""
+        """The limits of a rule; of one with ``rewrite: none``, the defaults."""
         given = {
             field.name: value
             for source in (defaults, rewrite)
@@ -258,7 +258,7 @@ class WithAttributes(BaseModel):
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
-        """Its keys that are no attributes."""
+        """The keys of a node pattern that are no attributes."""
         return tuple(field.alias or name for name, field in cls.model_fields.items())
 
 

@@ -251,7 +251,7 @@ class Condition:
 
 
 def conditions(rule: Rule, loaded: LoadedRules) -> list[Condition]:
-    """Those of a rule, in its order."""
+    """The conditions of a rule, in its order."""
     expressions = enumerate(loaded.expressions[rule.id])
     return [Condition(number, expression, rule, loaded) for number, expression in expressions]
 
