@@ -36,7 +36,7 @@ from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import is_grouped
 from fxcompress.rules import load_rules, parse_rules
-from fxcompress.rules.completion import json_schema
+from fxcompress.rules.language.completion import json_schema
 from tests.convolutions import CASES, build
 from tests.metric.test_conv_fisher import SEED, Site, gradients, network
 from tests.metric.test_moments import target
