@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fxcompress.rules.completion import json_schema
 from torch import Tensor, nn
 
 import fxcompress
@@ -36,7 +37,6 @@ from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import is_grouped
 from fxcompress.rules import load_rules, parse_rules
-from fxcompress.rules.completion import json_schema
 from tests.convolutions import CASES, build
 from tests.metric.test_conv_fisher import SEED, Site, gradients, network
 from tests.metric.test_moments import target
