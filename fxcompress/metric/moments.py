@@ -65,7 +65,7 @@ class Moments:
         return (*(each for each in named if each is not None), *self.own.values())
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Moments:
-        """Those with every tensor changed."""
+        """The moments with every tensor changed."""
 
         def changed(one: Tensor | None) -> Tensor | None:
             return None if one is None else change(one)
@@ -80,12 +80,12 @@ class Moments:
         )
 
     def group(self, index: int) -> Moments:
-        """Those of one group of a convolution."""
+        """The moments of one group of a convolution."""
         return self.changed(lambda each: each[index])
 
 
 def is_root(moment: Tensor) -> bool:
-    """Whether it is a root of few rows (r x d), r < d, of a second moment."""
+    """Whether a tensor is a root of few rows (r x d), r < d, of a second moment."""
     return moment.dim() == 2 and len(moment) < moment.shape[1]
 
 
@@ -396,7 +396,7 @@ class RowSum:
         return times_power(mean, exponent if few else 2 * exponent)
 
     def finish_scaled(self, count: int) -> tuple[Tensor, int]:
-        """The same for rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
+        """The mean of rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
         if self._gram is not None:
             (mean,), exponent = finish_together([self._gram], count)
             return mean, exponent

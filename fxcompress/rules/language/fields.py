@@ -56,5 +56,5 @@ class WithAttributes(BaseModel):
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
-        """Its keys that are no attributes."""
+        """The keys of a node pattern that are no attributes."""
         return tuple(field.alias or name for name, field in cls.model_fields.items())

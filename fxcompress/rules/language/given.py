@@ -29,7 +29,7 @@ def read_rules(rules: Rules) -> LoadedRules:
 
 
 def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
-    """The same rules with another fraction to keep.
+    """Rules with another fraction to keep.
 
     Raises:
         BudgetError: it is no fraction, or the rules have several budgets.
@@ -47,7 +47,7 @@ def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
 
 
 def at_progress(loaded: LoadedRules, share: float) -> LoadedRules:
-    """The same rules on the way from the dense model to their budgets.
+    """Rules with the budgets that hold on the way from the dense model to their own.
 
     Args:
         loaded: the rules.

@@ -125,12 +125,12 @@ class LoadedRule:
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
-        """Its ``where`` conditions."""
+        """The ``where`` conditions of the rule."""
         return self.file.expressions[self.rule.id]
 
     @property
     def template(self) -> Template | None:
-        """Its ``graph``, if it has one."""
+        """The ``graph`` of the rule, if it has one."""
         return self.file.templates.get(self.rule.id)
 
     def at(self, *keys: str | int) -> str:

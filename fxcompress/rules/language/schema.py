@@ -67,7 +67,7 @@ class Limits:
 
     @classmethod
     def of(cls, rewrite: Rewrite | None, defaults: Defaults) -> Limits:
-        """Those of a rule; of one with ``rewrite: none``, the defaults."""
+        """The limits of a rule; of one with ``rewrite: none``, the defaults."""
         given = {
             field.name: value
             for source in (defaults, rewrite)

@@ -58,7 +58,7 @@ class Run(ABC):
     @property
     @abstractmethod
     def unit(self) -> str:
-        """What they are: ``"site"`` or ``"match"``."""
+        """What is counted: ``"site"`` or ``"match"``."""
 
     def bundles(self) -> Iterable[tuple[int, Bundle]]:
         """Matches to be rewritten together, each with its position in the graph."""

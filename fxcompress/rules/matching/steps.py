@@ -248,7 +248,7 @@ class Condition:
 
 
 def conditions(loaded: LoadedRule) -> list[Condition]:
-    """Those of a rule, in its order."""
+    """The conditions of a rule, in its order."""
     expressions = enumerate(loaded.expressions)
     return [Condition(number, expression, loaded) for number, expression in expressions]
 
