@@ -80,7 +80,7 @@ class OpenWay:
         return tuple(int(contest.choices[contest.best]) for contest in self.contests)
 
     def within(self, allowed: float) -> OpenWay:
-        """The same way with the choices of which it regrets at most some amount."""
+        """A way with the choices of which it regrets at most some amount."""
         contests = tuple(each.within(allowed - self.regret) for each in self.contests)
         return replace(self, contests=contests)
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
-from fxcompress.graph.recorder import Recording, Weight
+from fxcompress.graph.recorder import PART, Recording, Weight
 from fxcompress.operators.applied import operator_path
 from fxcompress.operators.modules import kind_of
 from fxcompress.operators.shape import Shape
@@ -88,7 +88,7 @@ def applied_shape(model: nn.Module, facts: Weight) -> Shape | str:
         return reasons[0]
     shapes = [*dict.fromkeys(each for each in facts.applied if not isinstance(each, str))]
     if len(shapes) > 1:
-        ways = ", ".join(str(shape) for shape in shapes)
+        ways = ", ".join(f"{s}{', transposed' if s.is_mirrored else ''}" for s in shapes)
         return f"it is applied in different ways ({ways})"
     if len(facts.applied) < len(facts.calls) or not shapes:
         return "a module applies it, too"
@@ -105,11 +105,11 @@ def applied_shape(model: nn.Module, facts: Weight) -> Shape | str:
 
 def _function_obstacle(model: nn.Module, operator: Operator, facts: Weight) -> str:
     found = applied_shape(model, facts)
+    where = f"applied by a function call in {forward_of(operator.scope)}"
+    if found == PART:
+        return f"a part of its weight {operator.weight} is {where}"
     why = found if isinstance(found, str) else "the model does not run with an object in its place"
-    return (
-        f"its weight {operator.weight} is applied by a function call in "
-        f"{forward_of(operator.scope)}, and {why}"
-    )
+    return f"its weight {operator.weight} is {where}, and {why}"
 
 
 def _module_obstacle(module: nn.Module, recording: Recording, operator: Operator) -> str | None:

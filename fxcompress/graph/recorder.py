@@ -121,6 +121,9 @@ class Recording:
     drew: bool = False
 
 
+PART = "it is applied in part"
+"""Why a weight is no operator of which functions take slices."""
+
 SAMPLE_ROWS = 32
 SAMPLE_ENTRIES = 1 << 18
 """Of a convolution's input, no more entries are kept than this, but one item at least."""
@@ -435,7 +438,8 @@ class _Recorder(TorchFunctionMode):
         if stored.dim() == 2 and _layout(given) == _layout(stored.T):
             shape = application.shape.mirrored()
             return f"{op} applies its transpose" if shape is None else shape
-        return f"{op} applies a part of it, or its entries in another order"
+        whole = given.numel() == stored.numel()
+        return f"{op} applies its entries in another order" if whole else PART
 
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""

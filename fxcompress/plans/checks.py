@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from fxcompress.forms import ConvShape, Fitted, Rank, Shape, find_form, fit
+from fxcompress.forms import Fitted, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
@@ -256,7 +256,8 @@ def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
         if {pair.convolution, pair.norm} & seen or pair.convolution == pair.norm:
             yield place, "one of both is folded already"
         seen |= {pair.convolution, pair.norm}
-        if not isinstance(shapes.get(pair.convolution), ConvShape):
+        shape = shapes.get(pair.convolution)
+        if shape is None or shape.takes != "patches":
             yield f"{place}.convolution", f"{pair.convolution} is no convolution among the sites"
 
 

@@ -82,11 +82,10 @@ def compressed(model: fx.GraphModule, keep: float = 0.6) -> fx.GraphModule:
 
 
 SOURCES = pytest.mark.parametrize("make", [traced, traced_nested, exported])
-# Weights that can be rewritten: in the exported graph a parameter read twice cannot.
 SITES = {
     traced: {"first", "again", "weight_linear"},
     traced_nested: {"inner.first", "inner.again", "inner_weight_linear"},
-    exported: {"first", "weight_linear"},
+    exported: {"first", "again", "weight_linear"},
 }
 
 
