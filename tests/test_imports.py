@@ -195,6 +195,8 @@ CLI = "from fxcompress import cli; cli.app([{}], standalone_mode=False)"
         "import fxcompress.rules",
         "import fxcompress.cli",
         CLI.format("'check', 'decoder'"),
+        # With a template, which is run on random numbers.
+        "from tests.rules.fuzz import EVERYTHING, check; assert check(EVERYTHING) == 'ok'",
         CLI.format("'schema'"),
         CLI.format("'compile', '--help'"),
     ],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from fxcompress.graph.operator import AttributeValue
 
@@ -39,6 +40,19 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True
     )
+
+    def _has_one_of(self, keys: Sequence[str], owner: str, code: str) -> None:
+        given = [f"'{key}'" for key in keys if getattr(self, key) is not None]
+        if len(given) != 1:
+            words = ", ".join(f"'{key}'" for key in keys[:-1]) + f" and '{keys[-1]}'"
+            none, all_ = ("neither", "both") if len(keys) == 2 else ("none of them", "")
+            found = (all_ if len(given) == len(keys) else "") or " and ".join(given) or none
+            raise PydanticCustomError(code, f"{owner} takes one of {words}; it has {found}")
+
+    def _have_beside_them(self, keys: Sequence[str], other: str) -> None:
+        for key in keys:
+            if getattr(self, key) is not None and getattr(self, other) is None:
+                raise PydanticCustomError("wrong-place", f"'{key}' goes with '{other}' only")
 
 
 class WithAttributes(BaseModel):

@@ -140,16 +140,8 @@ class Alternative(FrozenModel):
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         kinds = tuple(k for k in PATTERN_KINDS if k in type(self).model_fields)
-        given = [kind for kind in kinds if getattr(self, kind) is not None]
-        if len(given) != 1:
-            words = ", ".join(f"'{kind}'" for kind in kinds[:-1]) + f" and '{kinds[-1]}'"
-            found = " and ".join(f"'{kind}'" for kind in given) or "none of them"
-            raise PydanticCustomError(
-                "no-positive-matcher", f"match takes one of {words}; it has {found}"
-            )
-        for key in ("inputs", "outputs"):
-            if getattr(self, key) is not None and self.nodes is None:
-                raise PydanticCustomError("wrong-place", f"'{key}' goes with 'nodes' only")
+        self._has_one_of(kinds, "match", "no-positive-matcher")
+        self._have_beside_them(("inputs", "outputs"), "nodes")
         return self
 
     @property
@@ -274,16 +266,8 @@ class Rewrite(FrozenModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        given = [key for key in REWRITE_KINDS if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(f"'{key}'" for key in given) or "none of them"
-            raise PydanticCustomError(
-                "missing-form",
-                f"rewrite takes one of 'form', 'any_of' and 'graph'; it has {found}",
-            )
-        if self.graph is None and (self.outputs is not None or self.cost is not None):
-            key = "outputs" if self.outputs is not None else "cost"
-            raise PydanticCustomError("wrong-place", f"'{key}' goes with 'graph' only")
+        self._has_one_of(REWRITE_KINDS, "rewrite", "missing-form")
+        self._have_beside_them(("outputs", "cost"), "graph")
         low, high = self.min_rank, self.max_rank
         if low is not None and high is not None and low > high:
             raise PydanticCustomError("bad-number", f"min_rank {low} is above max_rank {high}")
@@ -409,12 +393,8 @@ class Case(FrozenModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if (self.graph is None) == (self.model is None):
-            found = "neither" if self.graph is None else "both"
-            message = f"a test takes one of 'graph' and 'model'; it has {found}"
-            raise PydanticCustomError("missing-graph", message)
-        if self.data is not None and self.model is None:
-            raise PydanticCustomError("wrong-place", "'data' goes with 'model' only")
+        self._has_one_of(("graph", "model"), "a test", "missing-graph")
+        self._have_beside_them(("data",), "model")
         if not self.matches and not self.misses:
             message = "a test expects something: it needs 'matches' or 'misses'"
             raise PydanticCustomError("nothing-expected", message)
