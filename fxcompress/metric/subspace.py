@@ -48,7 +48,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxcompress.metric.moments import normalized
+from fxcompress.metric.scaled import normalized
 
 ROUNDING = 12.0
 """Units of rounding, relative to ‖S‖_F, by which norms of products with S may be wrong: 11 is the

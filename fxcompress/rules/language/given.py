@@ -8,7 +8,8 @@ from os import PathLike
 
 from fxcompress.errors import BudgetError, RuleError
 from fxcompress.rules.language.loader import LoadedRules, load_rules
-from fxcompress.rules.language.schema import Budget, Rule, RuleSet
+from fxcompress.rules.language.schema import Rule, RuleSet
+from fxcompress.rules.language.settings import Budget
 
 Rules = str | PathLike[str] | RuleSet | LoadedRules
 """A rule file, the name of a preset, or a rule set."""
