@@ -15,7 +15,8 @@ from fxcompress.forms import LinearShape, find_form, fit
 from fxcompress.plans.plan import ZERO, Plan, Size, total_size
 from fxcompress.plans.units import COUNTED, UNITS
 from fxcompress.report import diff_plan
-from fxcompress.rules.language.schema import Budget, RuleSet
+from fxcompress.rules.language.schema import RuleSet
+from fxcompress.rules.language.settings import Budget
 from tests.report.plans import llama, site
 
 

@@ -235,7 +235,7 @@ class RowSum:
         return times_power(mean, exponent if few else 2 * exponent)
 
     def finish_scaled(self, count: int) -> tuple[Tensor, int]:
-        """The same for rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
+        """The mean of rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
         if self._gram is not None:
             (mean,), exponent = finish_together([self._gram], count)
             return mean, exponent

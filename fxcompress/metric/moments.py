@@ -50,7 +50,7 @@ class Moments:
         return (*(each for each in named if each is not None), *self.own.values())
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Moments:
-        """Those with every tensor changed."""
+        """The moments with every tensor changed."""
 
         def changed(one: Tensor | None) -> Tensor | None:
             return None if one is None else change(one)
@@ -65,10 +65,10 @@ class Moments:
         )
 
     def group(self, index: int) -> Moments:
-        """Those of one group of a convolution."""
+        """The moments of one group of a convolution."""
         return self.changed(lambda each: each[index])
 
 
 def is_root(moment: Tensor) -> bool:
-    """Whether it is a root of few rows (r x d), r < d, of a second moment."""
+    """Whether a tensor is a root of few rows (r x d), r < d, of a second moment."""
     return moment.dim() == 2 and len(moment) < moment.shape[1]

@@ -112,7 +112,7 @@ class Leading:
         return 0.5 * (most + mixed)
 
     def times(self, factor: float) -> Leading:
-        """Those of a multiple of the matrix; the factor is positive."""
+        """The leading components of a multiple of the matrix; the factor is positive."""
         return Leading(
             self.left, self.sigma * factor, self.right * factor,
             self.rest * factor * factor, self.residual * factor,

@@ -112,11 +112,11 @@ class Applied(_Weight, nn.Module):
         return _attribute(self, name)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor: what a module has under this name would change the model."""
+        """``Tensor.to``: what a module has under this name would change the model."""
         return run(Tensor.to, (self, *args), kwargs)
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor."""
+        """``Tensor.type``: the type of the weight, or the weight in another one."""
         return run(Tensor.type, (self, *args), kwargs)
 
 
@@ -272,7 +272,7 @@ def _fits(found: Application, weight: Any) -> bool:
 
 
 def _view(name: str, weight: Any, args: Any, kwargs: Any) -> Any:
-    """The same weight or its transpose, if that is all that a function makes of it."""
+    """A weight or its transpose, if that is all that a function makes of it."""
     if weight.ndim != 2 or kwargs:
         return None
     if name in ("detach", "contiguous") or (name == "to" and args == (weight.dtype,)):

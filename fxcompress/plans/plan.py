@@ -242,7 +242,7 @@ class SitePlan(_Frozen):
 
     @property
     def full_ranks(self) -> tuple[int, ...]:
-        """The same at which nothing would be lost."""
+        """The rank, or both of them, at which nothing would be lost."""
         return _as_tuple(self.full_rank)
 
     @property

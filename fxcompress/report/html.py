@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Head:
-    """Of a column; ``edge`` where another group begins, ``at`` its place among sortable ones."""
+    """Head of a column; ``edge`` where a group begins, ``at`` its place among sortable ones."""
 
     text: str
     column: Column

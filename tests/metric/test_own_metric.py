@@ -36,8 +36,7 @@ from fxcompress.metric import registry as registered
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import is_grouped
-from fxcompress.rules import load_rules, parse_rules
-from fxcompress.rules.language.completion import json_schema
+from fxcompress.rules import json_schema, load_rules, parse_rules
 from tests.convolutions import CASES, build
 from tests.metric.test_conv_fisher import SEED, Site, gradients, network
 from tests.metric.test_moments import target
