@@ -1,12 +1,16 @@
-# make demo   set everything up and compress SmolLM2-135M
-# make test   set everything up and run lint, types and tests
-# make figures   rewrite examples/results/ (about an hour)
+# make demo             set everything up and compress SmolLM2-135M
+# make test             set everything up and run lint, types and the quick tests
+# make slow             the tests on real models and large instances
+# make narrow-vectors   tests of numbers as on a processor without AVX-512
+# make lint             lint and types alone
+# make figures          rewrite tables in examples/results/ (about an hour)
+# make fashion, minilm  one of these tables
+# make wheel, clean     build into dist/; remove what was made
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
-
-# make slow   the tests on real models and large instances
 
 .PHONY: demo test slow narrow-vectors lint figures fashion minilm wheel clean
 

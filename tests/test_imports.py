@@ -252,3 +252,20 @@ def test_all_of_the_public_api_is_there() -> None:
         value = getattr(fxcompress, name)
         assert inspect.getdoc(value), name
     assert fxcompress.__all__ == sorted(fxcompress.__all__)
+
+
+LEANING = (
+    "The same ", "Those ", "Such ", "That of ", "What it ", "What they ", "What such ", "Of it",
+    "Of a ",
+    "As of ", "It ", "They ", "Its ", "This ", "These ", "Both ", "Whether it ", "Whether they ",
+    "How it ",
+)  # fmt: skip
+"""Beginnings that lean on a neighbour: a first line has to make sense alone."""
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_first_lines_make_sense_alone(name: str) -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(source(name)) if isinstance(node, kinds)]
+    firsts = [(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes]
+    assert not [line for line in firsts if line.startswith(LEANING)]

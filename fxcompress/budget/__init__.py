@@ -23,7 +23,7 @@ Both sites by themselves, or together in a joint form at a lesser cost:
 {'both': Choice(form='joint', rank=2, loss=5.0, cost=56.0)}
 """
 
-from fxcompress.budget._instance import least_cost
+from fxcompress.budget._knapsack import least_cost
 from fxcompress.budget.problem import (
     Allocation,
     Alternatives,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxcompress.budget._instance import Instance, Way, best_pick
+from fxcompress.budget._knapsack import Knapsack, Way, best_pick
 from fxcompress.budget._slots import Floats, Indices, Slot
 
 CHOICES = 1 << 20
@@ -38,8 +38,13 @@ class Contest:
     loss: Floats
     cost: Floats
 
+    @property
+    def best(self) -> int:
+        """Where the choice is that regrets least."""
+        return int(self.regret.argmin())
+
     def within(self, allowed: float) -> Contest:
-        """Those that regret at most some amount, one at least."""
+        """The choices that regret at most some amount, one at least."""
         kept = self.regret <= max(allowed, float(self.regret.min()))
         return Contest(
             self.slot, self.choices[kept], self.regret[kept], self.loss[kept], self.cost[kept]
@@ -70,6 +75,15 @@ class OpenWay:
     regret: float
     contests: tuple[Contest, ...]
 
+    def best(self) -> tuple[int, ...]:
+        """The choice of each slot that regrets least."""
+        return tuple(int(contest.choices[contest.best]) for contest in self.contests)
+
+    def within(self, allowed: float) -> OpenWay:
+        """A way with the choices of which it regrets at most some amount."""
+        contests = tuple(each.within(allowed - self.regret) for each in self.contests)
+        return replace(self, contests=contests)
+
 
 @dataclass(frozen=True, eq=False)
 class Core:
@@ -88,73 +102,63 @@ class Core:
         found = [np.zeros(0)]
         for ways in self.entities:
             for way in ways:
-                found += [way.regret + np.delete(c.regret, c.regret.argmin()) for c in way.contests]
+                found += [way.regret + np.delete(c.regret, c.best) for c in way.contests]
         return np.concatenate(found)
 
     def within(self, allowed: float) -> Core:
         """What of it regrets at most some amount."""
         entities = tuple(
-            tuple(
-                OpenWay(
-                    open_way.index,
-                    open_way.way,
-                    open_way.regret,
-                    tuple(each.within(allowed - open_way.regret) for each in open_way.contests),
-                )
-                for open_way in ways
-                if open_way.regret <= allowed
-            )
+            tuple(way.within(allowed) for way in ways if way.regret <= allowed)
             for ways in self.entities
         )
         return Core(min(allowed, self.allowed), entities)
 
 
-def core_of(instance: Instance, prices: Sequence[float], allowed: float) -> Core:
+def core_of(knapsack: Knapsack, prices: Sequence[float], allowed: float) -> Core:
     """The core for a gap; for a smaller one if it would hold more than :data:`CHOICES`."""
     while True:
         entities, room = [], CHOICES
-        for ways in instance.entities:
+        for ways in knapsack.entities:
             entities.append(tuple(_open_ways(ways, prices, allowed)))
             room -= sum(c.choices.size - 1 for way in entities[-1] for c in way.contests)
             if room < 0 and allowed > 0.0:
                 break
         else:
             return Core(allowed, tuple(entities))
-        allowed = _less(instance, prices, allowed)
+        allowed = _less(knapsack, prices, allowed)
 
 
-def _less(instance: Instance, prices: Sequence[float], allowed: float) -> float:
+def _less(knapsack: Knapsack, prices: Sequence[float], allowed: float) -> float:
     """A smaller amount to allow: of what cannot be counted, the greatest regret there is."""
     if math.isfinite(allowed):
         return allowed / 8.0
     regrets = (
-        slot.regrets(prices) for ways in instance.entities for way in ways for slot in way.slots
+        slot.regrets(prices) for ways in knapsack.entities for way in ways for slot in way.slots
     )
     return max(float(each[np.isfinite(each)].max()) for each in regrets)
 
 
 def _open_ways(ways: Sequence[Way], prices: Sequence[float], allowed: float) -> Iterator[OpenWay]:
-    least = {0: 0.0}
-    if len(ways) > 1:
-        for at, way in enumerate(ways):
-            _, choices = best_pick((way,), prices)
-            priced = (
-                price * cost
-                for budget, price in enumerate(prices)
-                for cost in way.costs(choices, budget)
-            )
-            least[at] = math.fsum([*way.losses(choices), *priced])
-    best = min(least.values())
-    for at, way in enumerate(ways):
-        if (regret := least[at] - best) <= allowed:
+    values = [0.0] if len(ways) == 1 else [_least(way, prices) for way in ways]
+    for at, (way, value) in enumerate(zip(ways, values, strict=True)):
+        if (regret := value - min(values)) <= allowed:
             contests = tuple(_contest(slot, prices, allowed - regret) for slot in way.slots)
             yield OpenWay(at, way, regret, contests)
+
+
+def _least(way: Way, prices: Sequence[float]) -> float:
+    """The least ``loss + λ·cost`` of a way, in nats."""
+    _, choices = best_pick((way,), prices)
+    costs = (
+        price * cost for budget, price in enumerate(prices) for cost in way.costs(choices, budget)
+    )
+    return math.fsum([*way.losses(choices), *costs])
 
 
 def _contest(slot: Slot, prices: Sequence[float], allowed: float) -> Contest:
     regret = slot.regrets(prices)
     choices = np.flatnonzero((regret <= allowed) & np.isfinite(regret))
-    dense = choices.size and choices[-1] == slot.loss.size
+    dense = bool(choices.size) and int(choices[-1]) == slot.loss.size
     own = choices[:-1] if dense else choices
     loss = np.append(slot.loss[own], [0.0] if dense else [])
     columns = [
@@ -162,14 +166,18 @@ def _contest(slot: Slot, prices: Sequence[float], allowed: float) -> Contest:
         for at, cost in enumerate(slot.cost)
     ]
     cost = np.stack(columns, axis=1)
-    kept = _undominated(loss, cost) if len(columns) > 1 else np.arange(loss.size)
+    kept = _undominated(loss, cost, dense) if len(columns) > 1 else np.arange(loss.size)
     return Contest(slot, choices[kept], regret[choices[kept]], loss[kept], cost[kept])
 
 
-def _undominated(loss: Floats, cost: Floats) -> Indices:
-    """Places that no other beats in everything, in increasing order; of equal ones the last is
-    kept, which may be dense."""
-    index = -np.arange(loss.size)
+def _undominated(loss: Floats, cost: Floats, dense: bool) -> Indices:
+    """Places that no other beats in everything, in increasing order.
+
+    Of equal ones dense is kept, which is the last place, or the first.
+    """
+    index = np.arange(loss.size)
+    if dense:
+        index[-1] = -1
     order = np.lexsort((index, *cost.T[::-1], loss))
     kept: list[int] = []
     for at in order.tolist():

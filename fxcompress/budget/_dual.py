@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import linprog
 
-from fxcompress.budget._instance import (
-    Instance,
+from fxcompress.budget._knapsack import (
+    Knapsack,
     Pick,
     best_pick,
     best_picks,
@@ -45,42 +45,39 @@ class Dual:
     picks: list[Pick] | None
 
 
-def value(instance: Instance, prices: tuple[float, ...]) -> float:
-    """g(λ), a lower bound on the loss in nats; every choice is looked at afresh."""
-    return _value(instance, prices, best_picks(instance, prices))
-
-
-def _value(instance: Instance, prices: tuple[float, ...], picks: list[Pick]) -> float:
+def _value(knapsack: Knapsack, prices: tuple[float, ...], picks: list[Pick]) -> float:
+    """``loss + λ·(cost - budget)`` in nats: g(λ) if the picks are the best at λ."""
     # Costs and budget are subtracted before they are scaled: at a large λ little is left of both.
     excess = [
-        price * math.fsum([instance.cost(picks, at), -budget])
-        for at, (price, budget) in enumerate(zip(prices, instance.budgets, strict=True))
+        price * math.fsum([knapsack.cost(picks, at), -budget])
+        for at, (price, budget) in enumerate(zip(prices, knapsack.budgets, strict=True))
     ]
-    return math.fsum([instance.loss(picks), *excess])
+    return math.fsum([knapsack.loss(picks), *excess])
 
 
-def maximum(instance: Instance) -> Dual:
+def maximum(knapsack: Knapsack) -> Dual:
     """The dual of one budget, which the cheapest choices meet.
 
     Between a price at which the budget is exceeded and one at which it is met, the next to try is
     where their lines meet.  It ends when there is no line below that point: what was taken at the
     higher price is optimal there, too.
     """
-    (budget,) = instance.budgets
-    below, above = top_picks(instance), cheapest_picks(instance)
-    if instance.cost(below) <= budget:
-        return Dual((0.0,), instance.loss(below), below)
+    (budget,) = knapsack.budgets
+    below, above = top_picks(knapsack), cheapest_picks(knapsack)
+    if knapsack.cost(below) <= budget:
+        return Dual((0.0,), knapsack.loss(below), below)
     open_entities = [at for at in range(len(below)) if below[at] != above[at]]
     while True:
-        more, less = instance.cost(below), instance.cost(above)
-        price = (instance.loss(above) - instance.loss(below)) / (more - less)
+        more, less = knapsack.cost(below), knapsack.cost(above)
+        price = (knapsack.loss(above) - knapsack.loss(below)) / (more - less)
         price = min(price, sys.float_info.max)
         picks = above.copy()
         for at in open_entities:
-            picks[at] = best_pick(instance.entities[at], (price,))
-        cost = instance.cost(picks)
+            picks[at] = best_pick(knapsack.entities[at], (price,))
+        cost = knapsack.cost(picks)
         if not less < cost < more:
-            return Dual((price,), value(instance, (price,)), above)
+            picks = best_picks(knapsack, (price,))  # every choice is looked at afresh
+            return Dual((price,), _value(knapsack, (price,), picks), above)
         if cost <= budget:
             above = picks
         else:
@@ -89,17 +86,17 @@ def maximum(instance: Instance) -> Dual:
         open_entities = [at for at in open_entities if below[at] != above[at]]
 
 
-def maximum_of_several(instance: Instance) -> Dual | None:
+def maximum_of_several(knapsack: Knapsack) -> Dual | None:
     """The dual of several budgets, by cutting planes (Kelley 1960); None if it has no maximum.
 
     The next prices are those at which the least of all planes so far is greatest, a small linear
     programme.  The bound is that of prices that were evaluated, hence holds however early it ends.
     Without a maximum the budgets cannot be met together.
     """
-    budgets = np.array(instance.budgets)
+    budgets = np.array(knapsack.budgets)
     # A price is looked for as what the whole budget costs at it, in nats.
     share = 1.0 / np.maximum(budgets, max(1e-9 * budgets.max(), 1e-200))
-    greatest = _greatest_loss(instance)
+    greatest = _greatest_loss(knapsack)
     paid, limit = np.zeros(len(budgets)), max(10.0 * greatest, sys.float_info.min)
     losses: list[float] = []
     slopes: list[Floats] = []
@@ -108,16 +105,16 @@ def maximum_of_several(instance: Instance) -> Dual | None:
     least = math.inf
     for _ in range(PLANES):
         prices = tuple((paid * share).tolist())
-        picks = best_picks(instance, prices)
-        found = _value(instance, prices, picks)
+        picks = best_picks(knapsack, prices)
+        found = _value(knapsack, prices, picks)
         if found > greatest * (1.0 + 1e-9):
             return None
         if found > best.bound:
             best = replace(best, prices=prices, bound=found)
             if (paid > 0.99 * limit).any():
                 limit *= 30.0
-        costs = np.array([instance.cost(picks, at) for at in range(len(budgets))])
-        loss = instance.loss(picks)
+        costs = np.array([knapsack.cost(picks, at) for at in range(len(budgets))])
+        loss = knapsack.loss(picks)
         if loss < least and (costs <= budgets).all():
             best, least = replace(best, picks=picks), loss
         if tuple(picks) in seen:
@@ -151,12 +148,12 @@ def _highest(
     return paid, float(found.x[-1]) * unit
 
 
-def _greatest_loss(instance: Instance) -> float:
+def _greatest_loss(knapsack: Knapsack) -> float:
     """What no allocation loses more than, in nats."""
     return math.fsum(
         max(
             way.loss + math.fsum(float(slot.loss.max(initial=0.0)) for slot in way.slots)
             for way in ways
         )
-        for ways in instance.entities
+        for ways in knapsack.entities
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from fxcompress.budget._core import Contest, Core
-from fxcompress.budget._instance import Instance, Pick
+from fxcompress.budget._knapsack import Knapsack, Pick
 
 
 def settled(core: Core, picks: Sequence[Pick]) -> list[Pick]:
-    """The same allocation without choices that another one of the core beats in everything."""
+    """An allocation without choices that another one of the core beats in loss and in cost."""
     found = []
     for ways, (index, choices) in zip(core.entities, picks, strict=True):
         for open_way in ways:
@@ -30,7 +30,7 @@ def settled(core: Core, picks: Sequence[Pick]) -> list[Pick]:
     return found
 
 
-def filled(instance: Instance, core: Core, picks: Sequence[Pick]) -> list[Pick]:
+def filled(knapsack: Knapsack, core: Core, picks: Sequence[Pick]) -> list[Pick]:
     """Move single slots to better choices of the core while any fits, ways as they are.
 
     It is always the move with the largest loss reduction per cost.
@@ -38,10 +38,7 @@ def filled(instance: Instance, core: Core, picks: Sequence[Pick]) -> list[Pick]:
     taken = [list(choices) for _, choices in picks]
     # Exact, so that "fits" means that math.fsum over all costs is within the budget: like
     # math.fsum, the conversion of a fraction to a float is correctly rounded.
-    spent = [
-        sum(map(Fraction, _all_costs(instance, picks, at)), Fraction(0))
-        for at in range(len(instance.budgets))
-    ]
+    spent = [_exact(knapsack.costs(picks, at)) for at in range(len(knapsack.budgets))]
     places = [
         (entity, at, contest)
         for entity, (ways, (index, _)) in enumerate(zip(core.entities, picks, strict=True))
@@ -50,18 +47,16 @@ def filled(instance: Instance, core: Core, picks: Sequence[Pick]) -> list[Pick]:
         for at, contest in enumerate(open_way.contests)
         if contest.choices.size > 1 or contest.choices[0] != picks[entity][1][at]
     ]
-    shares = 1.0 / np.maximum(np.array(instance.budgets), 1e-200)
+    shares = 1.0 / np.maximum(np.array(knapsack.budgets), 1e-200)
 
     def after(contest: Contest, now: int, then: int) -> list[Fraction]:
         return [
-            total
-            - sum(map(Fraction, contest.slot.costs(now, at)), Fraction(0))
-            + sum(map(Fraction, contest.slot.costs(then, at)), Fraction(0))
+            total - _exact(contest.slot.costs(now, at)) + _exact(contest.slot.costs(then, at))
             for at, total in enumerate(spent)
         ]
 
     def fits(totals: Sequence[Fraction]) -> bool:
-        return all(float(x) <= limit for x, limit in zip(totals, instance.budgets, strict=True))
+        return all(float(x) <= limit for x, limit in zip(totals, knapsack.budgets, strict=True))
 
     def best_move(place: int) -> tuple[float, int, int] | None:
         """(loss change per cost, place, choice) of the best move of one slot that fits."""
@@ -73,7 +68,7 @@ def filled(instance: Instance, core: Core, picks: Sequence[Pick]) -> list[Pick]:
         # A few units in the last place too many, then back to what truly fits.
         room = [
             float(Fraction(limit) - total) + 4.0 * math.ulp(limit)
-            for limit, total in zip(instance.budgets, spent, strict=True)
+            for limit, total in zip(knapsack.budgets, spent, strict=True)
         ]
         possible = np.flatnonzero((gain > 0.0) & (change <= room).all(1))
         used = np.maximum((change[possible] * shares).clip(0.0).sum(1), 1e-18)
@@ -105,6 +100,5 @@ def filled(instance: Instance, core: Core, picks: Sequence[Pick]) -> list[Pick]:
             return [(index, tuple(own)) for (index, _), own in zip(picks, taken, strict=True)]
 
 
-def _all_costs(instance: Instance, picks: Sequence[Pick], budget: int) -> Iterator[float]:
-    for ways, (way, choices) in zip(instance.entities, picks, strict=True):
-        yield from ways[way].costs(choices, budget)
+def _exact(costs: Iterable[float]) -> Fraction:
+    return sum(map(Fraction, costs), Fraction(0))

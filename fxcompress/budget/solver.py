@@ -15,14 +15,20 @@ steps:
    reduction per cost, until no single move fits.
 3. *Integer rest* (:mod:`fxcompress.budget._core`, :mod:`fxcompress.budget._integer`).  An
    allocation better than the present one, of gap ``loss - bound``, can give no site a choice that
-   is worse by more than the gap than the site's best at λ.  The few hundred that are nearest to it
-   go to an integer programme; what that finds makes the gap smaller, and it ends when none is left
-   out that the gap allows.  It is exact unless the search outgrows a fixed number of nodes.
+   is worse by more than the gap than the site's best at λ.  The few hundred choices that are
+   nearest to it go to an integer programme, four times as many to the next one; a better
+   allocation makes the gap smaller.  It ends when the gap allows nothing that was left out, or
+   nothing better is found.  It is exact if a programme held all that the gap allows, and its search
+   did not outgrow a fixed number of nodes.  There is no limit on time, so that equal inputs give
+   equal answers on any machine.
 
-With n sites of k choices: the dual reads all n·k choices 10 to 20 times, later only those of sites
-that it has not settled.  The arrays of the caller are read in place: the memory needed beyond them
-is O(n + k) and what the core holds, and one copy of the arrays of sites that are in a group, have
-several forms, or whose cost or loss is not strictly monotone in the rank.
+With n sites of k choices: the dual reads all n·k choices about ten times, those of sites that are
+settled no more.  The arrays of the caller are read in place: the memory needed beyond them is
+O(n + k) and what the core holds, and one copy of the arrays of sites that are in a group, have
+several forms, or whose cost or loss is not strictly monotone in the rank.  On one core, 210 to
+1,000 sites of rank 576 to 1,024, single, in groups or with joint forms, take 0.1 to 3 s, for the
+most part in the integer programmes, and end 1e-9 to 2e-4 of the loss above the bound.  Ten thousand
+sites of rank 4,096 take 7 s, and below 0.1 GB beyond the 0.3 GB of their losses.
 """
 
 from __future__ import annotations
@@ -35,17 +41,17 @@ import numpy as np
 from fxcompress.budget._core import Core, core_of
 from fxcompress.budget._dual import Dual, maximum
 from fxcompress.budget._fill import filled, settled
-from fxcompress.budget._instance import (
-    Instance,
+from fxcompress.budget._integer import solved
+from fxcompress.budget._knapsack import (
+    Knapsack,
     Pick,
     allocation_of,
     check_budget,
-    instance_of,
+    knapsack_of,
 )
-from fxcompress.budget._integer import solved
 from fxcompress.budget.problem import Allocation, Entity
 
-SIZES = (300, 1200, 4800, 19200)
+SIZES = (200, 800, 3200)
 """Choices that integer programmes are about, one after the other while they find something better;
 the best of each site is not counted."""
 
@@ -76,53 +82,53 @@ def allocate(entities: Sequence[Entity], budget: float) -> Allocation:
             no form and rank in common.
         ValueError: if two candidates or two alternatives have one name.
     """
-    instance = instance_of([entities], [budget])
-    check_budget(instance)
-    dual = maximum(instance)
-    picks = completed(instance, dual)
+    knapsack = knapsack_of([entities], [budget])
+    check_budget(knapsack)
+    dual = maximum(knapsack)
+    picks = completed(knapsack, dual)
     assert picks is not None  # the dual of one budget has an allocation to start from
-    return allocation_of(entities, instance, picks, multiplier=dual.prices[0], bound=dual.bound)
+    return allocation_of(entities, knapsack, picks, multiplier=dual.prices[0], bound=dual.bound)
 
 
-def completed(instance: Instance, dual: Dual) -> list[Pick] | None:
+def completed(knapsack: Knapsack, dual: Dual) -> list[Pick] | None:
     """The least loss within the budgets, given the maximum of the dual; None if none was found."""
     picks = dual.picks
     for size in SIZES:
-        core, picks = _filled(instance, dual, picks)
-        gap = None if picks is None else instance.loss(picks) - dual.bound
-        if picks is not None and core.allowed <= 1e-14 * instance.loss(picks):
+        core, picks = _filled(knapsack, dual, picks)
+        gap = None if picks is None else knapsack.loss(picks) - dual.bound
+        if picks is not None and core.allowed <= 1e-14 * knapsack.loss(picks):
             return picks
         regrets = core.regrets()
         whole = regrets.size <= size
         nearest = core if whole else core.within(float(np.partition(regrets, size)[size]))
-        found = solved(instance, nearest, dual.prices, gap, NODES)
-        if found is None or (picks is not None and instance.loss(found) >= instance.loss(picks)):
+        found = solved(knapsack, nearest, dual.prices, gap, NODES)
+        if found is None or (picks is not None and knapsack.loss(found) >= knapsack.loss(picks)):
             if whole or picks is not None:
                 return picks
             continue
         picks = found
         # Whether nothing that was left out can be in a better allocation.
-        if whole or _gap(instance, dual, picks) <= nearest.allowed:
+        if whole or _gap(knapsack, dual, picks) <= nearest.allowed:
             break
-    return _filled(instance, dual, picks)[1]
+    return _filled(knapsack, dual, picks)[1]
 
 
 def _filled(
-    instance: Instance, dual: Dual, picks: list[Pick] | None
+    knapsack: Knapsack, dual: Dual, picks: list[Pick] | None
 ) -> tuple[Core, list[Pick] | None]:
     """An allocation that no single move makes better, and what a better one can contain."""
     if picks is None:
-        return core_of(instance, dual.prices, math.inf), None
-    gap = _gap(instance, dual, picks)
+        return core_of(knapsack, dual.prices, math.inf), None
+    gap = _gap(knapsack, dual, picks)
     while True:
-        core = core_of(instance, dual.prices, gap)
-        picks = filled(instance, core, settled(core, picks))
-        gap, before = _gap(instance, dual, picks), gap
+        core = core_of(knapsack, dual.prices, gap)
+        picks = filled(knapsack, core, settled(core, picks))
+        gap, before = _gap(knapsack, dual, picks), gap
         # A core that was too large for the gap leaves moves out.
         if core.allowed >= gap or gap > 0.5 * before:
             return core.within(gap), picks
 
 
-def _gap(instance: Instance, dual: Dual, picks: list[Pick]) -> float:
+def _gap(knapsack: Knapsack, dual: Dual, picks: list[Pick]) -> float:
     """What a better allocation can regret, in nats; the margin is for rounding."""
-    return max(instance.loss(picks) - dual.bound, 0.0) * (1.0 + 1e-9)
+    return max(knapsack.loss(picks) - dual.bound, 0.0) * (1.0 + 1e-9)

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxcompress.budget._instance import (
-    Instance,
+from fxcompress.budget._knapsack import (
+    Knapsack,
     Pick,
     Ways,
     allocation_of,
     beyond,
     check_budget,
-    instance_of,
+    knapsack_of,
 )
 from fxcompress.budget._slots import Slot
 from fxcompress.budget.problem import Allocation, Entity
@@ -50,25 +50,25 @@ def allocate_uniform(entities: Sequence[Entity], budget: float) -> Allocation:
     Raises:
         BudgetError, ValueError: as :func:`fxcompress.budget.allocate`.
     """
-    instance = instance_of([entities], [budget])
-    check_budget(instance)
-    picks = _at(instance, 1.0)
-    if instance.cost(picks) > budget:
+    knapsack = knapsack_of([entities], [budget])
+    check_budget(knapsack)
+    picks = _at(knapsack, 1.0)
+    if knapsack.cost(picks) > budget:
         below, above = 0.0, 1.0
-        picks = _at(instance, 0.0)
+        picks = _at(knapsack, 0.0)
         for _ in range(_HALVINGS):
             middle = 0.5 * (below + above)
-            tried = _at(instance, middle)
-            if instance.cost(tried) <= budget:
+            tried = _at(knapsack, middle)
+            if knapsack.cost(tried) <= budget:
                 below, picks = middle, tried
             else:
                 above = middle
-    return allocation_of(entities, instance, picks, multiplier=math.nan, bound=0.0)
+    return allocation_of(entities, knapsack, picks, multiplier=math.nan, bound=0.0)
 
 
-def _at(instance: Instance, fraction: float) -> list[Pick]:
+def _at(knapsack: Knapsack, fraction: float) -> list[Pick]:
     """What every entity takes at a fraction of its dense cost."""
-    return [_pick(ways, fraction) for ways in instance.entities]
+    return [_pick(ways, fraction) for ways in knapsack.entities]
 
 
 def _pick(ways: Ways, fraction: float) -> Pick:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxcompress.budget._dual import maximum, maximum_of_several
-from fxcompress.budget._instance import allocation_of, check_budget, instance_of
+from fxcompress.budget._knapsack import allocation_of, check_budget, knapsack_of
 from fxcompress.budget.problem import Allocation, Candidate, Entity, Mode, Option, Resource
 from fxcompress.budget.solver import completed
 from fxcompress.errors import BudgetError
@@ -52,20 +52,20 @@ def allocate_within(resources: Sequence[Resource]) -> Together:
     _check(resources)
     names = [resource.name for resource in resources]
     for resource in resources:
-        alone = instance_of([resource.entities], [resource.budget])
+        alone = knapsack_of([resource.entities], [resource.budget])
         try:
             check_budget(alone)
         except BudgetError as error:
             raise BudgetError(_impossible([resource.name])) from error
-    instance = instance_of([r.entities for r in resources], [r.budget for r in resources])
-    dual = maximum(instance) if len(resources) == 1 else maximum_of_several(instance)
-    picks = None if dual is None else completed(instance, dual)
+    knapsack = knapsack_of([r.entities for r in resources], [r.budget for r in resources])
+    dual = maximum(knapsack) if len(resources) == 1 else maximum_of_several(knapsack)
+    picks = None if dual is None else completed(knapsack, dual)
     if dual is None or picks is None:
         raise BudgetError(_impossible(names))
     found = allocation_of(
-        resources[0].entities, instance, picks, multiplier=dual.prices[0], bound=dual.bound
+        resources[0].entities, knapsack, picks, multiplier=dual.prices[0], bound=dual.bound
     )
-    costs = {name: instance.cost(picks, at) for at, name in enumerate(names)}
+    costs = {name: knapsack.cost(picks, at) for at, name in enumerate(names)}
     return Together(found, costs, dict(zip(names, dual.prices, strict=True)), found.bound)
 
 

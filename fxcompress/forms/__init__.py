@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fxcompress.forms.target import Rank as Rank
     from fxcompress.forms.target import Spectrum as Spectrum
     from fxcompress.forms.target import Target as Target
+    from fxcompress.forms.target import Truncations as Truncations
+    from fxcompress.forms.target import View as View
     from fxcompress.forms.template import Template as Template
     from fxcompress.forms.words import form_words as form_words
     from fxcompress.operators.convolution import ConvShape as ConvShape
@@ -32,7 +34,7 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.forms.form": ("Form", "FormError", "JointForm"),
         "fxcompress.forms.registry": ("find_form", "register_form"),
         "fxcompress.forms.graph": ("template_form",),
-        "fxcompress.forms.target": ("Rank", "Spectrum", "Target"),
+        "fxcompress.forms.target": ("Rank", "Spectrum", "Target", "Truncations", "View"),
         "fxcompress.forms.template": ("Template",),
         "fxcompress.forms.words": ("form_words",),
         "fxcompress.operators.convolution": ("ConvShape",),

@@ -127,7 +127,7 @@ def _kernel(factor: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def balanced_chain(kernels: Sequence[Tensor]) -> list[Tensor]:
-    """The same chain (last layer first) with equal norms on both sides of every inner value."""
+    """A chain of kernels (last layer first), with equal norms on both sides of inner values."""
     out = list(kernels)
     for at in range(1, len(out)):
         above = out[at - 1].transpose(1, 2).flatten(2).norm(dim=2)

@@ -203,7 +203,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product (m x r, r x n) with equal norms in every component.
+    """Factors (m x r, r x n), scaled to equal norms in every component; their product stays.
 
     It trains best and suits narrow types.
     """
@@ -213,7 +213,7 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_parts(lefts: Sequence[Tensor], right: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The same for products that share the right factor; the norms are those of all of them."""
+    """Factors of products that share the right one, scaled to equal norms over all of them."""
     left, right = balanced(torch.cat(list(lefts)), right)
     return torch.split(left, [len(part) for part in lefts]), right
 

@@ -74,7 +74,7 @@ class Components:
     right: Tensor
 
     def rows(self, start: int, count: int) -> Components:
-        """What they are in some rows of the weight."""
+        """The components in some rows of the weight."""
         return Components(self.left[:, start : start + count], self.right)
 
 
@@ -125,7 +125,7 @@ class Truncations(ABC):
         return None
 
     def remeasured(self, energies: Tensor) -> Self:
-        """The same components, ranked by losses that were measured.
+        """The components, ranked by losses that were measured.
 
         Args:
             energies: ``E[⟨∇W, c_i⟩²]`` of each of :meth:`components` (g x k).
@@ -183,7 +183,7 @@ class Spectrum(Truncations):
         return Components(self.left[None, :, :, None], self.right[None, :, None])
 
     def remeasured(self, energies: Tensor) -> Self:
-        """The same components from the largest loss to the least."""
+        """The components from the largest loss to the least."""
         sigma = energies[0].sqrt()
         order = torch.argsort(sigma, descending=True, stable=True)
         left, right = self.left[:, order], self.right[order]
@@ -227,7 +227,7 @@ class Target:
         return self._metric.loss(other - self.weight.to(other.dtype))
 
     def without_metric(self) -> Target:
-        """The same, with no more than what was computed already."""
+        """The target with no more than what was computed already, to free the metric."""
         return Target(self.weight, None, self.views)
 
     @property

@@ -72,7 +72,7 @@ def form_words() -> Mapping[str, FormWord]:
 
 
 def forms_for(op: str, forms: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``forms`` that rewrite one operator ``op`` by itself, in the order given.
+    """The names among ``forms`` that rewrite one operator ``op`` by itself, in the order given.
 
     >>> import fxcompress
     >>> forms_for("linear", ("joint", "pivoted", "low_rank"))
@@ -85,7 +85,7 @@ def forms_for(op: str, forms: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def joint_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``forms`` that rewrite several operators together, in the order given."""
+    """The names among ``forms`` that rewrite several operators together, in the order given."""
     words = form_words()
     return tuple(form for form in forms if form in words and words[form].joint)
 

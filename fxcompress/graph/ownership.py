@@ -45,7 +45,7 @@ class Ownership:
         return self._keys.get(id(tensor))
 
     def parameter(self, tensor: Tensor) -> int | None:
-        """The same for a parameter, or a view of one (transposed, a slice, ``.data``)."""
+        """The key of a parameter, given that or a view of it (transposed, a slice, ``.data``)."""
         key = self._keys.get(id(tensor))
         key = self._by_storage.get(storage(tensor)) if key is None else key
         return key if key in self._learnt else None
@@ -59,7 +59,7 @@ class Ownership:
         return self._tensors[key]
 
     def names(self, key: int) -> tuple[str, ...]:
-        """Its names in the state dict."""
+        """The names of a tensor in the state dict."""
         return tuple(".".join(filter(None, owner)) for owner in self._owners[key])
 
     def parameters(self) -> Iterator[tuple[int, Tensor]]:

@@ -358,7 +358,7 @@ class _Recorder(TorchFunctionMode):
         return self.tag(value, node)
 
     def nodes(self, value: Any) -> Any:
-        """The same with nodes for tensors.
+        """An argument with nodes in the place of tensors.
 
         Containers of other classes become tuples: theirs may take nothing but tensors.
         """

@@ -33,7 +33,7 @@ def _inner(model: Any) -> nn.Module | None:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether it is what ``torch.compile(module)`` returns."""
+    """Whether a module is what ``torch.compile(module)`` returns."""
     # By name: to import the class takes seconds.
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")

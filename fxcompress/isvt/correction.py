@@ -34,8 +34,8 @@ from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric.kronecker import Kronecker
-from fxcompress.metric.moments import normalized, times_power
-from fxcompress.metric.passes import input_mask
+from fxcompress.metric.masks import input_mask
+from fxcompress.metric.scaled import normalized, times_power
 from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.applied import operator_at

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxcompress.graph.marks import PAD
 from fxcompress.graph.padding import NONE, Padding
-from fxcompress.metric.passes import output_marks
+from fxcompress.metric.masks import output_marks
 from fxcompress.metric.quadratic import QuadraticForm
 from fxcompress.metric.whiten import BlockWhitener, Whitener
 from fxcompress.operators.applied import operator_at

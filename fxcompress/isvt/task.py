@@ -70,7 +70,7 @@ class Task:
 
     @property
     def rules(self) -> LoadedRules:
-        """Those of the model."""
+        """The rules that the model is compressed by."""
         return self.found.rules
 
     def weight(self, site: Site) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fxcompress.forms.target import Components
 from fxcompress.graph.inputs import Forward
-from fxcompress.metric.moments import times_power
 from fxcompress.metric.output import Loss
 from fxcompress.metric.passes import DRAWS, Draws, run_pass
+from fxcompress.metric.scaled import times_power
 from fxcompress.metric.visitor import SiteFacts, same_samples
 from fxcompress.operators.shape import Shape
 

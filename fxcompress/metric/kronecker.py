@@ -89,11 +89,11 @@ class Kronecker(QuadraticForm):
         return lambda rank: (sizes[:, rank:] * found.sigma[rank:].square()).sum(1)
 
     def for_matrices(self) -> Kronecker:
-        """The same form without A and G, which are as large as their roots."""
+        """The form without A and G, which are as large as their roots."""
         return Kronecker(self.inputs.without_matrix(), self.outputs.without_matrix())
 
     def starting_from(self, basis: Tensor, iterations: int) -> Kronecker:
-        """The same form, warm in the matrix view; other views are decomposed in full."""
+        """The form, warm in the matrix view; other views are decomposed in full."""
         return replace(self, warm=WarmStart(basis, iterations, tight=iterations > 1))
 
     def start(self, found: Truncations, rank: int) -> Tensor | None:

@@ -83,7 +83,7 @@ class Metric(ABC):
 
     @property
     def backward(self) -> bool:
-        """Whether it needs gradients of the output."""
+        """Whether the metric needs gradients of the output."""
         return any(
             each.backward if isinstance(each, Statistic) else each != "input" for each in self.needs
         )

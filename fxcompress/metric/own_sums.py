@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcompress.metric.moments import times_power
+from fxcompress.metric.moments import Moments
+from fxcompress.metric.scaled import times_power
 from fxcompress.metric.statistic import Statistic
-from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key, same_samples
+from fxcompress.metric.visitor import InputKey, SiteFacts, Sums, input_key, same_samples
 from fxcompress.operators.rows import BLOCK
 from fxcompress.operators.shape import is_grouped
 
@@ -19,8 +21,12 @@ Key = tuple[str, str | InputKey]
 """The name of a statistic, and of a site, or the input that several sites share."""
 
 
-class OwnSums(Visitor):
-    """Running sums: a visitor (:class:`fxcompress.metric.visitor.Visitor`)."""
+class OwnSums(Sums):
+    """Sums of statistics that are told what rows add.
+
+    Args:
+        statistics: of different names.
+    """
 
     def __init__(self, statistics: Sequence[Statistic]) -> None:
         self.backward = any(each.backward for each in statistics)
@@ -35,7 +41,7 @@ class OwnSums(Visitor):
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         key, statistics = input_key(site), self._by_place["inputs"]
         if not statistics:
-            return True
+            return not data.is_floating_point() or bool(data.isfinite().all())
         finite = True
         for part in site.shape.input_rows(data, mask):
             for rows in _dense(part, site):
@@ -85,9 +91,8 @@ class OwnSums(Visitor):
             self._add(self._by_place["weights"], name, whole)
         self._pending.clear()
 
-    def finish(self, site: SiteFacts, predictions: int) -> dict[str, Tensor]:
-        """The means at a site by the names of the statistics, with groups for a convolution."""
-        found = {}
+    def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
+        own: dict[str, Tensor] = {}
         groups, m, n = site.shape.matrix
         for reads, statistics in self._by_place.items():
             key: str | InputKey = input_key(site) if reads == "inputs" else site.name
@@ -97,8 +102,10 @@ class OwnSums(Visitor):
                 if total is None:
                     total = torch.zeros(groups, *each.size(m, n), dtype=torch.float64)
                 mean = total / max(count, 1)
-                found[each.name] = mean if is_grouped(site.shape) else mean[0]
-        return found
+                own[each.name] = mean if is_grouped(site.shape) else mean[0]
+                if reads != "inputs":
+                    self.totals.pop((each.name, key), None)
+        return replace(found, own=own)
 
     def _add(self, statistics: Sequence[Statistic], key: str | InputKey, rows: Tensor) -> bool:
         finite = True

@@ -148,7 +148,7 @@ class Traces:
 
 
 def trace(moment: Tensor) -> float:
-    """Of a second moment (d x d), its diagonal (d), or a root of it (r x d)."""
+    """The trace of a second moment: given (d x d), as its diagonal (d), or a root (r x d)."""
     if moment.dim() == 1:
         return float(moment.sum())
     if is_root(moment):

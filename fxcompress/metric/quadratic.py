@@ -121,11 +121,11 @@ class QuadraticForm(ABC):
         return parts
 
     def for_matrices(self) -> QuadraticForm:
-        """The same form without what takes memory and is asked for by kernels only."""
+        """The form without what takes memory and is asked for by kernels only."""
         return self
 
     def starting_from(self, basis: Tensor, iterations: int) -> QuadraticForm:
-        """The same form, whose truncations may start from a space instead of from nothing.
+        """The form, whose truncations may start from a space instead of from nothing.
 
         They say then by a :class:`~fxcompress.forms.target.Certificate` what that may have missed.
 
@@ -202,7 +202,7 @@ class GroupedTruncations(Truncations):
         return stack([group.factors(rank) for group in self.groups])
 
     def components(self) -> Components | None:
-        """Those of the groups side by side."""
+        """The components of all groups, side by side."""
         parts = [each for group in self.groups if (each := group.components()) is not None]
         if len(parts) < len(self.groups):
             return None

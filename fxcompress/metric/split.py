@@ -151,7 +151,7 @@ class SplitTruncations(Truncations):
         )
 
     def remeasured(self, energies: Tensor) -> Self:
-        """The same components with measured losses, in their order: they are nested in it."""
+        """The components with measured losses, in their order: they are nested in it."""
         return replace(self, sigma=energies[0].sqrt())
 
     def derived(self, view: View) -> Truncations | None:

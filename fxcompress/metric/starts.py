@@ -28,7 +28,6 @@ from torch import Tensor
 
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.padding import Padding
-from fxcompress.metric.moments import largest, times_power
 from fxcompress.metric.output import (
     VALUES,
     Head,
@@ -38,6 +37,7 @@ from fxcompress.metric.output import (
     heads,
     per_prediction,
 )
+from fxcompress.metric.scaled import largest, times_power
 
 FisherKind = Literal["sampled", "exact", "empirical"]
 

@@ -43,7 +43,7 @@ class Statistic(ABC):
 
     @property
     def backward(self) -> bool:
-        """Whether it needs gradients of the output.
+        """Whether the statistic needs gradients of the output.
 
         Without them it is a mean over rows; with them, a sum per prediction.
         """

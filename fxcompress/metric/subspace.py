@@ -48,7 +48,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxcompress.metric.moments import normalized
+from fxcompress.metric.scaled import normalized
 
 ROUNDING = 12.0
 """Units of rounding, relative to ‖S‖_F, by which norms of products with S may be wrong: 11 is the
@@ -112,7 +112,7 @@ class Leading:
         return 0.5 * (most + mixed)
 
     def times(self, factor: float) -> Leading:
-        """Those of a multiple of the matrix; the factor is positive."""
+        """The leading components of a multiple of the matrix; the factor is positive."""
         return Leading(
             self.left, self.sigma * factor, self.right * factor,
             self.rest * factor * factor, self.residual * factor,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fxcompress.errors import CalibrationError
+from fxcompress.metric.moments import Moments
 from fxcompress.operators.shape import Shape
 
 
@@ -64,10 +65,23 @@ class Visitor(Protocol):
         """A backward pass has ended."""
 
 
-class Several(Visitor):
-    """Visitors that see one pass together."""
+class Sums(Visitor, Protocol):
+    """A visitor that sums up statistics."""
 
-    def __init__(self, visitors: Sequence[Visitor]) -> None:
+    def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
+        """The moments of a site, with the means; the sums are given up.
+
+        Args:
+            site: asked about once.
+            predictions: that gradients are a mean over.
+            found: of other sums.
+        """
+
+
+class Several(Sums):
+    """Sums that see one pass together."""
+
+    def __init__(self, visitors: Sequence[Sums]) -> None:
         self.visitors = visitors
         self.backward = any(each.backward for each in visitors)
 
@@ -96,6 +110,11 @@ class Several(Visitor):
     def end(self) -> None:
         for each in self.visitors:
             each.end()
+
+    def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
+        for each in self.visitors:
+            found = each.finish(site, predictions, found)
+        return found
 
 
 def same_samples(site: SiteFacts, first: int, now: int) -> None:

@@ -60,7 +60,7 @@ class Whitener:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the identity."""
+        """Whether the factor is the identity."""
         kinds = (self.lower, self.root, self.scale, self.few)
         return all(kind is None for kind in kinds)
 
@@ -102,7 +102,7 @@ class Whitener:
         return x if self.scale is None else x / self.scale.square()[:, None].to(x.dtype)
 
     def without_matrix(self) -> Whitener:
-        """The same products, without the factor itself."""
+        """The whitener without the factor itself, which products do not need."""
         return replace(self, matrix=None)
 
     def _powers(self, x: Tensor, power: int) -> Tensor:
@@ -166,7 +166,7 @@ class BlockWhitener:
         return torch.cat([block.solve(part) for block, part in parts])
 
     def without_matrix(self) -> BlockWhitener:
-        """The same products, without the factors themselves."""
+        """The whitener without the factors themselves, which products do not need."""
         return replace(self, blocks=tuple(block.without_matrix() for block in self.blocks))
 
 

@@ -112,11 +112,11 @@ class Applied(_Weight, nn.Module):
         return _attribute(self, name)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor: what a module has under this name would change the model."""
+        """``Tensor.to``: what a module has under this name would change the model."""
         return run(Tensor.to, (self, *args), kwargs)
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor."""
+        """``Tensor.type``: the type of the weight, or the weight in another one."""
         return run(Tensor.type, (self, *args), kwargs)
 
 
@@ -273,6 +273,7 @@ def _fits(found: Application, weight: Any) -> bool:
     return shape is not None and shape.same_product(applied.applies)
 
 
+<<<<<<< HEAD
 def transposes(name: str, weight: Any, args: Sequence[Any], kwargs: Any) -> bool | None:
     """Whether a function makes the transpose of a weight, or the weight itself; None for neither.
 
@@ -281,6 +282,10 @@ def transposes(name: str, weight: Any, args: Sequence[Any], kwargs: Any) -> bool
         weight: or what stands for it, with ``ndim`` and ``dtype``.
         args, kwargs: what else the function is given.
     """
+=======
+def _view(name: str, weight: Any, args: Any, kwargs: Any) -> Any:
+    """A weight or its transpose, if that is all that a function makes of it."""
+>>>>>>> main
     if weight.ndim != 2 or kwargs:
         return None
     if name in ("detach", "contiguous") or (name == "to" and tuple(args) == (weight.dtype,)):

@@ -58,7 +58,7 @@ class ConvShape(Shape):
 
     @property
     def op(self) -> str:
-        """Its canonical operator."""
+        """The canonical operator of the shape."""
         return f"conv_transpose{self.dims}d" if self.transposed else f"conv{self.dims}d"
 
     @property
@@ -157,7 +157,7 @@ class ConvShape(Shape):
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """How it reads its input: in which patches."""
+        """How the operator reads its input: in which patches."""
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.output_padding)
         return (self.op, self.groups, self.padding_mode, *sizes)
 

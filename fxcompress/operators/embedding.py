@@ -40,7 +40,7 @@ class EmbeddingShape(Shape):
 
     @property
     def op(self) -> str:
-        """Its canonical operator."""
+        """The canonical operator of the shape."""
         return "embedding"
 
     @property
@@ -93,7 +93,7 @@ class EmbeddingShape(Shape):
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """How it reads its input: by index."""
+        """How the operator reads its input: by index."""
         return (self.op, self.in_features)
 
     def canonical(self, weight: Tensor) -> Tensor:

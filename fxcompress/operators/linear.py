@@ -38,7 +38,7 @@ class LinearShape(Shape):
 
     @property
     def op(self) -> str:
-        """Its canonical operator."""
+        """The canonical operator of the shape."""
         return "linear"
 
     @property
@@ -87,7 +87,7 @@ class LinearShape(Shape):
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """How it reads its input: equal for operators that see the same rows of one value."""
+        """How the operator reads its input: equal for those that see the same rows of one value."""
         return ()
 
     def canonical(self, weight: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def _mean(sums: Numbers, predictions: NDArray[np.int64]) -> float:
 
 
 def _standard_error(sums: Numbers, predictions: NDArray[np.int64]) -> float | None:
-    """Of a mean per prediction whose data come in batches (ratio estimator; Cochran 1977, 6.3).
+    """Standard error of a mean per prediction of data in batches (ratio; Cochran 1977, 6.3).
 
     The predictions of a batch depend on one another, batches do not.
     """

@@ -115,7 +115,7 @@ class Survey:
         return self.request.notes.all
 
     def showing(self, show: Progress) -> Self:
-        """The same findings, for stages that show their progress elsewhere."""
+        """The findings, for stages that show their progress elsewhere."""
         return replace(self, request=replace(self.request, show=show))
 
 

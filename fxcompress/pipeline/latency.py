@@ -120,7 +120,7 @@ class Table:
 
 
 def _times(kept: Mapping[str, Any]) -> dict[str, float]:
-    """Those of a table's entries that are times."""
+    """The entries of a table that are times."""
     times = {key: value for key, value in kept.items() if type(value) in (int, float)}
     return {key: float(value) for key, value in times.items() if 0 < value < float("inf")}
 

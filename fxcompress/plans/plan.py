@@ -88,6 +88,9 @@ class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]
 
         def __init__(self, root: dict[str, int] = ..., /, **counts: int) -> None: ...
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return self.root.items()
+
     @field_validator("root")
     @classmethod
     def _complete(cls, value: dict[str, int]) -> dict[str, int]:
@@ -133,7 +136,7 @@ ZERO = Size.of(lambda unit: 0)
 def total_size(sizes: Iterable[Size]) -> Size:
     """Sizes added up, each count for itself; zero of none."""
     first, *rest = [*sizes] or [ZERO]
-    return sum(rest, first)
+    return Size({unit: sum((one[unit] for one in rest), n) for unit, n in first.root.items()})
 
 
 class Part(_Frozen):
@@ -242,7 +245,7 @@ class SitePlan(_Frozen):
 
     @property
     def full_ranks(self) -> tuple[int, ...]:
-        """The same at which nothing would be lost."""
+        """The rank, or both of them, at which nothing would be lost."""
         return _as_tuple(self.full_rank)
 
     @property

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import COUNTED, CountedUnit
 from fxcompress.report.fold import child_name
 from fxcompress.report.quantities import count, loss, loss_label, percent, short, span, sparkline
@@ -29,6 +30,16 @@ class Entry:
 
     sites: tuple[SitePlan, ...]
     measured: Mapping[str, MeasuredSite]
+
+    @cached_property
+    def before(self) -> Size:
+        """Of all sites together."""
+        return total_size(site.before for site in self.sites)
+
+    @cached_property
+    def after(self) -> Size:
+        """Of all sites together."""
+        return total_size(site.after for site in self.sites)
 
     @property
     def found(self) -> list[MeasuredSite]:
@@ -69,8 +80,8 @@ class Column:
 
 
 def _kept(entry: Entry) -> float:
-    before, after = (_sum(entry, "parameters", when) for when in ("before", "after"))
-    return after / before if before else 1.0
+    before = entry.before.parameters
+    return entry.after.parameters / before if before else 1.0
 
 
 def _kept_alike(entry: Entry) -> str:
@@ -79,19 +90,11 @@ def _kept_alike(entry: Entry) -> str:
     return span(kept, "{:.1f}%".format) if kept else "-"
 
 
-def _kept_below(entry: Entry) -> str:
-    return percent(_sum(entry, "parameters", "after"), _sum(entry, "parameters", "before"))
-
-
-def _sum(entry: Entry, unit: str, when: str) -> int:
-    return sum(getattr(site, when)[unit] for site in entry.sites)
-
-
 def _size(unit: CountedUnit, when: str) -> Column:
     """Column of an amount before or after."""
 
     def total(entry: Entry) -> int:
-        return _sum(entry, unit.word, when)
+        return (entry.before if when == "before" else entry.after)[unit.word]
 
     return Column(
         head=when,
@@ -162,8 +165,13 @@ FORM = Column(
 )
 KEPT = Column(
     "parameters kept",
-    alike=_kept_alike, below=_kept_below, order=_kept, share=_kept, brief="kept", width=13,
-)  # fmt: skip
+    alike=_kept_alike,
+    below=lambda entry: percent(entry.after.parameters, entry.before.parameters),
+    order=_kept,
+    share=_kept,
+    brief="kept",
+    width=13,
+)
 PREDICTED = Column(
     "predicted {loss}",
     alike=lambda entry: span((site.predicted for site in entry.sites), loss),

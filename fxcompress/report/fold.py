@@ -23,7 +23,7 @@ Structure = tuple[tuple[object, ...], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """The same child of every block of a group.
+    """One child of a block, in all blocks of a group that are alike.
 
     Attributes:
         name: its name within the block, ``"up_proj"``; ``"{0..7}"`` if several children of one

@@ -58,11 +58,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Head:
-    """Of a column; ``edge`` where another group begins, ``at`` its place among sortable ones."""
+    """Head of a column; ``css`` are its classes, ``at`` is its place among those to sort by."""
 
     text: str
     column: Column
-    edge: bool
+    css: str
     at: int | None
 
 
@@ -92,7 +92,8 @@ def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
     for column in columns:
         sortable += column.order is not None
         at = sortable if column.order is not None else None
-        heads.append(Head(head(column, plan), column, column.group != group, at))
+        edge, left = "edge " * (column.group != group), "left" * column.left
+        heads.append(Head(head(column, plan), column, edge + left, at))
         group = column.group
     return heads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
@@ -44,10 +44,15 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Pixels from the low end, where everything below stands, too."""
-        scale = math.log10 if self.logarithmic else float
-        value = min(max(value, self.low), self.high)
-        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
-        return round(self.length * share, 1)
+        scale, low, pixels = self._scale
+        return round((scale(min(max(value, self.low), self.high)) - low) * pixels, 1)
+
+    @cached_property
+    def _scale(self) -> tuple[Callable[[float], float], float, float]:
+        """What is even on the axis, at its low end, and pixels for one of it."""
+        scale: Callable[[float], float] = math.log10 if self.logarithmic else float
+        low, high = scale(self.low), scale(self.high)
+        return scale, low, self.length / (high - low)
 
     @property
     def ticks(self) -> tuple[tuple[float, str], ...]:
@@ -141,6 +146,11 @@ class Plot:
     def down(self, value: float) -> float:
         """Pixels of a y from the top."""
         return round(self.y.length - self.y.place(value), 1)
+
+    @property
+    def points(self) -> str:
+        """The curve in pixels: ``"0.0,3.2 8.9,7.1"``."""
+        return " ".join(f"{self.x.place(x)},{self.down(y)}" for x, y in self.curve)
 
 
 @cache

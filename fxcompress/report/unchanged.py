@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxcompress.plans.plan import Plan
-from fxcompress.rules.matching.folding import Literals, fold, split_indices
-
-# A number that stands alone: not part of a path, a name or a version.
-_NUMBER = re.compile(r"(?<![\w.])[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?![\w]|\.\w)")
+from fxcompress.rules.matching.folding import Literals, fold, fold_numbers, split_indices, words_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ def unchanged(plan: Plan) -> tuple[Unchanged, ...]:
     alike: dict[tuple[Literals, str, tuple[str, ...]], list[tuple[str, int, str]]] = {}
     for name, what, parameters, reason in items:
         literals, _ = split_indices(name)
-        key = (literals, what, tuple(_NUMBER.split(reason)))
+        key = (literals, what, words_of(reason))
         alike.setdefault(key, []).append((name, parameters, reason))
     return tuple(
         Unchanged(
@@ -55,24 +50,9 @@ def unchanged(plan: Plan) -> tuple[Unchanged, ...]:
             names=tuple(name for name, *_ in those),
             what=what,
             parameters=sum(parameters for _, parameters, _ in those),
-            reason=fold_reasons([reason for *_, reason in those]),
+            reason=fold_numbers([reason for *_, reason in those]),
         )
         for (_, what, _), those in alike.items()
-    )
-
-
-def fold_reasons(reasons: Sequence[str]) -> str:
-    """Reasons that differ in numbers only, as one.
-
-    >>> fold_reasons(["no saving: rank 448 ≥ 418", "no saving: rank 512 ≥ 418"])
-    'no saving: rank 448..512 ≥ 418'
-    """
-    literals = _NUMBER.split(reasons[0])
-    columns = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
-    numbers = [sorted(set(column), key=_value) for column in columns]
-    texts = [one[0] if len(one) == 1 else f"{one[0]}..{one[-1]}" for one in numbers]
-    return literals[0] + "".join(
-        text + literal for text, literal in zip(texts, literals[1:], strict=True)
     )
 
 
@@ -81,7 +61,3 @@ def _shape_text(op: str, shape: tuple[int, ...]) -> str:
     if op == "linear" and len(shape) == 2:
         return f"{op} {shape[1]}→{shape[0]}"
     return f"{op} {'×'.join(map(str, shape))}".rstrip()
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))

@@ -32,7 +32,7 @@ class ProjectedAttention(nn.MultiheadAttention):
 
     @classmethod
     def of(cls, original: nn.MultiheadAttention) -> ProjectedAttention:
-        """The same attention; only ``out_proj`` shares memory with the original."""
+        """An attention with projections apart; only ``out_proj`` shares the original's memory."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         for key, value in original.__dict__.items():
@@ -119,7 +119,7 @@ class ProjectedAttention(nn.MultiheadAttention):
         q: Tensor,
         k: Tensor,
     ) -> Tensor | None:
-        """Both masks as one additive mask that broadcasts to (batch, heads, L, S)."""
+        """The masks as one additive mask that broadcasts to (batch, heads, L, S)."""
         mask: Tensor | None = None
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)

@@ -73,7 +73,7 @@ def _fake(mode: FakeTensorMode, node: fx.Node) -> Any:
 
 
 def _faked(mode: FakeTensorMode, body: fx.GraphModule) -> fx.GraphModule:
-    """The same body with tensors that have no values."""
+    """A body with tensors that have no values."""
     memo = {
         id(tensor): nn.Parameter(fake, tensor.requires_grad)
         if isinstance(tensor, nn.Parameter)

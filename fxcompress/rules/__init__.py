@@ -11,20 +11,16 @@ from fxcompress.rules.language.globs import compile_globs
 from fxcompress.rules.language.loader import LoadedRules, load_rules, parse_rules
 from fxcompress.rules.language.presets import preset_names, preset_path
 from fxcompress.rules.language.schema import (
-    Budget,
     Case,
     CaseNode,
-    Damping,
-    Defaults,
     GraphNode,
     Limits,
-    Metric,
     NodePattern,
     Rewrite,
     Rule,
     RuleSet,
-    Solver,
 )
+from fxcompress.rules.language.settings import Budget, Damping, Defaults, Metric, Solver
 from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.cases import CaseResult, run_cases
 from fxcompress.rules.matching.explain import Explanation

@@ -140,7 +140,7 @@ def best(resources: list[Resource]) -> float | None:
 
 @pytest.mark.parametrize("special", [False, True], ids=["sites", "groups and bundles"])
 @pytest.mark.parametrize("units", [2, 3])
-def test_against_brute_force(units: int, special: bool) -> None:
+def test_against_brute_force(units: int, special: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """Never above a budget, never below the bound, and optimal."""
     optimal = possible = 0
     for seed in range(150):
@@ -161,6 +161,7 @@ def test_against_brute_force(units: int, special: bool) -> None:
         told = math.fsum(c.loss for c in found.allocation.choices.values())
         assert found.allocation.loss == pytest.approx(told)
         optimal += found.allocation.loss <= least + 1e-9
+    assert capfd.readouterr() == ("", "")  # nothing is printed below Python
     assert possible > 70
     assert optimal == possible
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxcompress.isvt.correction import cross_moments
 from fxcompress.isvt.objective import Objective
-from fxcompress.metric.passes import input_key
+from fxcompress.metric.visitor import input_key
 from tests.metric.test_moments import target
 from tests.metric.test_padding import Tagger, one_by_one, padded, squares
 

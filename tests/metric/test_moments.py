@@ -17,11 +17,11 @@ from fxcompress.errors import CalibrationError
 from fxcompress.forms import Shape
 from fxcompress.graph.padding import NONE
 from fxcompress.metric import METRICS, Draws, calibrate
-from fxcompress.metric.capture import _Sums
+from fxcompress.metric.grams import GramSum, RowSum, finish_together
 from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.memory import free_memory
-from fxcompress.metric.moments import GramSum, RowSum, finish_together
 from fxcompress.metric.passes import run_pass
+from fxcompress.metric.squares import SquareSums
 from fxcompress.metric.starts import backward_starts
 from fxcompress.operators.modules import shape_of
 from fxcompress.rules import parse_rules
@@ -482,12 +482,11 @@ def test_memory_does_not_grow_with_the_calls_of_a_layer(kind: str) -> None:
     kept = []
     for loops in (2, 9):
         model, data = Looped(kind, loops).double(), looped_data(kind)
-        sums = _Sums(
-            model, [target(model, "core", calls=loops)], frozenset({"weight"}), backward=True
-        )
+        site = target(model, "core", calls=loops)
+        sums = SquareSums([site], torch.device("cpu"), entries=False)
         end = sums.end
 
-        def count(sums: _Sums = sums, end: Any = end) -> None:
+        def count(sums: SquareSums = sums, end: Any = end) -> None:
             assert not sums.looked_up
             kept.append(sum(total.numel() for total, _ in sums.pending.values()))
             end()
@@ -542,8 +541,8 @@ def test_few_rows_that_are_not_finite_are_noticed(positions: int) -> None:
 
 
 def test_moments_that_take_too_much_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxcompress.metric.moments.free_memory", lambda device: 3 << 30)
-    monkeypatch.setattr("fxcompress.metric.moments.FEW", 10**6)
+    monkeypatch.setattr("fxcompress.metric.grams.free_memory", lambda device: 3 << 30)
+    monkeypatch.setattr("fxcompress.metric.grams.FEW", 10**6)
     model = nn.Sequential(nn.Linear(20_000, 2), nn.Tanh(), nn.Linear(2, 2))
     with pytest.raises(CalibrationError, match=r"input of 0, 20,000 wide, take about 12 GiB"):
         calibrate(model, [target(model, "0")], [torch.randn(2, 20_000)], METRICS["kfac"])

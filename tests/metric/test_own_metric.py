@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.errors import FxcompressWarning, RuleError
-from fxcompress.forms.target import Losses, Rank, Ranks, Spectrum, Truncations, View
+from fxcompress.forms import Rank, Spectrum, Truncations, View
+from fxcompress.forms.target import Losses, Ranks
 from fxcompress.metric import (
     METRICS,
     Draws,
@@ -36,7 +37,11 @@ from fxcompress.metric import registry as registered
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import is_grouped
+<<<<<<< HEAD
 from fxcompress.rules import load_rules, parse_rules
+=======
+from fxcompress.rules import json_schema, load_rules, parse_rules
+>>>>>>> main
 from tests.convolutions import CASES, build
 from tests.metric.test_conv_fisher import SEED, Site, gradients, network
 from tests.metric.test_moments import target
@@ -297,6 +302,24 @@ def test_the_whole_fisher_is_the_one_that_all_others_approximate() -> None:
     p, q = (x @ w.T for w in (model[0].weight, model[0].weight + change))
     kl = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean().detach()
     assert form.loss(change) == pytest.approx(float(kl), rel=0.2)  # labels are drawn
+
+
+def test_a_form_of_one_group_is_that_of_a_convolution() -> None:
+    torch.manual_seed(0)
+    layer = build(CASES["2d, strided, dilated, groups"])
+    shape = shape_of(layer)
+    groups, m, n = shape.matrix
+    root = torch.randn(groups, m * n, m * n, dtype=torch.float64)
+    fisher = root @ root.mT
+    moments = Moments(own={"whole": fisher})
+    form = METRICS["whole"].quadratic(shape, moments, Whiteners((0.0, 0.0)))
+    weight = shape.canonical(layer.weight.detach())
+    flat = weight.flatten(1)
+    dense = 0.5 * float(torch.einsum("ga,gab,gb->", flat, fisher, flat))
+    assert form.loss(weight) == pytest.approx(dense, rel=1e-12)
+    assert form.truncations(weight, "matrix").losses(np.array([0]))[0] == pytest.approx(dense)
+    assert len(form.by_group) == groups
+    assert form.solve(weight).shape == weight.shape
 
 
 # ---- the whole compiler ----------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_every_column_of_a_table_has_cells_there() -> None:
     entry = columns.Entry(made.rewritten, columns.measured_sites(made))
     for column in TERMINAL:
         assert column.alike(entry)
-    for column in PAGE:
+    for column in columns.shown(PAGE, made):
         assert column.below(entry)
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from fxcompress.plans.plan import NodeSummary
-from fxcompress.report.unchanged import fold_reasons, unchanged
+from fxcompress.report.unchanged import unchanged
+from fxcompress.rules.matching.folding import fold_numbers
 from tests.report.plans import plan, site, unmatched
 
 
@@ -11,10 +12,12 @@ from tests.report.plans import plan, site, unmatched
         (["tied"], "tied"),
         (["rank 448 ≥ 418", "rank 96 ≥ 418"], "rank 96..448 ≥ 418"),
         (["1,000 of 2e-3", "900 of 1.5e-3"], "900..1,000 of 1.5e-3..2e-3"),
+        (["rank 8, of 9", "rank 12, of 9"], "rank 8..12, of 9"),
+        (["rank 3 in h.0.fc, int8", "rank 4 in h.2.fc, int8"], "rank 3..4 in h.{0,2}.fc, int8"),
     ],
 )
-def test_fold_reasons(reasons: list[str], folded: str) -> None:
-    assert fold_reasons(reasons) == folded
+def test_fold_numbers(reasons: list[str], folded: str) -> None:
+    assert fold_numbers(reasons) == folded
 
 
 def test_numbers_in_names_are_not_ranges() -> None:

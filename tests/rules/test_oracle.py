@@ -17,7 +17,7 @@ from fxcompress.rules.language.document import Entry
 from fxcompress.rules.language.schema import Alternative, GraphNode
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.patterns import GraphPattern, NodeTest
-from fxcompress.rules.matching.search import embeddings
+from fxcompress.rules.matching.search import Embedding, Search
 from tests.rules import oracle
 from tests.zoo import ZOO
 
@@ -93,6 +93,13 @@ def _node(draw: st.DrawFn, operator: Operator, chosen: list[str]) -> dict[str, A
 def fits(node: GraphNode, operator: Operator) -> bool:
     """By itself: glob and attributes are tested elsewhere, so the real ones will do."""
     return NodeTest.of(node).accepts(operator)
+
+
+def embeddings(pattern: GraphPattern, graph: Dataflow) -> list[Embedding]:
+    """All matches of a pattern, in the order of their anchors and then of their operators."""
+    search, test = Search(pattern, graph), pattern.tests[pattern.anchor]
+    starts = [p for p in graph.positions(test.ops) if test.accepts(graph.operators[p])]
+    return [found for start in starts for found in search.at(start)]
 
 
 def in_order(anchor: str, alternative: Alternative, found: Sequence[dict[str, int]]) -> list[Any]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fxcompress.forms.words import FormWord, add_word, form_words
+from fxcompress.metric.words import metric_words
 from fxcompress.rules import RuleSet, json_schema, parse_rules
 from fxcompress.rules.language.completion import SHIPPED
 from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS
@@ -42,6 +43,8 @@ def test_it_is_a_schema() -> None:
 def test_rule_files_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcompress.forms.words._WORDS", dict(form_words()))
     add_word(FormWord("monarch4", frozenset({"linear"})))  # examples/monarch.py registers it
+    words = dict.fromkeys((*metric_words(), "factored"))  # examples/factored_fisher.py
+    monkeypatch.setattr("fxcompress.metric.words._WORDS", words)
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert jsonschema.Draft202012Validator(json_schema()).is_valid(data)
 

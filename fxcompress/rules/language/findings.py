@@ -9,8 +9,9 @@ from typing import Any
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
 from fxcompress.rules.language.document import Document, Entry, KeyPath
 from fxcompress.rules.language.expressions import ExpressionError
+from fxcompress.rules.language.fields import WithAttributes
 from fxcompress.rules.language.globs import GlobError, expand
-from fxcompress.rules.language.schema import CaseNode, GraphNode, WithAttributes
+from fxcompress.rules.language.schema import CaseNode, GraphNode
 from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS, AttributeType
 
 _MOST_GLOBS = 4096

@@ -8,7 +8,8 @@ from os import PathLike
 
 from fxcompress.errors import BudgetError, RuleError
 from fxcompress.rules.language.loader import LoadedRules, load_rules
-from fxcompress.rules.language.schema import Budget, Rule, RuleSet
+from fxcompress.rules.language.schema import Rule, RuleSet
+from fxcompress.rules.language.settings import Budget
 
 Rules = str | PathLike[str] | RuleSet | LoadedRules
 """A rule file, the name of a preset, or a rule set."""
@@ -28,7 +29,7 @@ def read_rules(rules: Rules) -> LoadedRules:
 
 
 def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
-    """The same rules with another fraction to keep.
+    """Rules with another fraction to keep.
 
     Raises:
         BudgetError: it is no fraction, or the rules have several budgets.
@@ -46,7 +47,7 @@ def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
 
 
 def at_progress(loaded: LoadedRules, share: float) -> LoadedRules:
-    """The same rules on the way from the dense model to their budgets.
+    """Rules with the budgets that hold on the way from the dense model to their own.
 
     Args:
         loaded: the rules.

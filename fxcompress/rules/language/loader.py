@@ -36,7 +36,7 @@ from fxcompress.rules.language.document import (
 )
 from fxcompress.rules.language.expressions import Expression, ExpressionError
 from fxcompress.rules.language.presets import preset_names, preset_path
-from fxcompress.rules.language.schema import RuleSet
+from fxcompress.rules.language.schema import Rule, RuleSet
 from fxcompress.rules.language.validation import validate
 
 _MOST_BYTES = 64_000
@@ -92,18 +92,57 @@ class LoadedRules:
         span = self.entries[nearest(self.entries, keys)].value
         return f"{self.filename}:{span.line}:{span.column}"
 
-    def failed(self, rule_id: str, index: int, error: ExpressionError, operator: str) -> RuleError:
-        """The located error for a ``where`` condition that failed on an operator."""
-        entry = self.entries[(*self._path(rule_id), "where", index)]
-        message = f"on operator '{operator}': {error.message}"
-        item = Diagnostic(error.code, message, entry.part(error.offset, error.length))
-        return RuleError(render([item], self.filename, self.text))
+    @property
+    def each(self) -> tuple[LoadedRule, ...]:
+        """The rules one by one, in file order."""
+        return tuple(LoadedRule(rule, number, self) for number, rule in enumerate(self.rules.rules))
 
     def _path(self, rule_id: str) -> KeyPath:
         for index, rule in enumerate(self.rules.rules):
             if rule.id == rule_id:
                 return ("rules", index)
         raise KeyError(rule_id)
+
+
+@dataclass(frozen=True)
+class LoadedRule:
+    """One rule with its place in the file.
+
+    Attributes:
+        rule: the checked rule.
+        number: its place among the rules.
+        file: all of them.
+    """
+
+    rule: Rule
+    number: int
+    file: LoadedRules
+
+    @property
+    def line(self) -> str:
+        """``"file:line"`` of the rule."""
+        return self.file.location(self.rule.id)
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """The ``where`` conditions of the rule."""
+        return self.file.expressions[self.rule.id]
+
+    @property
+    def template(self) -> Template | None:
+        """The ``graph`` of the rule, if it has one."""
+        return self.file.templates.get(self.rule.id)
+
+    def at(self, *keys: str | int) -> str:
+        """``"file:line:column"`` of a value inside the rule, or of the nearest thing around it."""
+        return self.file.place("rules", self.number, *keys)
+
+    def failed(self, index: int, error: ExpressionError, operator: str) -> RuleError:
+        """The located error for a ``where`` condition that failed on an operator."""
+        entry = self.file.entries[("rules", self.number, "where", index)]
+        message = f"on operator '{operator}': {error.message}"
+        item = Diagnostic(error.code, message, entry.part(error.offset, error.length))
+        return RuleError(render([item], self.file.filename, self.file.text))
 
 
 def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:

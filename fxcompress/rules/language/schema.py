@@ -14,199 +14,33 @@ docstrings of fields become the descriptions of the JSON Schema, which editors s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from fxcompress.graph.operator import AttributeValue
-from fxcompress.metric.words import metric_words
-from fxcompress.plans.units import UNITS, CountedUnit, UnitWord
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _one_or_many(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
+from fxcompress.rules.language.fields import (
+    Count,
+    Flag,
+    FrozenModel,
+    Globs,
+    Identifier,
+    Name,
+    Ops,
+    Reference,
+    Share,
+    Text,
+    Whole,
+    WithAttributes,
+)
+from fxcompress.rules.language.settings import Budget, Defaults, Metric, Solver, different_budgets
 
 MOST_NODES = 32
 """Operators in one pattern."""
 
 MOST_OPTIONAL = 8
 """Optional operators of one pattern; each doubles the number of variants."""
-
-Text = Annotated[str, Field(strict=True)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Whole = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
-Identifier = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-_OneOrMany = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
-Globs = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
-Ops = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
-Reference = Annotated[str, Field(strict=True, pattern=r"^\$[A-Za-z_][A-Za-z0-9_]*$")]
-AttributePattern = Annotated[Any, AfterValidator(_freeze)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True
-    )
-
-
-class Budget(_Model):
-    """How much of the model may remain: ``{keep: 0.8, of: matched, unit: parameters}``."""
-
-    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
-    """The fraction that remains."""
-    of: Literal["matched", "model"] = "matched"
-    """Of what: the operators that the rules match, or the whole model."""
-    unit: UnitWord = "parameters"
-    """What is counted; latency is measured on this machine, operator by operator."""
-
-    @model_validator(mode="after")
-    def _measurable(self) -> Self:
-        if self.of == "model" and not isinstance(UNITS[self.unit], CountedUnit):
-            message = f"{self.unit} is measured for the matched operators only: leave 'of' out"
-            raise PydanticCustomError("wrong-place", message)
-        return self
-
-
-def _different(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
-    """One budget per unit and whole."""
-    seen = {(budget.unit, budget.of) for budget in budgets}
-    if len(seen) < len(budgets):
-        message = "two budgets are about the same unit: keep the tighter one"
-        raise PydanticCustomError("duplicate-budget", message)
-    return budgets
-
-
-class Damping(_Model):
-    """Added to each factor's eigenvalues, relative to their mean.
-
-    What is left out is chosen by what it loses on the batches held back; 1e-3 and 1e-1 if none are.
-    """
-
-    input: Annotated[Number, Field(ge=0)] | None = None
-    """For the second moments of the inputs."""
-    output: Annotated[Number, Field(ge=0)] | None = None
-    """For the second moments of the gradients of the outputs."""
-
-
-def _known_metric(value: Any) -> Any:
-    known = metric_words()
-    if isinstance(value, str) and value in known:
-        return value
-    expected = ", ".join(f"'{name}'" for name in known)
-    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
-
-
-class Metric(_Model):
-    """The distance that decides which components of a weight count."""
-
-    kind: Annotated[str, BeforeValidator(_known_metric)] = "kfac"
-    """Which distance; kfac is the Fisher metric in its Kronecker form."""
-    damping: Damping = Damping()
-    """Added to each factor's eigenvalues, relative to their mean."""
-    output: Annotated[
-        Annotated[Literal["auto", "categorical", "bernoulli", "gaussian"], Tag("one")]
-        | Annotated[
-            dict[Text, Literal["categorical", "bernoulli", "gaussian"]],
-            Field(min_length=1),
-            Tag("several"),
-        ],
-        Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
-    ] = "auto"
-    """What the outputs of the model mean; of several outputs, by name or place ("0")."""
-    fisher: Literal["sampled", "exact", "empirical"] = "sampled"
-    """Where labels come from: drawn from the model, all of them (few classes), or the data's."""
-    seed: Whole = 0
-    """Of the draws from the model's predictions."""
-    batches: Count | None = None
-    """How many of the calibration batches are used, from the first; all if left out."""
-    held_back: Share = 0.125
-    """Share of them that the metric never sees, one of two or more at least: the loss of the plan
-    is predicted and measured on these.  0 for none."""
-
-
-class Solver(_Model):
-    """How ranks are chosen, and how the weights are trained meanwhile.
-
-    By default the model is cut once, and nothing is trained.  With ``{rounds: 5, steps: 20}``
-    ranks fall in five rounds of twenty gradient steps each, towards the dense model's own
-    predictions: no labels are needed.
-    """
-
-    allocation: Literal["global", "uniform"] = "global"
-    """One global threshold, or the same fraction everywhere."""
-    rounds: Count = 1
-    """Thresholdings, the last one to the budget."""
-    steps: Annotated[Whole, Field(ge=0)] = 0
-    """Gradient steps after each of them, one calibration batch a step; 0 trains nothing."""
-    schedule: Literal["soft", "hard"] = "soft"
-    """Whether the budget falls over the rounds, or holds from the first one on."""
-    objective: Literal["kl", "task"] = "kl"
-    """What is descended on: the KL divergence from the dense model, or the loss= given."""
-    gradient: Literal["factors", "whitened"] = "factors"
-    """Steps of an optimizer on the factors, or steps along the gradient in the coordinates of the
-    metric, each of them thresholded (proximal gradient)."""
-    learning_rate: Annotated[Number, Field(gt=0)] | None = None
-    """At its highest, 2.5e-4 if left out; it rises and falls over all rounds.  For whitened
-    gradients the first step size, 1 if left out."""
-    features: Annotated[Number, Field(ge=0)] = 10.0
-    """Weight, beside the KL, of the mean over layers of how far their outputs are from those of
-    the dense model, in the Fisher metric; 0 for the KL alone.  It is not used with a task loss."""
-    correct: Flag = False
-    """Whether weights are fitted in closed form, after each thresholding, to the inputs that the
-    compressed layers before them really produce: a share of the way that the objective chooses."""
-    memory: Annotated[Number, Field(gt=0)] = 4.0
-    """GiB for what a gradient keeps; larger batches are cut into pieces."""
-
-    @property
-    def iterative(self) -> bool:
-        """Whether anything is trained."""
-        return self.steps > 0 or self.correct
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.rounds > 1 and not self.iterative:
-            message = "rounds without gradient steps change nothing: give 'steps' too, or 'correct'"
-            raise PydanticCustomError("wrong-place", message)
-        if self.objective == "task" and self.features and "features" in self.model_fields_set:
-            message = "features are compared with the dense model's, which a task loss does not ask"
-            raise PydanticCustomError("wrong-place", message)
-        return self
-
-
-class Defaults(_Model):
-    """What holds for every rule that does not say otherwise."""
-
-    tied: Literal["skip"] = "skip"
-    """What becomes of weights that several operators read."""
-    multi_call: Literal["once", "skip"] = "once"
-    """What becomes of a module that is called several times."""
-    multiple_of: Count = 1
-    """Ranks are multiples of this."""
-    min_rank: Count = 1
-    """The lowest rank."""
-    min_saving: Share = 0.0
-    """The share of an operator's cost that a rewrite has to save to be made."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +67,7 @@ class Limits:
 
     @classmethod
     def of(cls, rewrite: Rewrite | None, defaults: Defaults) -> Limits:
-        """Those of a rule; of one with ``rewrite: none``, the defaults."""
+        """The limits of a rule; of one with ``rewrite: none``, the defaults."""
         given = {
             field.name: value
             for source in (defaults, rewrite)
@@ -241,25 +75,6 @@ class Limits:
             if (value := getattr(source, field.name, None)) is not None
         }
         return cls(**given)
-
-
-class WithAttributes(BaseModel):
-    """A matcher whose further keys are operator attributes."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="allow", populate_by_name=True, use_attribute_docstrings=True
-    )
-    __pydantic_extra__: dict[str, AttributePattern] = Field(init=False)
-
-    @property
-    def attributes(self) -> Mapping[str, AttributeValue]:
-        """The attributes asked for: ``{"kernel_size": (3, 3)}``."""
-        return cast("Mapping[str, AttributeValue]", self.model_extra or {})
-
-    @classmethod
-    def keys(cls) -> tuple[str, ...]:
-        """Its keys that are no attributes."""
-        return tuple(field.alias or name for name, field in cls.model_fields.items())
 
 
 class NodePattern(WithAttributes):
@@ -303,7 +118,7 @@ class GraphNode(WithAttributes):
     """Whether a match may do without it."""
 
 
-class Alternative(_Model):
+class Alternative(FrozenModel):
     """A pattern: one operator, several that are connected, or all on one input."""
 
     node: NodePattern | None = None
@@ -405,7 +220,7 @@ class Exclusion(WithAttributes):
         return self
 
 
-class TemplateNode(_Model):
+class TemplateNode(FrozenModel):
     """One operator of a template: ``{op: linear, input: $x, weight: fc.right}``."""
 
     op: Text
@@ -420,7 +235,7 @@ class TemplateNode(_Model):
     """Where its bias comes from: fc.bias."""
 
 
-class Rewrite(_Model):
+class Rewrite(FrozenModel):
     """What becomes of a match."""
 
     form: Text | None = None
@@ -484,7 +299,7 @@ REWRITE_KINDS = ("form", "any_of", "graph")
 """Keys of a rewrite, of which it has exactly one."""
 
 
-class Range(_Model):
+class Range(FrozenModel):
     """A range of counts, ends included; an end left out is open."""
 
     min: Annotated[int, Field(strict=True, ge=0)] = 0
@@ -503,7 +318,7 @@ def _check_range(low: int, high: int | None) -> None:
         raise PydanticCustomError("bad-number", f"min {low} is above max {high}")
 
 
-class Expect(_Model):
+class Expect(FrozenModel):
     """How many sites a rule has to match: ``{matches: 12}`` or ``{matches: {min: 1}}``."""
 
     matches: Annotated[
@@ -520,7 +335,7 @@ class Expect(_Model):
         return Range(min=self.matches, max=self.matches)
 
 
-class Rule(_Model):
+class Rule(FrozenModel):
     """One rule: what it matches, what it leaves out, and what becomes of the rest."""
 
     id: Name
@@ -571,7 +386,7 @@ Members = Annotated[
 ]
 
 
-class Case(_Model):
+class Case(FrozenModel):
     """A test of the rules: what they match and miss in a small graph or a model.
 
     Tests run by ``fxcompress test`` only, never when rules are used.
@@ -612,7 +427,7 @@ def reads(node: GraphNode | TemplateNode | CaseNode) -> tuple[str | None, ...]:
     return tuple(None if reference is None else reference[1:] for reference in given)
 
 
-class RuleSet(_Model):
+class RuleSet(FrozenModel):
     """A whole rule file."""
 
     version: Literal[1] = 1
@@ -620,7 +435,10 @@ class RuleSet(_Model):
     budget: Annotated[
         Annotated[Budget, Tag("one")]
         | Annotated[
-            tuple[Budget, ...], Field(min_length=1), AfterValidator(_different), Tag("several")
+            tuple[Budget, ...],
+            Field(min_length=1),
+            AfterValidator(different_budgets),
+            Tag("several"),
         ],
         Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
     ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from fxcompress.graph.operator import Operator
-from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Alternative, Rule
+from fxcompress.rules.language.loader import LoadedRule
+from fxcompress.rules.language.schema import Alternative
 from fxcompress.rules.matching.result import Lost
 from fxcompress.rules.matching.scopes import scope_test
 from fxcompress.rules.matching.sites import Site
@@ -46,24 +46,23 @@ class CandidateCheck:
 
     def __init__(
         self,
-        rule: Rule,
+        loaded: LoadedRule,
         alternative: Alternative,
-        loaded: LoadedRules,
         legal: SiteCheck,
         keys: Keys,
     ) -> None:
-        scopes = {keys: alternative.scope, ("match",): rule.match.scope}
+        scopes = {keys: alternative.scope, ("match",): loaded.rule.match.scope}
         self._scopes = [
-            (scope_test(globs), scope_loss(globs, rule, loaded, place))
+            (scope_test(globs), scope_loss(globs, loaded, place))
             for place, globs in scopes.items()
             if globs is not None
         ]
         self._exclusions = [
-            (entry.node, exclusion(number, rule, loaded))
-            for number, entry in enumerate(rule.unless)
+            (entry.node, exclusion(number, loaded))
+            for number, entry in enumerate(loaded.rule.unless)
         ]
-        self._conditions = conditions(rule, loaded)
-        self._legal = has_weight if rule.rewrite == "none" else legal
+        self._conditions = conditions(loaded)
+        self._legal = has_weight if loaded.rule.rewrite == "none" else legal
         self._known: dict[tuple[int, str], Lost | None] = {}
 
     def lost(self, candidate: Candidate, claims: Sequence[Claim]) -> Lost | None:

@@ -65,7 +65,7 @@ class CaseResult:
         return "\n      ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data, for tools."""
+        """The outcome as plain data, for tools."""
         failures = [
             {"location": f.location, "message": f.message, "explanation": f.explanation}
             for f in self.failures

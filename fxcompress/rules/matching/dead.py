@@ -8,9 +8,9 @@ from functools import cache
 from fxcompress.graph.operator import Operator
 from fxcompress.rules.language.diagnostics import suggest
 from fxcompress.rules.language.globs import compile_globs
-from fxcompress.rules.language.loader import LoadedRules
+from fxcompress.rules.language.loader import LoadedRule, LoadedRules
 from fxcompress.rules.language.presets import preset_path
-from fxcompress.rules.language.schema import Exclusion, Rule
+from fxcompress.rules.language.schema import Exclusion
 from fxcompress.rules.matching.literals import matches_literal
 from fxcompress.rules.matching.patterns import quoted
 from fxcompress.rules.matching.run import pattern_nodes
@@ -20,7 +20,7 @@ from fxcompress.rules.matching.sites import SiteIndex
 Named = Callable[[str], bool]
 
 
-def dead_globs(loaded: LoadedRules, index: SiteIndex) -> Callable[[Rule], Iterator[str]]:
+def dead_globs(rules: LoadedRules, index: SiteIndex) -> Callable[[LoadedRule], Iterator[str]]:
     """A function that tells for each rule what in it hits no operator of the graph.
 
     Nothing is said of presets, which name what only some models have, and of rules that say
@@ -40,7 +40,8 @@ def dead_globs(loaded: LoadedRules, index: SiteIndex) -> Callable[[Rule], Iterat
     def encloses(glob: str) -> bool:
         return any(map(compile_globs([glob]).match, around))
 
-    def told(rule: Rule) -> Iterator[str]:
+    def told(loaded: LoadedRule) -> Iterator[str]:
+        rule = loaded.rule
         if rule.expect is not None and rule.expect.range.min == 0:
             return
         lists = dict.fromkeys(tuple(node.name) for node in pattern_nodes(rule) if node.name)
@@ -48,24 +49,24 @@ def dead_globs(loaded: LoadedRules, index: SiteIndex) -> Callable[[Rule], Iterat
             if len(globs) > 1:
                 for glob in globs:
                     if not hits(glob):
-                        yield _text(loaded, rule, ("match",), glob, paths)
+                        yield _text(loaded, ("match",), glob, paths)
         for number, entry in enumerate(rule.unless):
             key = ("unless", number)
             dead = [glob for glob in entry.name or () if not hits(glob)]
             outside = [glob for glob in entry.scope or () if not encloses(glob)]
             for glob in dead:
-                yield _text(loaded, rule, key, glob, paths)
+                yield _text(loaded, key, glob, paths)
             for glob in outside:
-                yield _text(loaded, rule, key, glob, around)
+                yield _text(loaded, key, glob, around)
             if not dead and not outside and not any(_fits(entry, each) for each in operators):
                 shown = ", ".join(f"{key} {value}" for key, value in entry.attributes.items())
-                where = loaded.location(rule.id, *key)
+                where = loaded.at(*key)
                 yield (
                     f"{where} warning[no-match]: rule '{rule.id}': this entry of 'unless' fits no "
                     f"operator{f' ({shown})' if shown else ''}, so it protects nothing"
                 )
 
-    return (lambda rule: iter(())) if _is_preset(loaded) else told
+    return (lambda loaded: iter(())) if _is_preset(rules) else told
 
 
 def _fits(entry: Exclusion, operator: Operator) -> bool:
@@ -79,14 +80,12 @@ def _fits(entry: Exclusion, operator: Operator) -> bool:
     return all(matches_literal(operator, *each) for each in entry.attributes.items())
 
 
-def _text(
-    loaded: LoadedRules, rule: Rule, key: Sequence[str | int], glob: str, there: dict[str, None]
-) -> str:
+def _text(loaded: LoadedRule, key: Sequence[str | int], glob: str, there: dict[str, None]) -> str:
     words = {part for path in there for part in path.split(".") if part}
     hint = suggest(glob.rpartition(".")[2], words)
     lost = "protects" if key[0] == "unless" else "matches"
     return (
-        f"{loaded.location(rule.id, *key)} warning[no-match]: rule '{rule.id}': nothing in the "
+        f"{loaded.at(*key)} warning[no-match]: rule '{loaded.rule.id}': nothing in the "
         f"graph is named {quoted([glob])}, so this {lost} nothing{f'; {hint}' if hint else ''}"
     )
 

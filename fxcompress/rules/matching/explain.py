@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxcompress.rules.language.vocabulary import STEPS
-from fxcompress.rules.matching.folding import fold_key, fold_numbers, fold_paths
+from fxcompress.rules.matching.folding import fold_numbers, fold_paths, words_of
 from fxcompress.rules.matching.result import Funnel, Instance, MatchResult
 
 _OUTCOME = "rewritten"
@@ -166,9 +166,9 @@ def _explain(
 
 def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[Group]:
     """Losses of one step, place and reason; reasons that differ in a number only are one."""
-    groups: dict[tuple[str, str, str], tuple[list[str], list[str]]] = {}
+    groups: dict[tuple[str, tuple[str, ...], str], tuple[list[str], list[str]]] = {}
     for step, reason, location, path in losses:
-        alike = fold_key(reason) if step in _ABOUT_OTHERS else reason
+        alike = words_of(reason, paths=True) if step in _ABOUT_OTHERS else (reason,)
         reasons, paths = groups.setdefault((step, alike, location), ([], []))
         reasons.append(reason)
         paths.append(path)

@@ -73,26 +73,41 @@ def index_set(indices: Iterable[int]) -> str:
     return text if len(ordered) == 1 else f"{{{text}}}"
 
 
-_NUMBER = re.compile(r"(?<![\w-])\d+(?![\w-])")
+# A number that stands alone, not as part of a path, a name or a version.
+_AMOUNT = r"(?<![\w.])[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?!\w|\.\w)"
+_AMOUNTS = re.compile(_AMOUNT)
+_NUMBERS = re.compile(rf"{_AMOUNT}|(?<![\w-])[0-9]+(?![\w-])")
 
 
-def fold_key(text: str) -> str:
-    """Equal for texts that differ in numbers only."""
-    return _NUMBER.sub("#", text)
+def words_of(text: str, *, paths: bool = False) -> tuple[str, ...]:
+    """A text without its numbers: equal for texts that differ in these only.
+
+    Args:
+        text: a reason.
+        paths: whether numbers in paths count, too, besides those that stand alone.
+    """
+    return tuple((_NUMBERS if paths else _AMOUNTS).split(text))
 
 
 def fold_numbers(texts: Sequence[str]) -> str:
-    """Texts of one :func:`fold_key` as one.
+    """Texts that differ in numbers only as one: amounts are ranges, indices in paths are sets.
 
     >>> fold_numbers(["h.0.q reads h.0.x of 2", "h.1.q reads h.1.x of 2", "h.2.q reads h.2.x of 2"])
     'h.{0..2}.q reads h.{0..2}.x of 2'
+    >>> fold_numbers(["no saving: rank 448 ≥ 418", "no saving: rank 512 ≥ 418"])
+    'no saving: rank 448..512 ≥ 418'
     """
-    columns = [dict.fromkeys(column) for column in zip(*map(_NUMBER.findall, texts), strict=True)]
-    slots = iter(
-        index_set(map(int, column)) if all(map(_INDEX.fullmatch, column)) else _word([*column])
-        for column in columns
-    )
-    return _NUMBER.sub(lambda found: next(slots), texts[0])
+    columns = [dict.fromkeys(column) for column in zip(*map(_NUMBERS.findall, texts), strict=True)]
+    slots = iter(columns)
+
+    def folded(found: re.Match[str]) -> str:
+        column = [*next(slots)]
+        if _AMOUNTS.match(found.string, found.start()):
+            low, *_, high = sorted(column * 2, key=lambda number: float(number.replace(",", "")))
+            return low if len(column) == 1 else f"{low}..{high}"
+        return index_set(map(int, column)) if all(map(_INDEX.fullmatch, column)) else _word(column)
+
+    return _NUMBERS.sub(folded, texts[0])
 
 
 def _parts(pattern: str) -> list[str]:

@@ -12,14 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxcompress.errors import RuleError
-from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Rule
-from fxcompress.rules.language.vocabulary import STEPS
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.matching.candidates import Candidate, CandidateCheck
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.folding import fold
 from fxcompress.rules.matching.places import Places, Start, places_of
-from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match
+from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match, later
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
 from fxcompress.rules.matching.search import SearchLimit
 from fxcompress.rules.matching.sites import Site, SiteIndex
@@ -57,16 +55,13 @@ class GraphRun(Run):
 
     def __init__(
         self,
-        number: int,
-        rule: Rule,
-        loaded: LoadedRules,
+        loaded: LoadedRule,
         index: SiteIndex,
         graph: Dataflow,
         legal: SiteCheck,
         joint_legality: JointLegality,
     ) -> None:
-        super().__init__(number, rule, loaded)
-        self._loaded = loaded
+        super().__init__(loaded)
         self._index = index
         self._joint_legality = joint_legality
         self._kept: list[_Found] = []
@@ -79,17 +74,15 @@ class GraphRun(Run):
         self._shared: dict[int, Lost] = {}  # position -> why a match that it was in is lost
         self._names: dict[str, None] = {}
         self._ops: dict[str, None] = {}
-        for keys, alternative in rule.match.keyed:
-            places = places_of(
-                alternative, keys, index, graph, lambda at: loaded.location(rule.id, *at)
-            )
-            check = CandidateCheck(rule, alternative, loaded, legal, keys)
+        for keys, alternative in self.rule.match.keyed:
+            places = places_of(alternative, keys, index, graph, loaded)
+            check = CandidateCheck(loaded, alternative, legal, keys)
             try:
                 self._search(places, check)
             except SearchLimit:
                 raise RuleError(
-                    f"{loaded.location(rule.id, *keys, 'nodes')} error[search-limit]: rule "
-                    f"'{rule.id}' has too many ways to match, and the search was given up\n"
+                    f"{loaded.at(*keys, 'nodes')} error[search-limit]: rule "
+                    f"'{self.rule.id}' has too many ways to match, and the search was given up\n"
                     "   tell its nodes apart by 'name', or match operators that are alike with "
                     "'group'"
                 ) from None
@@ -101,7 +94,7 @@ class GraphRun(Run):
         self._names[places.anchor] = None
         self._ops |= dict.fromkeys(places.test.ops)
         self._anchors |= {anchor.order: anchor for anchor in left}
-        for step in node_steps(places.test, self.rule, self._loaded, places.keys):
+        for step in node_steps(places.test, self.loaded, places.keys):
             verdicts = step(left)
             for anchor, lost in zip(left, verdicts, strict=True):
                 if lost is not None:
@@ -137,7 +130,7 @@ class GraphRun(Run):
             if isinstance(outcome, _Found):
                 kept = outcome
             else:
-                lost = _later(lost, outcome)
+                lost = later(lost, outcome)
                 self._share(candidate, outcome)
         if kept is not None or lost is not None:
             return kept or lost  # type: ignore[return-value]
@@ -183,12 +176,12 @@ class GraphRun(Run):
         """A lost match is lost for all of its operators, not for the anchor only."""
         for operator in candidate.operators:
             position = self._index.orders[operator.name]
-            self._shared[position] = _later(self._shared.get(position), lost)
+            self._shared[position] = later(self._shared.get(position), lost)
 
     def _lose(self, position: int, lost: Lost) -> None:
         known = self._lost.get(position)
         if known is None or known is not lost:
-            self._lost[position] = _later(known, lost)
+            self._lost[position] = later(known, lost)
 
     # ---- against the other rules ------------------------------------------------------
 
@@ -245,7 +238,7 @@ class GraphRun(Run):
         for reason, members in paths.items():
             folded = ", ".join(fold(members))
             yield (
-                f"{self._location} warning[joint-left-out]: rule '{self.rule.id}': {joint} left "
+                f"{self.loaded.line} warning[joint-left-out]: rule '{self.rule.id}': {joint} left "
                 f"out for {folded}: {reason}"
             )
 
@@ -255,14 +248,14 @@ class GraphRun(Run):
         missed = [position for position in self._lost if position not in done]
         return Losses(
             tuple(map(self._anchors.__getitem__, missed)),
-            tuple(_later(self._shared.get(at), self._lost[at]) for at in missed),
+            tuple(later(self._shared.get(at), self._lost[at]) for at in missed),
         )
 
     def funnel(self) -> Funnel:
         total = len(self._anchors)
         reasons = [lost for position, lost in self._lost.items() if position not in self._won]
         steps = funnel_steps(self.rule, total, reasons, len(self._won))
-        return Funnel(self.rule.id, tuple(self._ops), steps, self._location, tuple(self._names))
+        return Funnel(self.rule.id, tuple(self._ops), steps, self.loaded.line, tuple(self._names))
 
     @property
     def unit(self) -> str:
@@ -271,10 +264,3 @@ class GraphRun(Run):
     @property
     def count(self) -> int:
         return len(self._kept)
-
-
-def _later(known: Lost | None, other: Lost) -> Lost:
-    """The loss at the later step; of two at the same, the first."""
-    if known is None or STEPS.index(other.step) > STEPS.index(known.step):
-        return other
-    return known

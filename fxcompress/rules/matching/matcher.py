@@ -56,10 +56,10 @@ def match_rules(
     graph = Dataflow.of(operators)
     legal = legality_check(loaded, legality)
     runs: list[Run] = [
-        SiteRun(number, rule, loaded, index, legal)
-        if all(one.node is not None for one in rule.match.alternatives)
-        else GraphRun(number, rule, loaded, index, graph, legal, joint_legality)
-        for number, rule in enumerate(loaded.rules.rules)
+        SiteRun(each, index, legal)
+        if all(one.node is not None for one in each.rule.match.alternatives)
+        else GraphRun(each, index, graph, legal, joint_legality)
+        for each in loaded.each
     ]
     winners: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.rank):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import Alternative
 from fxcompress.rules.matching.candidates import Candidate
 from fxcompress.rules.matching.dataflow import Dataflow
@@ -33,22 +36,39 @@ class Start(NamedTuple):
     failure: Callable[[], Lost]
 
 
-class Places(Protocol):
+@dataclass
+class Places(ABC):
     """One alternative of a rule, for one graph.
 
     Attributes:
+        alternative: the pattern.
+        at: where it stands in its rule.
+        index: the graph's sites.
+        graph: the same graph.
+        loaded: the rule.
         anchor: name of the operator that is counted.
         test: what it has to be by itself.
         keys: where that stands in the rule.
     """
 
-    anchor: str
-    test: NodeTest
-    keys: Keys
+    alternative: Alternative
+    at: Keys
+    index: SiteIndex
+    graph: Dataflow
+    loaded: LoadedRule
+    anchor: str = field(init=False)
+    test: NodeTest = field(init=False)
+    keys: Keys = field(init=False)
 
+    @abstractmethod
+    def __post_init__(self) -> None:
+        """Set what is counted."""
+
+    @abstractmethod
     def anchors(self) -> Sequence[Site]:
         """All that is to be counted."""
 
+    @abstractmethod
     def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
         """The places to look at.
 
@@ -58,50 +78,30 @@ class Places(Protocol):
 
 
 def places_of(
-    alternative: Alternative,
-    keys: Keys,
-    index: SiteIndex,
-    graph: Dataflow,
-    locate: Callable[[Keys], str],
+    alternative: Alternative, keys: Keys, index: SiteIndex, graph: Dataflow, loaded: LoadedRule
 ) -> Places:
-    """The places of one alternative.
-
-    Args:
-        alternative: the pattern.
-        keys: where it stands in its rule.
-        index: the graph's sites.
-        graph: the same graph.
-        locate: ``"file:line:column"`` of keys.
-    """
+    """The places of one alternative, which stands under ``keys`` of its rule."""
+    kind: type[Places] = _Single
     if alternative.nodes is not None:
-        return _Connected(alternative, keys, index, graph, locate)
-    if alternative.group is not None:
-        return _Grouped(alternative, keys, index, graph, locate)
-    return _Single(alternative, keys, index)
+        kind = _Connected
+    elif alternative.group is not None:
+        kind = _Grouped
+    return kind(alternative, keys, index, graph, loaded)
 
 
-class _Connected:
+class _Connected(Places):
     """``nodes``: several operators that read one another."""
 
-    def __init__(
-        self,
-        alternative: Alternative,
-        keys: Keys,
-        index: SiteIndex,
-        graph: Dataflow,
-        locate: Callable[[Keys], str],
-    ) -> None:
-        most_steps = MOST_STEPS + _STEPS_PER_OPERATOR * len(graph.operators)
-        self._pattern = GraphPattern.of(alternative, graph)
-        self._search = Search(self._pattern, graph, most_steps=most_steps)
-        self._index = index
-        self._locations = {name: locate((*keys, "nodes", name)) for name in self._pattern.tests}
+    def __post_init__(self) -> None:
+        most_steps = MOST_STEPS + _STEPS_PER_OPERATOR * len(self.graph.operators)
+        self._pattern = GraphPattern.of(self.alternative, self.graph)
+        self._search = Search(self._pattern, self.graph, most_steps=most_steps)
         self.anchor = self._pattern.anchor
         self.test = self._pattern.tests[self.anchor]
-        self.keys: Keys = (*keys, "nodes", self.anchor)
+        self.keys = (*self.at, "nodes", self.anchor)
 
     def anchors(self) -> Sequence[Site]:
-        return self._index.calls_of(self.test.ops)
+        return self.index.calls_of(self.test.ops)
 
     def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
         for anchor in anchors:
@@ -119,7 +119,7 @@ class _Connected:
         return candidates
 
     def _candidate(self, found: Embedding) -> Candidate:
-        call = self._index.call
+        call = self.index.call
         return Candidate(
             {name: (call(found[name]),) if name in found else () for name in self._pattern.tests}
         )
@@ -131,37 +131,27 @@ class _Connected:
         if failure is None:
             return Lost("pattern", "counts as a match of other operators in another order")
         name, reason = failure
-        return Lost("pattern", reason, self._locations[name])
+        return Lost("pattern", reason, self.loaded.at(*self.at, "nodes", name))
 
 
-class _Grouped:
+class _Grouped(Places):
     """``group``: all operators of one kind on one input, within one module if there is a scope."""
 
-    def __init__(
-        self,
-        alternative: Alternative,
-        keys: Keys,
-        index: SiteIndex,
-        graph: Dataflow,
-        locate: Callable[[Keys], str],
-    ) -> None:
-        assert alternative.group is not None
-        self._group = alternative.group
-        self._within = innermost(alternative.scope) if alternative.scope is not None else None
-        self._index = index
-        self._graph = graph
-        self._locate = locate
-        self.anchor = alternative.group.bound_name
-        self.test = NodeTest.of(alternative.group)
-        self.keys: Keys = (*keys, "group")
+    def __post_init__(self) -> None:
+        assert self.alternative.group is not None
+        self._group, scope = self.alternative.group, self.alternative.scope
+        self._within = innermost(scope) if scope is not None else None
+        self.anchor = self._group.bound_name
+        self.test = NodeTest.of(self._group)
+        self.keys = (*self.at, "group")
 
     def anchors(self) -> Sequence[Site]:
-        return self._index.calls_of(self.test.ops)
+        return self.index.calls_of(self.test.ops)
 
     def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
         together: dict[tuple[int | None, str | None], list[Site]] = {}
         for anchor in anchors:
-            operands = self._graph.operands[anchor.order]
+            operands = self.graph.operands[anchor.order]
             within = self._within(anchor.first) if self._within is not None else None
             together.setdefault((operands[0] if operands else None, within), []).append(anchor)
         for (value, _), members in together.items():
@@ -170,7 +160,7 @@ class _Grouped:
     def _start(self, value: int | None, members: tuple[Site, ...]) -> Start:
         key, wrong = self._wrong_count(value, len(members))
         found = Candidate({self.anchor: members})
-        lost = Lost("pattern", wrong, self._locate((*self.keys, key)))
+        lost = Lost("pattern", wrong, self.loaded.at(*self.keys, key))
         return Start(members, lambda taken: iter(() if wrong else (found,)), lambda: lost)
 
     def _wrong_count(self, value: int | None, count: int) -> tuple[str, str]:
@@ -178,7 +168,7 @@ class _Grouped:
         low, high = self._group.min, self._group.max
         if value is None:
             return "op", "reads no value"
-        what = f"{count} {self.test.title} read{'s' * (count == 1)} {self._graph.title(value)}"
+        what = f"{count} {self.test.title} read{'s' * (count == 1)} {self.graph.title(value)}"
         if count < low:
             return "min", f"{what}; a group has at least {low}"
         if high is not None and count > high:
@@ -186,25 +176,24 @@ class _Grouped:
         return "", ""
 
 
-class _Single:
+class _Single(Places):
     """``node`` beside patterns of several operators: one weight with all its calls."""
 
-    def __init__(self, alternative: Alternative, keys: Keys, index: SiteIndex) -> None:
-        assert alternative.node is not None
-        self._index = index
-        self.anchor = alternative.node.bound_name
-        self.test = NodeTest.of(alternative.node)
-        self.keys: Keys = (*keys, "node")
+    def __post_init__(self) -> None:
+        assert self.alternative.node is not None
+        self.anchor = self.alternative.node.bound_name
+        self.test = NodeTest.of(self.alternative.node)
+        self.keys = (*self.at, "node")
 
     def anchors(self) -> Sequence[Site]:
-        return self._index.candidates(self.test.ops)
+        return self.index.candidates(self.test.ops)
 
     def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
         for anchor in anchors:
             yield self._start(anchor)
 
     def _start(self, anchor: Site) -> Start:
-        call, orders = self._index.call, self._index.orders
+        call, orders = self.index.call, self.index.orders
         calls = tuple(call(orders[operator.name]) for operator in anchor.operators)
         found = Candidate({self.anchor: calls})
         lost = Lost("pattern", "")

@@ -32,19 +32,19 @@ def find_problems(
         rule, kept = run.rule, run.count
         problems += [Problem("warning", rule.id, text) for text in run.warnings()]
         if kept:  # of a rule without any match that is said below
-            problems += [Problem("warning", rule.id, text) for text in dead(rule)]
+            problems += [Problem("warning", rule.id, text) for text in dead(run.loaded)]
         severity: Literal["warning", "error"]
         if rule.expect is not None:
             wanted = rule.expect.range
             if wanted.min <= kept and (wanted.max is None or kept <= wanted.max):
                 continue
-            severity, code, location = "error", "expect", loaded.location(rule.id, "expect")
+            severity, code, location = "error", "expect", run.loaded.at("expect")
             message = (
                 f"expects {_range(wanted.min, wanted.max, run.unit)}, and matches "
                 f"{_counted(kept, run.unit)}"
             )
         elif kept == 0:
-            severity, code, location = "warning", "no-match", loaded.location(rule.id)
+            severity, code, location = "warning", "no-match", run.loaded.line
             message = "matches nothing"
         else:
             continue

@@ -104,6 +104,13 @@ class Lost:
         return self.text if isinstance(self.text, str) else self.text()
 
 
+def later(known: Lost | None, other: Lost) -> Lost:
+    """The loss at the later step; of two at the same, the first."""
+    if known is None or STEPS.index(other.step) > STEPS.index(known.step):
+        return other
+    return known
+
+
 @dataclass(frozen=True)
 class Losses:
     """The sites that one rule lost, and why each was; iteration is in graph order.

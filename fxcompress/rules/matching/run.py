@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from operator import attrgetter
 
-from fxcompress.rules.language.loader import LoadedRules
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import GraphNode, NodePattern, Rule
 from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match
@@ -18,16 +18,17 @@ class Run(ABC):
     """One rule: what it has of the graph so far, and what it lost.
 
     Attributes:
+        loaded: the rule and its place.
         rule: the rule.
         rank: sorts the rule that wins an overlap first.
         terms: what the rule says about sites that it wins.
     """
 
-    def __init__(self, number: int, rule: Rule, loaded: LoadedRules) -> None:
-        self.rule = rule
-        self.rank = (-rule.priority, -rule.match.node_count, number)
-        self.terms = Terms(rule, loaded)
-        self._location = loaded.location(rule.id)
+    def __init__(self, loaded: LoadedRule) -> None:
+        self.loaded = loaded
+        self.rule = rule = loaded.rule
+        self.rank = (-rule.priority, -rule.match.node_count, loaded.number)
+        self.terms = Terms(loaded)
 
     @abstractmethod
     def settle(self, winners: dict[str, Run]) -> None:
@@ -57,7 +58,7 @@ class Run(ABC):
     @property
     @abstractmethod
     def unit(self) -> str:
-        """What they are: ``"site"`` or ``"match"``."""
+        """What is counted: ``"site"`` or ``"match"``."""
 
     def bundles(self) -> Iterable[tuple[int, Bundle]]:
         """Matches to be rewritten together, each with its position in the graph."""

@@ -31,7 +31,7 @@ def enclosing(operator: Operator) -> frozenset[str]:
 
 
 def scope_test(globs: Iterable[str]) -> Callable[[Iterable[Operator]], bool]:
-    """Whether one module that fits the globs encloses all of several operators."""
+    """Whether a module that fits the globs encloses all of several operators."""
     named = compile_globs(globs).match
     known: dict[frozenset[str], bool] = {}
 

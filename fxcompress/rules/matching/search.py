@@ -40,20 +40,6 @@ _Reached = tuple[bool, int, bool]
 """How far a way got: were all operators there, how many, is the one to blame required."""
 
 
-def embeddings(
-    pattern: GraphPattern, graph: Dataflow, *, most_steps: int = MOST_STEPS
-) -> list[Embedding]:
-    """All matches of a pattern, in the order of their anchors and then of their operators.
-
-    Raises:
-        SearchLimit: too many ways to try.
-    """
-    search = Search(pattern, graph, most_steps=most_steps)
-    test = pattern.tests[pattern.anchor]
-    starts = [p for p in graph.positions(test.ops) if test.accepts(graph.operators[p])]
-    return [found for start in starts for found in search.at(start)]
-
-
 @dataclass
 class _Walk:
     """What one walk is for.

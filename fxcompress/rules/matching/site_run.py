@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import compress
 
-from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Rule
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.matching.result import Funnel, Losses, Lost, Match
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
 from fxcompress.rules.matching.sites import Site, SiteIndex
@@ -16,17 +15,15 @@ from fxcompress.rules.matching.steps import SiteCheck, site_steps
 class SiteRun(Run):
     """One rule, column by column: every step sees all sites that are left."""
 
-    def __init__(
-        self, number: int, rule: Rule, loaded: LoadedRules, index: SiteIndex, legal: SiteCheck
-    ) -> None:
-        super().__init__(number, rule, loaded)
-        nodes = [one.node for one in rule.match.alternatives if one.node is not None]
+    def __init__(self, loaded: LoadedRule, index: SiteIndex, legal: SiteCheck) -> None:
+        super().__init__(loaded)
+        nodes = [one.node for one in self.rule.match.alternatives if one.node is not None]
         self._ops = tuple(dict.fromkeys(op for node in nodes for op in node.op))
         self._candidates = index.candidates(self._ops)
         self._kept: Sequence[Site] = self._candidates
         self._lost_sites: list[Site] = []
         self._reasons: list[Lost] = []
-        for step in site_steps(rule, loaded, legal):
+        for step in site_steps(loaded, legal):
             self._lose(step(self._kept))
         if self.terms.template is not None:
             self._lose([self.terms.misfit(site) for site in self._kept])
@@ -58,7 +55,7 @@ class SiteRun(Run):
 
     def funnel(self) -> Funnel:
         steps = funnel_steps(self.rule, len(self._candidates), self._reasons, self.count)
-        return Funnel(self.rule.id, self._ops, steps, self._location)
+        return Funnel(self.rule.id, self._ops, steps, self.loaded.line)
 
     @property
     def unit(self) -> str:

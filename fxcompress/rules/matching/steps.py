@@ -14,12 +14,11 @@ from dataclasses import replace
 from fxcompress.graph.operator import Operator
 from fxcompress.rules.language.expressions import Expression, ExpressionError, evaluate
 from fxcompress.rules.language.globs import compile_globs
-from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Alternative, Exclusion, Rule
-from fxcompress.rules.language.vocabulary import STEPS
+from fxcompress.rules.language.loader import LoadedRule, LoadedRules
+from fxcompress.rules.language.schema import Alternative, Exclusion
 from fxcompress.rules.matching.literals import matches_literal, show
 from fxcompress.rules.matching.patterns import NodeTest, quoted
-from fxcompress.rules.matching.result import Lost
+from fxcompress.rules.matching.result import Lost, later
 from fxcompress.rules.matching.scopes import scope_test
 from fxcompress.rules.matching.sites import Site
 
@@ -30,15 +29,15 @@ Step = Callable[[Sequence[Site]], Sequence[Lost | None]]
 Keys = tuple[str | int, ...]
 
 
-def site_steps(rule: Rule, loaded: LoadedRules, legality: SiteCheck) -> list[Step]:
+def site_steps(loaded: LoadedRule, legality: SiteCheck) -> list[Step]:
     """The steps of a rule about single operators, in the order in which they are taken."""
-    steps = _positives(rule, loaded)
-    exclusions = [exclusion(number, rule, loaded) for number in range(len(rule.unless))]
+    steps = _positives(loaded)
+    exclusions = [exclusion(number, loaded) for number in range(len(loaded.rule.unless))]
     steps += [each(check) for check in exclusions]
-    (bound,) = rule.match.alternatives[0].names
-    steps += [_condition(condition, bound) for condition in conditions(rule, loaded)]
+    (bound,) = loaded.rule.match.alternatives[0].names
+    steps += [_condition(condition, bound) for condition in conditions(loaded)]
     # Leaving an operator as it is, is legal wherever there is a weight.
-    return [*steps, each(has_weight if rule.rewrite == "none" else legality)]
+    return [*steps, each(has_weight if loaded.rule.rewrite == "none" else legality)]
 
 
 def each(check: SiteCheck) -> Step:
@@ -46,9 +45,9 @@ def each(check: SiteCheck) -> Step:
     return lambda sites: [check(site) for site in sites]
 
 
-def legality_check(loaded: LoadedRules, legality: Legality) -> SiteCheck:
+def legality_check(rules: LoadedRules, legality: Legality) -> SiteCheck:
     """Ties, repeated calls, and the caller's own reasons; asked once per site for all rules."""
-    defaults = loaded.rules.defaults
+    defaults = rules.rules.defaults
     known: dict[str, Lost | None] = {}
 
     def check(site: Site) -> Lost | None:
@@ -78,13 +77,13 @@ def has_weight(site: Site) -> Lost | None:
 # ---- positive matchers ------------------------------------------------------------------
 
 
-def _positives(rule: Rule, loaded: LoadedRules) -> list[Step]:
+def _positives(loaded: LoadedRule) -> list[Step]:
     """The positive matchers: a site has to pass those of one alternative."""
     found = [
-        (alternative, _alternative(alternative, rule, loaded, keys))
-        for keys, alternative in rule.match.keyed
+        (alternative, _alternative(alternative, loaded, keys))
+        for keys, alternative in loaded.rule.match.keyed
     ]
-    if rule.match.any_of is None:
+    if loaded.rule.match.any_of is None:
         return found[0][1]
 
     def check(site: Site) -> Lost | None:
@@ -97,28 +96,29 @@ def _positives(rule: Rule, loaded: LoadedRules) -> list[Step]:
             lost = next((lost for step in steps for lost in step([calls]) if lost), None)
             if lost is None:
                 return None
-            if furthest is None or STEPS.index(lost.step) > STEPS.index(furthest.step):
-                furthest = lost
+            furthest = later(furthest, lost)
         return furthest
 
-    whole = [] if rule.match.scope is None else [_scope(rule.match.scope, rule, loaded, ("match",))]
+    whole = (
+        []
+        if loaded.rule.match.scope is None
+        else [_scope(loaded.rule.match.scope, loaded, ("match",))]
+    )
     return [each(check), *whole]
 
 
-def _alternative(
-    alternative: Alternative, rule: Rule, loaded: LoadedRules, keys: Keys
-) -> list[Step]:
+def _alternative(alternative: Alternative, loaded: LoadedRule, keys: Keys) -> list[Step]:
     assert alternative.node is not None
-    steps = node_steps(NodeTest.of(alternative.node), rule, loaded, (*keys, "node"))
+    steps = node_steps(NodeTest.of(alternative.node), loaded, (*keys, "node"))
     if alternative.scope is not None:
-        steps.append(_scope(alternative.scope, rule, loaded, keys))
+        steps.append(_scope(alternative.scope, loaded, keys))
     return steps
 
 
-def node_steps(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> list[Step]:
+def node_steps(test: NodeTest, loaded: LoadedRule, keys: Keys) -> list[Step]:
     """Name and attributes of one operator pattern, as far as the rule asks for them."""
-    named = _name(test, loaded.location(rule.id, *keys, "name"))
-    attributes = each(_attributes(test, rule, loaded, keys))
+    named = _name(test, loaded.at(*keys, "name"))
+    attributes = each(_attributes(test, loaded, keys))
     return [named] * (test.globs is not None) + [attributes] * bool(test.attributes)
 
 
@@ -137,7 +137,7 @@ def _name(test: NodeTest, location: str) -> Step:
     ]
 
 
-def _attributes(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> SiteCheck:
+def _attributes(test: NodeTest, loaded: LoadedRule, keys: Keys) -> SiteCheck:
     known: dict[int, Lost | None] = {}
 
     def ask(site: Site) -> Lost | None:
@@ -145,7 +145,7 @@ def _attributes(test: NodeTest, rule: Rule, loaded: LoadedRules, keys: Keys) -> 
             misfit = test.misfit(operator)
             if misfit is not None:
                 attribute, reason = misfit
-                return Lost("attribute", reason, loaded.location(rule.id, *keys, attribute))
+                return Lost("attribute", reason, loaded.at(*keys, attribute))
         return None
 
     def check(site: Site) -> Lost | None:
@@ -161,23 +161,23 @@ def _also_tied(lost: Lost, site: Site) -> Lost:
     return replace(lost, text=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
 
 
-def _scope(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Step:
-    encloses, lost = scope_test(globs), scope_loss(globs, rule, loaded, keys)
+def _scope(globs: Sequence[str], loaded: LoadedRule, keys: Keys) -> Step:
+    encloses, lost = scope_test(globs), scope_loss(globs, loaded, keys)
     return each(lambda site: None if encloses(site.operators) else lost)
 
 
-def scope_loss(globs: Sequence[str], rule: Rule, loaded: LoadedRules, keys: Keys) -> Lost:
+def scope_loss(globs: Sequence[str], loaded: LoadedRule, keys: Keys) -> Lost:
     """What is said of a match that no module of the right name encloses."""
-    location = loaded.location(rule.id, *keys, "scope")
+    location = loaded.at(*keys, "scope")
     return Lost("scope", f"no enclosing module is named {quoted(globs)}", location)
 
 
 # ---- unless -----------------------------------------------------------------------------
 
 
-def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
+def exclusion(number: int, loaded: LoadedRule) -> SiteCheck:
     """One entry of ``unless``: a site is out if any of its calls fits all keys."""
-    entry: Exclusion = rule.unless[number]
+    entry: Exclusion = loaded.rule.unless[number]
     shares = entry.shares_weight_with
     named = compile_globs(entry.name).match if entry.name is not None else None
     encloses = scope_test(entry.scope) if entry.scope is not None else None
@@ -186,7 +186,7 @@ def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
     parts = [f"{key} {quoted(given)}" for key, given in globs if given is not None]
     parts += [f"shares_weight_with {shares}"] if shares else []
     parts += [f"{key} {show(value)}" for key, value in attributes]
-    location = loaded.location(rule.id, "unless", number)
+    location = loaded.at("unless", number)
     hit = Lost("unless", f"unless: {', '.join(parts)}", location)
 
     def check(site: Site) -> Lost | None:
@@ -214,14 +214,11 @@ def exclusion(number: int, rule: Rule, loaded: LoadedRules) -> SiteCheck:
 class Condition:
     """One expression of ``where``."""
 
-    def __init__(
-        self, number: int, expression: Expression, rule: Rule, loaded: LoadedRules
-    ) -> None:
+    def __init__(self, number: int, expression: Expression, loaded: LoadedRule) -> None:
         self.expression = expression
         self._number = number
-        self._rule = rule
         self._loaded = loaded
-        self._location = loaded.location(rule.id, "where", number)
+        self._location = loaded.at("where", number)
 
     def lost(
         self,
@@ -239,7 +236,7 @@ class Condition:
                 return None
         except ExpressionError as error:
             at = next(o.path or o.name for o in operators.values() if o is not None)
-            raise self._loaded.failed(self._rule.id, self._number, error, at) from None
+            raise self._loaded.failed(self._number, error, at) from None
         shown = [
             f"{owner}.{key} = {show(attributes.get(key))}"
             for owner, key in self.expression.attributes
@@ -250,10 +247,10 @@ class Condition:
         return Lost("where", reason, self._location)
 
 
-def conditions(rule: Rule, loaded: LoadedRules) -> list[Condition]:
-    """Those of a rule, in its order."""
-    expressions = enumerate(loaded.expressions[rule.id])
-    return [Condition(number, expression, rule, loaded) for number, expression in expressions]
+def conditions(loaded: LoadedRule) -> list[Condition]:
+    """The conditions of a rule, in its order."""
+    expressions = enumerate(loaded.expressions)
+    return [Condition(number, expression, loaded) for number, expression in expressions]
 
 
 def _condition(condition: Condition, bound: str) -> Step:

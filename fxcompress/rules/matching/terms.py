@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fxcompress.forms.template import Template
 from fxcompress.forms.words import form_words, forms_for, joint_forms
 from fxcompress.graph.operator import Operator
-from fxcompress.rules.language.loader import LoadedRules
-from fxcompress.rules.language.schema import Limits, Rewrite, Rule
+from fxcompress.rules.language.loader import LoadedRule
+from fxcompress.rules.language.schema import Limits, Rewrite
 from fxcompress.rules.language.vocabulary import OPERATORS
 from fxcompress.rules.matching.result import Bundle, Lost, Match
 from fxcompress.rules.matching.sites import Site
 from fxcompress.rules.matching.steps import JointLegality
-
-if TYPE_CHECKING:
-    from fxcompress.forms.template import Template
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,14 @@ class Offer:
 class Terms:
     """The ``rewrite`` of one rule, with the file's defaults."""
 
-    def __init__(self, rule: Rule, loaded: LoadedRules) -> None:
-        self.rule = rule
+    def __init__(self, loaded: LoadedRule) -> None:
+        self.rule = rule = loaded.rule
         self.rewrite = rule.rewrite if isinstance(rule.rewrite, Rewrite) else None
-        self.template: Template | None = loaded.templates.get(rule.id)
+        self.template = loaded.template
         self._loaded = loaded
         self.joint = joint_forms(self.rewrite.forms) if self.rewrite else ()
-        self._limits = Limits.of(self.rewrite, loaded.rules.defaults)
-        self._location = loaded.location(rule.id)
+        self._limits = Limits.of(self.rewrite, loaded.file.rules.defaults)
+        self._location = loaded.line
 
     def claims(self, role: str, op: str) -> bool:
         """Whether the rule wants the weight of an operator of its pattern."""
@@ -92,7 +89,7 @@ class Terms:
         reason = self.template.misfit({role: site.first.attributes})
         if reason is None:
             return None
-        return Lost("legal", reason, self._loaded.location(self.rule.id, "rewrite", "graph"))
+        return Lost("legal", reason, self._loaded.at("rewrite", "graph"))
 
     def forms(self, op: str) -> tuple[str, ...]:
         """The forms that rewrite one operator by itself."""
@@ -134,7 +131,7 @@ class Terms:
         self, template: Template, claims: Sequence[Claim], joint_legality: JointLegality
     ) -> Offer | Lost:
         by_role = {claim.role: claim for claim in claims}
-        location = self._loaded.location(self.rule.id, "rewrite", "graph")
+        location = self._loaded.at("rewrite", "graph")
         absent = [role for role in template.roles if role not in by_role]
         if absent:
             return Lost("legal", f"{' and '.join(absent)} is absent", location)
@@ -154,7 +151,7 @@ class Terms:
 
     def _forms_location(self) -> str:
         key = "form" if self.rewrite is not None and self.rewrite.form is not None else "any_of"
-        return self._loaded.location(self.rule.id, "rewrite", key)
+        return self._loaded.at("rewrite", key)
 
     # ---- the result -------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""A budget problem as the allocators see it: entities, their ways, and the slots of each."""
+"""A budget problem as the multiple-choice knapsack that the allocators see.
+
+Entities have ways, of which one is taken, and each way has slots, which are given one choice each.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ Ways: TypeAlias = tuple[Way, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Instance:
+class Knapsack:
     """Entities, groups merged, and the budgets they share.
 
     Attributes:
@@ -59,13 +62,14 @@ class Instance:
     entities: tuple[Ways, ...]
     budgets: tuple[float, ...]
 
+    def costs(self, picks: Sequence[Pick], budget: int = 0) -> Iterator[float]:
+        """Costs that picks for all entities consist of, in the unit of one budget."""
+        for ways, (way, choices) in zip(self.entities, picks, strict=True):
+            yield from ways[way].costs(choices, budget)
+
     def cost(self, picks: Sequence[Pick], budget: int = 0) -> float:
         """Total cost, correctly rounded: the number that a budget limits."""
-        return math.fsum(
-            cost
-            for ways, (way, choices) in zip(self.entities, picks, strict=True)
-            for cost in ways[way].costs(choices, budget)
-        )
+        return math.fsum(self.costs(picks, budget))
 
     def loss(self, picks: Sequence[Pick]) -> float:
         """Total loss in nats, correctly rounded."""
@@ -80,7 +84,7 @@ class Instance:
         return all(self.cost(picks, at) <= budget for at, budget in enumerate(self.budgets))
 
 
-def instance_of(problems: Sequence[Sequence[Entity]], budgets: Sequence[float]) -> Instance:
+def knapsack_of(problems: Sequence[Sequence[Entity]], budgets: Sequence[float]) -> Knapsack:
     """Check a problem, merge its groups, and drop what is dominated.
 
     Args:
@@ -104,7 +108,7 @@ def instance_of(problems: Sequence[Sequence[Entity]], budgets: Sequence[float]) 
             entities.append(tuple(map(_way, modes)))
     free = (0.0,) * len(problems)
     entities += [(Way(0.0, free, (slot,)),) for slot in slots_of(alone)]
-    return Instance(tuple(entities), tuple(map(float, budgets)))
+    return Knapsack(tuple(entities), tuple(map(float, budgets)))
 
 
 def _way(modes: tuple[Mode, ...]) -> Way:
@@ -133,9 +137,9 @@ def _check_names(entities: Sequence[Entity]) -> None:
             owner[name] = entity.name
 
 
-def best_picks(instance: Instance, prices: Sequence[float]) -> list[Pick]:
+def best_picks(knapsack: Knapsack, prices: Sequence[float]) -> list[Pick]:
     """What every entity takes at λ: the least ``loss + λ·cost``, then the least cost."""
-    return [best_pick(ways, prices) for ways in instance.entities]
+    return [best_pick(ways, prices) for ways in knapsack.entities]
 
 
 def best_pick(ways: Ways, prices: Sequence[float]) -> Pick:
@@ -148,16 +152,16 @@ def best_pick(ways: Ways, prices: Sequence[float]) -> Pick:
     return _pick(ways, lambda slot: slot.best(prices), rank)
 
 
-def cheapest_picks(instance: Instance) -> list[Pick]:
+def cheapest_picks(knapsack: Knapsack) -> list[Pick]:
     """What costs least, then loses least; for one budget only."""
-    return [_pick(w, lambda _: 0, lambda loss, cost: (cost[0], loss)) for w in instance.entities]
+    return [_pick(w, lambda _: 0, lambda loss, cost: (cost[0], loss)) for w in knapsack.entities]
 
 
-def top_picks(instance: Instance) -> list[Pick]:
+def top_picks(knapsack: Knapsack) -> list[Pick]:
     """What loses least, then costs least; for one budget only."""
     return [
         _pick(w, lambda slot: slot.last, lambda loss, cost: (loss, cost[0]))
-        for w in instance.entities
+        for w in knapsack.entities
     ]
 
 
@@ -186,12 +190,12 @@ def beyond(ways: Ways, one: Pick, other: Pick) -> tuple[float, tuple[float, ...]
     )
 
 
-def check_budget(instance: Instance) -> None:
+def check_budget(knapsack: Knapsack) -> None:
     """Raise BudgetError for a budget that is malformed, or below what the cheapest choices cost."""
-    (budget,) = instance.budgets
+    (budget,) = knapsack.budgets
     if not 0.0 <= budget < math.inf:
         raise BudgetError(f"the budget must be finite and not negative, not {budget}")
-    least = instance.cost(cheapest_picks(instance))
+    least = knapsack.cost(cheapest_picks(knapsack))
     if least > budget:
         raise BudgetError(
             f"the smallest total cost these rules allow is {_number(least)}, the budget is "
@@ -207,14 +211,14 @@ def least_cost(entities: Sequence[Entity]) -> float:
         BudgetError: if it is not finite, or the members of a group have no (form, rank) in common.
         ValueError: as :func:`fxcompress.budget.allocate`.
     """
-    instance = instance_of([entities], [sys.float_info.max])
-    check_budget(instance)
-    return instance.cost(cheapest_picks(instance))
+    knapsack = knapsack_of([entities], [sys.float_info.max])
+    check_budget(knapsack)
+    return knapsack.cost(cheapest_picks(knapsack))
 
 
 def allocation_of(
     entities: Sequence[Entity],
-    instance: Instance,
+    knapsack: Knapsack,
     picks: Sequence[Pick],
     *,
     multiplier: float,
@@ -226,10 +230,10 @@ def allocation_of(
         entities: as given for the first budget.
     """
     found: dict[str, Choice] = {}
-    for ways, (way, choices) in zip(instance.entities, picks, strict=True):
+    for ways, (way, choices) in zip(knapsack.entities, picks, strict=True):
         for slot, choice in zip(ways[way].slots, choices, strict=True):
             found.update(slot.choices(choice))
-    # Alternatives come first in the instance, in their order.
+    # Alternatives come first in the knapsack, in their order.
     several = (entity.name for entity in entities if not isinstance(entity, Candidate))
     taken = {name: way for name, (way, _) in zip(several, picks, strict=False)}
     ordered: dict[str, Choice] = {}
@@ -248,8 +252,8 @@ def allocation_of(
         choices=ordered,
         multiplier=multiplier,
         loss=loss,
-        cost=instance.cost(picks),
-        budget=instance.budgets[0],
+        cost=knapsack.cost(picks),
+        budget=knapsack.budgets[0],
         # Mathematically the bound lies in between; only rounding can put it outside.
         bound=min(max(bound, 0.0), loss),
         modes=modes,
