@@ -273,7 +273,6 @@ def _fits(found: Application, weight: Any) -> bool:
     return shape is not None and shape.same_product(applied.applies)
 
 
-<<<<<<< HEAD
 def transposes(name: str, weight: Any, args: Sequence[Any], kwargs: Any) -> bool | None:
     """Whether a function makes the transpose of a weight, or the weight itself; None for neither.
 
@@ -282,10 +281,6 @@ def transposes(name: str, weight: Any, args: Sequence[Any], kwargs: Any) -> bool
         weight: or what stands for it, with ``ndim`` and ``dtype``.
         args, kwargs: what else the function is given.
     """
-=======
-def _view(name: str, weight: Any, args: Any, kwargs: Any) -> Any:
-    """A weight or its transpose, if that is all that a function makes of it."""
->>>>>>> main
     if weight.ndim != 2 or kwargs:
         return None
     if name in ("detach", "contiguous") or (name == "to" and tuple(args) == (weight.dtype,)):

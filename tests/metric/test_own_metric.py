@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxcompress.rules.completion import json_schema
 from torch import Tensor, nn
 
 import fxcompress
@@ -37,11 +36,7 @@ from fxcompress.metric import registry as registered
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import is_grouped
-<<<<<<< HEAD
-from fxcompress.rules import load_rules, parse_rules
-=======
 from fxcompress.rules import json_schema, load_rules, parse_rules
->>>>>>> main
 from tests.convolutions import CASES, build
 from tests.metric.test_conv_fisher import SEED, Site, gradients, network
 from tests.metric.test_moments import target
