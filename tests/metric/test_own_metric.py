@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxcompress.rules.completion import json_schema
 from torch import Tensor, nn
 
 import fxcompress
