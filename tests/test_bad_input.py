@@ -27,6 +27,7 @@ from fxcompress import (
     RuleError,
     plan_of,
 )
+from fxcompress.plans.units import UNITS
 from fxcompress.rewrite import Factorized
 from tests.small import Net, data, net, rules, unchanged
 
@@ -427,7 +428,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
 ) -> None:
     floor = {"form": "low_rank", "min_rank": 6}
     wanted = {"of": of, "unit": unit, "allocation": allocation, "rewrite": floor}
-    text = refuse(BudgetError, unit, rules=rules(0.05, **wanted), calibration=data())
+    text = refuse(BudgetError, UNITS[unit].text, rules=rules(0.05, **wanted), calibration=data())
     found = re.search(r"need at least ([\d,]+) \(keep: ([\d.]+)\)", text)
     assert found, text
     needed, keep = int(found[1].replace(",", "")), float(found[2])

@@ -137,3 +137,35 @@ def test_of_several_rules_the_one_that_came_furthest_tells() -> None:
             plan = fxcompress.plan(model, given, [torch.randn(6, 4, 9) for _ in range(2)])
         (told,) = plan.unmatched
         assert told.reason == "it holds more than a weight and a bias: scale"
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "wide", "narrow"),
+    [
+        (
+            {"form": "low_rank"},
+            "low_rank saves below rank 8 only, and loses more than that is worth",
+            "low_rank saves at no rank",
+        ),
+        (
+            {"form": "pivoted"},
+            "every rank below 16 loses more than it saves",
+            "pivoted saves at no rank",
+        ),
+        (
+            {"any_of": ["pivoted", "low_rank"]},
+            "every rank below 16 loses more than it saves",
+            "pivoted and low_rank lose more than they save",
+        ),
+    ],
+)
+def test_what_stays_dense_says_where_its_forms_break_even(
+    rewrite: Any, wide: str, narrow: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(N, N), nn.ReLU(), nn.Linear(N, 1)).eval()
+    given = rules(1.0, metric="euclidean", rewrite=rewrite)
+    plan = fxcompress.plan(model, given, [torch.randn(6, N)])
+    assert [site.reason for site in plan.sites] == [
+        f"left dense by the budget: {reason}" for reason in (wide, narrow)
+    ]

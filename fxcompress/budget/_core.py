@@ -80,7 +80,7 @@ class OpenWay:
         return tuple(int(contest.choices[contest.best]) for contest in self.contests)
 
     def within(self, allowed: float) -> OpenWay:
-        """A way with the choices of which it regrets at most some amount."""
+        """The way without choices with which it regrets more than some amount."""
         contests = tuple(each.within(allowed - self.regret) for each in self.contests)
         return replace(self, contests=contests)
 
@@ -106,7 +106,7 @@ class Core:
         return np.concatenate(found)
 
     def within(self, allowed: float) -> Core:
-        """What of it regrets at most some amount."""
+        """The core of a smaller gap: what regrets at most some amount."""
         entities = tuple(
             tuple(way.within(allowed) for way in ways if way.regret <= allowed)
             for ways in self.entities

@@ -47,7 +47,7 @@ class Way:
 
 
 Ways: TypeAlias = tuple[Way, ...]
-"""Those of one entity: alternatives have several, of which one is taken."""
+"""The ways of one entity: alternatives have several, of which one is taken."""
 
 
 @dataclass(frozen=True, eq=False)

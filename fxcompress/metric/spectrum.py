@@ -67,7 +67,7 @@ class Whitened:
 
     @classmethod
     def of(cls, weight: Tensor, inputs: Whitener, outputs: Whitener | BlockWhitener) -> Whitened:
-        """The decomposition of a weight, in its own type."""
+        """A weight in whitened coordinates, in its own type."""
         tall = weight.shape[0] > weight.shape[1]
         rows, columns = (inputs, outputs) if tall else (outputs, inputs)
         half = rows.into(weight.T if tall else weight)

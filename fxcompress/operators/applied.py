@@ -16,7 +16,7 @@ for runs the operator; anything else computes with the dense weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import GetSetDescriptorType
@@ -170,8 +170,10 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     """
     name = function_name(function)
     first = args[0] if args else None
-    if isinstance(first, _Weight) and (same := _view(name, first, args[1:], kwargs)) is not None:
-        return same
+    if isinstance(first, _Weight):
+        swaps = transposes(name, first, args[1:], kwargs)
+        if swaps is not None:
+            return _transpose(first) if swaps else first
     found = application(name, args, kwargs, is_applied)
     if found is not None and isinstance(found.weight, _Weight):
         weight: Any = found.weight
@@ -271,22 +273,25 @@ def _fits(found: Application, weight: Any) -> bool:
     return shape is not None and shape.same_product(applied.applies)
 
 
-def _view(name: str, weight: Any, args: Any, kwargs: Any) -> Any:
-    """A weight or its transpose, if that is all that a function makes of it."""
+def transposes(name: str, weight: Any, args: Sequence[Any], kwargs: Any) -> bool | None:
+    """Whether a function makes the transpose of a weight, or the weight itself; None for neither.
+
+    Args:
+        name: of the function, or of an attribute.
+        weight: or what stands for it, with ``ndim`` and ``dtype``.
+        args, kwargs: what else the function is given.
+    """
     if weight.ndim != 2 or kwargs:
         return None
-    if name in ("detach", "contiguous") or (name == "to" and args == (weight.dtype,)):
-        return weight
+    if name in ("detach", "contiguous") or (name == "to" and tuple(args) == (weight.dtype,)):
+        return False
+    if name in ("t", "T", "mT", "numpy_T"):
+        return True
     dims = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
-    swaps = {
-        "t": not args,
-        "transpose": len(dims) == 2 and dims[0] % 2 != dims[1] % 2,
-        "swapaxes": len(dims) == 2 and dims[0] % 2 != dims[1] % 2,
-        "permute": tuple(dim % 2 for dim in dims) == (1, 0),
-    }
-    if not swaps.get(name, False):
+    if name not in ("transpose", "swapaxes", "permute") or [*map(type, dims)] != [int, int]:
         return None
-    return _transpose(weight)
+    swapped = dims[0] % 2 != dims[1] % 2
+    return swapped if name != "permute" else bool(swapped and dims[0] % 2) or None
 
 
 def _transpose(weight: _Weight) -> _Weight:

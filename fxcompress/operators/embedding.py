@@ -188,7 +188,8 @@ class _Embedding(Kind):
             return None
         # F.embedding takes the table second, torch.embedding first.
         given = dict(zip(_FUNCTIONAL, call.args, strict=False)) | dict(call.kwargs)
-        if "indices" in given or not _is_index(given.get("input")):
+        native = "indices" in given or is_weight(given.get("input"))
+        if native or not (is_weight(given.get("weight")) or _is_index(given.get("input"))):
             given = dict(zip(_NATIVE, call.args, strict=False)) | dict(call.kwargs)
         data = given.get("input", given.get("indices"))
         weight: Any = given.get("weight")

@@ -57,7 +57,7 @@ class Site:
         return self.shape.out_features
 
     def dense_size(self) -> Size:
-        """Of the operator as it is."""
+        """Size of the operator as it is."""
         return Size.of(lambda unit: unit.of_operator(self.shape))
 
     def weight_in(self, model: nn.Module) -> Tensor:
@@ -123,7 +123,7 @@ class Group:
 
 
 def _head_size(head: nn.Module, shape: Any) -> Size:
-    """Of what one of several operators has for itself."""
+    """Size of what one of several operators has for itself."""
     return Size.of(lambda unit: unit.of_head(head, shape))
 
 

@@ -46,7 +46,7 @@ class CountedUnit(Unit):
 
     @abstractmethod
     def of_operator(self, shape: Any) -> int:
-        """An operator as it is.
+        """Amount of an operator as it is.
 
         Args:
             shape: its shape (:mod:`fxcompress.operators.shape`).
@@ -54,7 +54,7 @@ class CountedUnit(Unit):
 
     @abstractmethod
     def of_form(self, form: Any, ranks: Any) -> Any:
-        """A form in place of operators, all together.
+        """Amounts of a form in place of operators, all together, at each rank.
 
         Args:
             form: with its operators (:class:`fxcompress.forms.Fitted`).
@@ -66,7 +66,7 @@ class CountedUnit(Unit):
 
     @abstractmethod
     def of_head(self, head: Any, shape: Any) -> int:
-        """One operator's own part of a joint body.
+        """Amount of one operator's own part of a joint body.
 
         Args:
             head: the module.
@@ -75,7 +75,7 @@ class CountedUnit(Unit):
 
     @abstractmethod
     def of_model(self, model: Any, recording: Any) -> int:
-        """A whole model.
+        """Amount of a whole model.
 
         Args:
             model: a module.
@@ -165,7 +165,7 @@ UNITS: Mapping[str, Unit] = {unit.word: unit for unit in (PARAMETERS, MACS, _Byt
 """All units by their words, in the order in which reports have them."""
 
 COUNTED = tuple(unit for unit in UNITS.values() if isinstance(unit, CountedUnit))
-"""Those of which every operator and every model has an amount."""
+"""Units of which every operator and every model has an amount."""
 
 if TYPE_CHECKING:
     UnitWord: TypeAlias = str

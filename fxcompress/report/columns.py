@@ -33,12 +33,12 @@ class Entry:
 
     @cached_property
     def before(self) -> Size:
-        """Of all sites together."""
+        """Size before of all sites together."""
         return total_size(site.before for site in self.sites)
 
     @cached_property
     def after(self) -> Size:
-        """Of all sites together."""
+        """Size after of all sites together."""
         return total_size(site.after for site in self.sites)
 
     @property

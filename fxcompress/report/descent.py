@@ -7,7 +7,7 @@ from fxcompress.report.plot import Axis, Line, Mark, Plot, even
 from fxcompress.report.quantities import loss
 
 WIDTH, HEIGHT = 560, 240
-"""Of the drawing, in pixels."""
+"""Size of the drawing, in pixels."""
 
 MOST_TICKS = 12
 """Rounds that have their number below the drawing at most."""

@@ -87,7 +87,7 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
 
 
 def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
-    """Of all columns but the first, which has the names of modules."""
+    """Heads of all columns but the first, which has the names of modules."""
     heads, sortable, group = [], 0, ""
     for column in columns:
         sortable += column.order is not None

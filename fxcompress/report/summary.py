@@ -38,7 +38,7 @@ class Total:
 
 
 def totals(plan: Plan) -> tuple[Total, ...]:
-    """Of the model and, if there are any, of the matched operators, in every unit."""
+    """Totals of the model and, if there are any, of the matched operators, in every unit."""
     before = total_size(site.before for site in plan.sites)
     after = total_size(site.after for site in plan.sites)
     found = []

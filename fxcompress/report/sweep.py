@@ -24,10 +24,10 @@ from fxcompress.report.quantities import (
 Values = Mapping[str, float]
 
 WIDTH, HEIGHT = 560, 300
-"""Of one plot, in pixels."""
+"""Size of one plot, in pixels."""
 
 COLUMNS = 100
-"""Of a line of text."""
+"""Width of a line of text, in characters."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Sweep:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of all plans, each once."""
+        """Warnings of all plans, each once."""
         return tuple(dict.fromkeys(note for plan in self.plans.values() for note in plan.warnings))
 
     def to_json(self) -> dict[str, Any]:

@@ -16,15 +16,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fxcompress.forms import Body, ConvShape, Target
+from fxcompress.forms import Body, ConvShape, Target, find_form
 from fxcompress.graph.eligible import obstacle
-from fxcompress.graph.recorder import record
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import whitener
+from fxcompress.operators.applied import displayed, operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
-from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
+from fxcompress.rewrite import (
+    Factorized,
+    apply_plan,
+    own_parameters,
+    planned_weight,
+    prepared,
+    record_operators,
+    skeleton,
+)
 from fxcompress.rules import RuleSet, load_rules, match_rules
 from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
@@ -146,14 +154,14 @@ def original(name: str) -> tuple[nn.Module, Any, nn.Module, tuple[Site, ...]]:
     model, batch = build().double().eval(), inputs()
     work = prepared(model)
     example = (batch["x"],) if isinstance(model, nn.Sequential) and "x" in batch else batch
-    recording = record(work, [example])
+    recording = record_operators(work, [example])
     legality = obstacle(work, recording, (Factorized,))
     matched = match_rules(load_rules(RULES), recording.operators, legality)
     return model, batch, work, gather_sites(work, recording, matched)[0]
 
 
 def full_rank_body(site: Site, module: nn.Module, name: str) -> Any:
-    form, shape = site.forms[name], site.shape
+    form, shape = find_form(name, site.op), site.shape
     weight = canonical_weight(module).detach()
     if isinstance(shape, ConvShape):
         n = shape.group_in * shape.taps
@@ -181,14 +189,16 @@ def rewritten(name: str, form: str) -> tuple[nn.Module, nn.Module, Any, dict[str
     taken = {
         site.name: site
         for site in sites
-        if form in site.forms and site.forms[form].misfit(site.shape) is None
+        if form in site.match.forms and find_form(form, site.op).misfit(site.shape) is None
     }
     if not taken:
         pytest.skip(f"{form} fits nothing in {name}")
     bodies, entries = {}, []
     for path, site in taken.items():
-        bodies[path], rank = full_rank_body(site, work.get_submodule(path), form)
-        entries.append(entry(site, form, rank, rank))
+        bodies[path], rank = full_rank_body(site, operator_at(work, path), form)
+        weight, applied = planned_weight(work, site.weight)
+        made = entry(site, form, rank, rank)
+        entries.append(made.model_copy(update={"weight": weight, "applied": applied}))
     small = skeleton(model)
     apply_plan(
         small, plan_for(entries), {name: Body(None, (body,)) for name, body in bodies.items()}
@@ -205,13 +215,15 @@ def test_nothing_changes(name: str, form: str) -> None:
         got = run(small, batch)
     with torch.no_grad():
         wanted = run(model, batch)
-    assert calls == {site.name: site.calls for site in taken.values()}
+    named = {displayed(small, path): count for path, count in calls.items()}
+    assert named == {site.name: site.calls for site in taken.values()}
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=bound * float(b.abs().max()))
     for path, layer in factorized(small).items():
-        dense = prepared(model).get_submodule(path)
-        assert layer.weight.shape == dense.weight.shape
-        torch.testing.assert_close(layer.dense(), dense.weight, rtol=0, atol=1e-9)
+        weight, _ = planned_weight(small, f"{path}.weight")
+        dense = prepared(model).get_parameter(weight)
+        assert layer.weight.shape == dense.shape
+        torch.testing.assert_close(layer.dense(), dense, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["channel", "spatial", "tucker2", "pivoted", "embedding"])
@@ -225,7 +237,7 @@ def test_copies_pickles_and_training(name: str, form: str) -> None:
     twin.train()
     sum(t.square().mean() for t in run(twin, batch) if t.is_floating_point()).backward()
     layers = factorized(twin)
-    assert set(layers) == set(taken)
+    assert {displayed(twin, path) for path in layers} == set(taken)
     for layer in layers.values():
         gradients = [p.grad for p in layer.parameters()]
         assert all(g is not None and bool(g.isfinite().all()) for g in gradients)

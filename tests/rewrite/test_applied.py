@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress.forms import Body, find_form
@@ -170,7 +170,7 @@ def matched_sites(work: nn.Module, recording: Recording) -> tuple[Site, ...]:
     return gather_sites(work, recording, matched)[0]
 
 
-def rewritten(model: nn.Module, x: Any) -> nn.Module:
+def rewritten(model: nn.Module, x: Any, *, lifted: bool = False) -> nn.Module:
     """The model with all its operators factorized at full rank."""
     work = prepared(model)
     recording = record_operators(work, [x])
@@ -188,7 +188,8 @@ def rewritten(model: nn.Module, x: Any) -> nn.Module:
         weight, applied = planned_weight(work, site.weight)
         made = entry(site, name, full)
         entries.append(made.model_copy(update={"weight": weight, "applied": applied}))
-    assert all(each.applied for each in entries)
+    assert entries
+    assert lifted or all(each.applied for each in entries)
     made_of = skeleton(model)
     apply_plan(made_of, plan_for(entries), bodies)
     return own_parameters(made_of, model)
@@ -209,6 +210,30 @@ def test_at_full_rank_nothing_changes(name: str) -> None:
     assert (held.shape, held.dtype, len(held)) == (weight.shape, weight.dtype, len(weight))
     made(x).sum().backward()
     assert all(p.grad is not None for p in held.parameters())
+
+
+GRAPHS: dict[str, Callable[[nn.Module, Tensor], fx.GraphModule]] = {
+    "traced": lambda model, x: fx.symbolic_trace(model),
+    "exported": lambda model, x: torch.export.export(model, (x,)).module(),
+}
+UNTRACED = {"same padding", "same padding, grouped"}  # sizes decide what they do
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_in_a_graph_they_become_nodes(name: str, graph: str) -> None:
+    if graph == "traced" and name in UNTRACED:
+        pytest.skip("cannot be traced")
+    x = data(name)
+    model = GRAPHS[graph](build(name), x)
+    made = rewritten(model, x, lifted=True)
+    assert isinstance(made, fx.GraphModule)
+    torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-12)
+    if (name, graph) == ("to its own type", "traced"):  # which type is known when it runs
+        assert any(isinstance(module, Applied) for module in made.modules())
+        return
+    assert not any(isinstance(module, Factorized | Applied) for module in made.modules())
+    assert any("fxcompress" in node.meta for node in made.graph.nodes)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
