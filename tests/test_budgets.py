@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress.metric import METRICS
 
 
 class Net(nn.Module):
@@ -127,9 +128,7 @@ def test_what_is_for_one_budget_only(
         fxcompress.plan(model, path, batches, **words)
 
 
-@pytest.mark.parametrize(
-    "metric", ["euclidean", "diagonal", "elementwise", "activation", "kfac", "ekfac"]
-)
+@pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_on_convolutions_and_an_embedding(metric: str, tmp_path: Path) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

@@ -18,7 +18,7 @@ from fxcompress.metric import METRICS, Moments
 from fxcompress.operators.convolution import ConvShape
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.agreement import parted
-from fxcompress.pipeline.held_back import DAMPING, Division
+from fxcompress.pipeline.held_back import DAMPING, Division, narrowed
 from fxcompress.plans.plan import HeldBack, Plan, plan_of
 from tests.small import data, net, rules
 
@@ -217,6 +217,15 @@ def test_the_undamped_loss_is_that_of_the_dense_form(module: Any, kind: str, uni
         whole += 0.5 * float(vector @ entries @ vector)
     found = metric.undamped_loss(shape, scaled, change)
     assert found == pytest.approx(whole * unit**powers, rel=1e-9)
+
+
+def test_own_statistics_are_kept_in_float64() -> None:
+    """They have no units: squares of inputs of 1e-25 are nothing in float32."""
+    own = {"squares": torch.tensor([1e-50, 1e50], dtype=torch.float64)}
+    kept = narrowed({"fc": Moments(torch.eye(2).double(), own=own)})["fc"]
+    assert kept.input is not None
+    assert kept.input.dtype == torch.float32
+    assert torch.equal(kept.own["squares"], own["squares"])
 
 
 class Wide(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -117,13 +117,16 @@ class Division:
 
 
 def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Moments in float32: they are kept until the plan is made, and nothing is inverted in them."""
+    """Moments in float32: they are kept until the plan is made, and nothing is inverted in them.
+
+    Statistics of a metric's own stay as they are: without units they may be beyond float32.
+    """
     known: dict[int, Tensor] = {}  # sites on one input share a tensor
 
     def narrow(one: Tensor) -> Tensor:
         return known.setdefault(id(one), one.to(torch.float32))
 
-    return {name: each.changed(narrow) for name, each in moments.items()}
+    return {name: replace(each.changed(narrow), own=each.own) for name, each in moments.items()}
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.recorder import Recording
-from fxcompress.metric import Calibration
+from fxcompress.metric import METRICS, Calibration
 from fxcompress.metric.capture import UNANSWERED
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.sites import Site
@@ -42,10 +42,11 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
         return
     reasons = dict.fromkeys(found.unmeasured.values())
     remedy = "; ".join(_REMEDIES[reason == UNANSWERED] for reason in reasons)
+    free = [f"{{kind: {name}}}" for name, metric in METRICS.items() if not metric.backward]
     raise CalibrationError(
         f"no influence on the output was measured of any matched layer "
         f"({_listed([site.name for site in sites])}): {', or '.join(reasons)} ({remedy}).  "
-        "metric: {kind: activation} and {kind: euclidean} need no gradients"
+        f"metric: {' and '.join(free)} need no gradients"
     )
 
 

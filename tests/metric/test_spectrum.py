@@ -137,19 +137,20 @@ def test_not_finite_is_an_error() -> None:
 KRONECKER = {n: each for n, each in METRICS.items() if isinstance(each, KroneckerMetric)}
 
 
-@pytest.mark.parametrize("name", KRONECKER)
-def test_metric_factors(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [
+        ("euclidean", None, None),
+        ("activation", "input", None),
+        ("diagonal", None, "weight"),
+        ("kfac", "input", "output"),
+        ("ekfac", "input", "output"),
+    ],
+)
+def test_metric_factors(name: str, inputs: str | None, outputs: str | None) -> None:
     moments = Moments(gram(4, 9, 0), gram(3, 9, 0), torch.rand(3).double())
-    a, g = KRONECKER[name].factors(moments)
-    expected = {
-        "euclidean": (None, None),
-        "activation": (moments.input, None),
-        "diagonal": (None, moments.weight),
-        "kfac": (moments.input, moments.output),
-        "ekfac": (moments.input, moments.output),
-    }[name]
-    assert a is expected[0]
-    assert g is expected[1]
+    for found, word in zip(KRONECKER[name].factors(moments), (inputs, outputs), strict=True):
+        assert found is (getattr(moments, word) if word else None)
 
 
 def exact_fisher(model: nn.Linear, x: Tensor) -> Tensor:
