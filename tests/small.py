@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcompress.plans.units import COUNTED
 from fxcompress.rules import LoadedRules, parse_rules
+
+COUNTED_WORDS = tuple(unit.word for unit in COUNTED)
+"""The units that every model has an amount of."""
 
 ANY_FORM = {"any_of": ["pivoted", "low_rank"]}
 

@@ -29,7 +29,7 @@ from fxcompress import (
 )
 from fxcompress.plans.units import UNITS
 from fxcompress.rewrite import Factorized
-from tests.small import Net, data, net, rules, unchanged
+from tests.small import COUNTED_WORDS, Net, data, net, rules, unchanged
 
 METRICS = ("kfac", "diagonal", "activation")
 VERBS = (fxcompress.compile, fxcompress.plan)
@@ -422,7 +422,7 @@ def test_keep_out_of_range(keep: Any) -> None:
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("of", ["matched", "model"])
-@pytest.mark.parametrize("unit", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("unit", COUNTED_WORDS)
 def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     unit: str, of: str, allocation: str
 ) -> None:

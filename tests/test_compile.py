@@ -21,7 +21,7 @@ import fxcompress
 from fxcompress import FxcompressWarning, Plan, RewriteError, plan_of
 from fxcompress.forms import FormError, find_form
 from fxcompress.rewrite import Factorized
-from tests.small import Net, data, net, rules, unchanged
+from tests.small import COUNTED_WORDS, Net, data, net, rules, unchanged
 from tests.zoo import ZOO
 
 LOW_RANK = {"form": "low_rank"}
@@ -130,11 +130,13 @@ def test_the_result_is_of_the_same_class() -> None:
 
 
 def counted(model: nn.Module, batch: Any, unit: str) -> int:
+    """Amount of a whole model in a unit, counted on its tensors and its run."""
     if unit == "parameters":
         return sum(p.numel() for p in model.parameters())
     if unit == "bytes":
         tensors = [*model.parameters(), *model.buffers()]
         return sum(t.numel() * t.element_size() for t in tensors)
+    assert unit == "macs"
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         if isinstance(batch, dict):
             model(**batch)
@@ -156,10 +158,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("of", ["matched", "model"])
-@pytest.mark.parametrize("unit", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("unit", COUNTED_WORDS)
 def test_budgets_are_met_and_counted_exactly(unit: str, of: str, variant: str) -> None:
     model, batch = net(), data()[0]
-    before = {u: counted(model, batch, u) for u in ("parameters", "macs", "bytes")}
+    before = {u: counted(model, batch, u) for u in COUNTED_WORDS}
     matched = ["up", "down"] if variant == "group" else ["up", "down", "head"]
     for keep in (0.45, 0.7, 0.93):
         options = {"of": of, "unit": unit, **VARIANTS[variant]}
@@ -194,7 +196,7 @@ def check(planned: Plan, variant: str) -> None:
         assert {site.form for site in planned.rewritten} <= {"low_rank", "pivoted"}
 
 
-@pytest.mark.parametrize("unit", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("unit", COUNTED_WORDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "transformer_encoder"])
 def test_budgets_are_met_on_architectures(name: str, unit: str) -> None:
     case = ZOO[name]
@@ -202,8 +204,8 @@ def test_budgets_are_met_on_architectures(name: str, unit: str) -> None:
     small = fxcompress.compile(model, rules(0.6, unit=unit), [batch])
     planned = plan_of(small)
     assert planned.budget.cost <= 0.6 * planned.budget.dense
-    for each in ("parameters", "macs", "bytes"):
-        assert counted(small, batch, each) == getattr(planned.model_after, each), each
+    for each in COUNTED_WORDS:
+        assert counted(small, batch, each) == planned.model_after[each], each
 
 
 def test_asking_a_weight_for_its_type_adds_no_work() -> None:
@@ -443,8 +445,8 @@ def test_a_layer_called_several_times_is_one_site() -> None:
     assert (sites["loop"].calls, sites["first"].calls, sites["head"].calls) == (3, 2, 1)
     assert isinstance(small.first, Factorized)
     assert small.again is small.first
-    for unit in ("parameters", "macs", "bytes"):
-        assert counted(small, data()[0], unit) == getattr(plan_of(small).model_after, unit)
+    for unit in COUNTED_WORDS:
+        assert counted(small, data()[0], unit) == plan_of(small).model_after[unit]
     assert bool(small(data()[0]).isfinite().all())
 
 
@@ -489,7 +491,7 @@ def failing(form: str, shapes: set[tuple[int, int]]) -> Callable[..., None]:
 UP, DOWN, HEAD = (48, 24), (24, 48), (10, 24)
 
 
-@pytest.mark.parametrize("unit", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("unit", COUNTED_WORDS)
 def test_a_form_that_fails_is_replaced_by_another(
     monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
@@ -501,7 +503,7 @@ def test_a_form_that_fails_is_replaced_by_another(
     up, down, _ = planned.sites
     assert (up.form, down.form) == ("low_rank", "pivoted")
     assert small.up.form == "low_rank"
-    assert getattr(planned.model_after, unit) == counted(small, data()[0], unit)
+    assert planned.model_after[unit] == counted(small, data()[0], unit)
     assert planned.budget.cost <= 0.5 * planned.budget.dense
     assert any("up: pivoted was given up" in text for text in planned.warnings)
 
@@ -683,8 +685,8 @@ def test_an_fx_graph_module() -> None:
     assert isinstance(small, fx.GraphModule)
     assert "pivot" in small.code
     assert torch.equal(model(data()[0]), wanted)
-    for unit in ("parameters", "macs", "bytes"):
-        assert counted(small, data()[0], unit) == getattr(plan_of(small).model_after, unit)
+    for unit in COUNTED_WORDS:
+        assert counted(small, data()[0], unit) == plan_of(small).model_after[unit]
 
 
 # ---- progress -------------------------------------------------------------------------
