@@ -435,7 +435,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
 
     small = fxcompress.compile(net(), rules(keep, **wanted), data())
     planned = plan_of(small)
-    size = getattr(planned.model_after, unit) if of == "model" else planned.budget.cost
+    size = planned.model_after[unit] if of == "model" else planned.budget.cost
     assert size == needed
     refuse(BudgetError, rules=rules(keep - 1e-4, **wanted), calibration=data())
 

@@ -54,8 +54,8 @@ rules:
 def total(plan: fxcompress.Plan, unit: str, rule: str | None = None) -> tuple[int, int]:
     sites = [site for site in plan.sites if rule in (None, site.rule)]
     return (
-        sum(getattr(site.before, unit) for site in sites),
-        sum(getattr(site.after, unit) for site in sites),
+        sum(site.before[unit] for site in sites),
+        sum(site.after[unit] for site in sites),
     )
 
 
