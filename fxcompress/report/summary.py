@@ -57,14 +57,15 @@ def totals_lines(plan: Plan) -> list[str]:
     parameters  134,515,008     113,281,344   84.2%  of the model
                 106,168,320      84,934,656   80.0%  of the matched operators
     """
-    lines = [f"{'':10}  {'before':>19}  {'after':>19}  {'kept':>6}"]
+    width = max(len(unit.text) for unit in plan.model_before.units)
+    lines = [f"{'':{width}}  {'before':>19}  {'after':>19}  {'kept':>6}"]
     for total in totals(plan):
         first = total.of == "model"
-        label = UNITS[total.unit].text if first else ""
+        label = f"{UNITS[total.unit].text if first else '':{width}}"
         of_what = "of the model" if first else "of the matched operators"
         kept = percent(total.after, total.before)
         lines.append(
-            f"{label:10}  {count(total.before):>19}  {count(total.after):>19}  {kept:>6}  {of_what}"
+            f"{label}  {count(total.before):>19}  {count(total.after):>19}  {kept:>6}  {of_what}"
         )
     return lines
 

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from fxcompress.plans.units import UNITS
 from fxcompress.report import columns, diff_plan, html, table
 from fxcompress.report.columns import KEPT, MEASURED, PAGE, TERMINAL, Column
+from fxcompress.report.summary import totals_lines
 from tests.report.plans import llama, measured
 from tests.report.test_html import Page
 
@@ -57,3 +59,9 @@ def test_brief_heads_are_for_the_terminal() -> None:
     assert columns.head(KEPT, made) == "parameters kept"
     assert columns.head(KEPT, made, brief=True) == "kept"
     assert columns.head(dataclasses.replace(KEPT, brief=""), made, brief=True) == "parameters kept"
+
+
+def test_totals_are_aligned_whatever_a_unit_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UNITS["macs"], "text", "multiply-accumulates", raising=False)
+    lines = totals_lines(llama(layers=2))
+    assert len({line.index("%") for line in lines[1:]}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fxcompress.forms.words import BUILT_IN
 from fxcompress.rules import parse_rules
 from tests.rules.marked import Mistake, errors
 
@@ -39,7 +40,7 @@ MISTAKES = {
         forms(ONE, "{any_of: [pivoted, «xyz»]}"),
         "unknown-form",
         "unknown form 'xyz'",
-        "one of: low_rank, pivoted, joint, channel, channel_input, spatial, tucker2, embedding",
+        "one of: " + ", ".join(dict.fromkeys(form.name for form in BUILT_IN.values())),
     ),
     "no node for the form": Mistake(
         several("q: {op: embedding, input: $x}, n: {op: relu, input: $q}", "{form: «pivoted»}"),
