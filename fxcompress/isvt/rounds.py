@@ -338,7 +338,8 @@ def _described(task: Task, state: State, planned: Plan) -> Plan:
             continue
         metric = state.metrics[entry.name]
         dense = canonical_weight(operator_at(task.dense, entry.name)).detach()
-        change = sites[entry.name].shape.canonical(task.weight(sites[entry.name])) - dense
+        weight = task.weight(sites[entry.name]).detach()
+        change = sites[entry.name].shape.canonical(weight) - dense
         away, whole = metric.loss(change), metric.loss(dense)
         kept = min(max(1 - away / whole, 0.0), 1.0) if whole else 1.0
         entries.append(entry.model_copy(update={"predicted": away, "energy": kept}))

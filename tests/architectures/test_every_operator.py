@@ -17,12 +17,14 @@ import transformers
 from torch import Tensor, nn
 
 from fxcompress.forms import Body, ConvShape, Target, find_form
+from fxcompress.forms.words import BUILT_IN
 from fxcompress.graph.eligible import obstacle
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.quadratic import Grouped
 from fxcompress.metric.whiten import whitener
 from fxcompress.operators.applied import displayed, operator_at
 from fxcompress.operators.modules import canonical_weight
+from fxcompress.operators.words import OPERATORS
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.rewrite import (
     Factorized,
@@ -38,18 +40,14 @@ from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors
 
-FORMS = ("channel", "channel_input", "spatial", "tucker2", "pivoted", "low_rank", "embedding")
-OPERATORS = [
-    *("conv1d", "conv2d", "conv3d", "linear", "embedding"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-]
+FORMS = tuple(dict.fromkeys(form.name for form in BUILT_IN.values() if not form.joint))
 RULES = RuleSet.model_validate(
     {
         "budget": {"keep": 1.0},
         "rules": [
             {
                 "id": "all",
-                "match": {"node": {"op": OPERATORS}},
+                "match": {"node": {"op": list(OPERATORS)}},
                 "rewrite": {"any_of": list(FORMS)},
             }
         ],
