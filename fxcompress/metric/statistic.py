@@ -1,8 +1,7 @@
 """Statistics that a metric brings along: sums over the data that no other needs.
 
-A statistic is a *sum*, so all that is to be known of it is its size and what a batch adds.  How it
-is accumulated (in float64), put together with that of other processes (by addition) and kept in a
-checkpoint (as one tensor) follows from that.
+A statistic is a *sum*, so all that is to be known of it is its size and what a batch adds.  It is
+accumulated in float64; two of them are put together by addition, and each is kept as one tensor.
 """
 
 from __future__ import annotations
