@@ -138,7 +138,8 @@ DECODER = {
 def decoder(name: str, config: type, sites: int, **options: Any) -> None:
     def make() -> nn.Module:
         # Grouped matrix products of experts are not there in float64.
-        built = config(**{**DECODER, **options}, experts_implementation="eager")
+        given = {key: value for key, value in {**DECODER, **options}.items() if value is not None}
+        built = config(**given, experts_implementation="eager")
         return transformers.AutoModelForCausalLM.from_config(built)
 
     add(name, make, text, sites, generates=True, single=True)
@@ -148,6 +149,8 @@ def decoder(name: str, config: type, sites: int, **options: Any) -> None:
 decoder("llama", transformers.LlamaConfig, 15)
 decoder("qwen3", transformers.Qwen3Config, 15)
 decoder("mistral", transformers.MistralConfig, 15, sliding_window=8)
+# Falcon's layers spell their product out; its head is tied.
+decoder("falcon", transformers.FalconConfig, 8, head_dim=None)
 # Gemma ties its head to the embedding.
 decoder("gemma", transformers.GemmaConfig, 14)
 # The experts of Mixtral are slices of one parameter; its router is a bare parameter.
