@@ -324,6 +324,36 @@ def test_a_forward_that_takes_nothing_but_a_parameter_keeps_it() -> None:
     assert isinstance(work[1].w, nn.Parameter)
 
 
+class Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class Fused(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = Saving.apply(input, self.weight)
+        return out + self.bias
+
+
+def test_what_a_function_saves_for_the_backward_pass_stays_a_parameter() -> None:
+    model = nn.Sequential(Fused(16, 16), nn.ReLU(), FalconLinear(16, 8)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = fxcompress.compile(model, rules(0.6), batches(), progress=False)
+    plan = fxcompress.plan_of(made)
+    assert [site.name for site in plan.sites] == ["2"]
+    (told,) = plan.unmatched
+    assert "an autograd.Function applies it" in told.reason
+    made(batches(1)[0]).sum().backward()
+
+
 def test_objects_are_taken_out_again() -> None:
     model = nn.Sequential(FalconLinear(N, 8))
     weight = model[0].weight
