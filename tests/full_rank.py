@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress.forms import Body, find_form
 from fxcompress.graph.eligible import obstacle
 from fxcompress.metric.spectrum import decompose
-from fxcompress.operators.applied import operator_at
+from fxcompress.operators.applied import displayed, operator_at
 from fxcompress.operators.modules import canonical_weight
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
@@ -156,8 +156,9 @@ def plan_for(entries: Sequence[SitePlan]) -> Plan:
 
 
 def factorized(model: nn.Module) -> dict[str, Factorized]:
-    """The rewritten layers of a model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Factorized)}
+    """The rewritten operators of a model, by what they are called."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Factorized)}
+    return {displayed(model, name): module for name, module in found.items()}
 
 
 @contextmanager

@@ -138,7 +138,8 @@ DECODER = {
 def decoder(name: str, config: type, sites: int, **options: Any) -> None:
     def make() -> nn.Module:
         # Grouped matrix products of experts are not there in float64.
-        built = config(**{**DECODER, **options}, experts_implementation="eager")
+        given = {key: value for key, value in {**DECODER, **options}.items() if value is not None}
+        built = config(**given, experts_implementation="eager")
         return transformers.AutoModelForCausalLM.from_config(built)
 
     add(name, make, text, sites, generates=True, single=True)
@@ -148,14 +149,16 @@ def decoder(name: str, config: type, sites: int, **options: Any) -> None:
 decoder("llama", transformers.LlamaConfig, 15)
 decoder("qwen3", transformers.Qwen3Config, 15)
 decoder("mistral", transformers.MistralConfig, 15, sliding_window=8)
+# Falcon's layers spell their product out; its head is tied.
+decoder("falcon", transformers.FalconConfig, 8, head_dim=None)
 # Gemma ties its head to the embedding.
 decoder("gemma", transformers.GemmaConfig, 14)
-# The experts of Mixtral are slices of one parameter, its router a bare parameter.
-decoder("mixtral", transformers.MixtralConfig, 9, num_local_experts=4, num_experts_per_tok=2)
+# The experts of Mixtral are slices of one parameter; its router is a bare parameter.
+decoder("mixtral", transformers.MixtralConfig, 11, num_local_experts=4, num_experts_per_tok=2)
 decoder(
     "qwen2_moe",
     transformers.Qwen2MoeConfig,
-    17,  # and a shared expert of three layers with a gate, in both layers
+    19,  # and a shared expert of three layers with a gate, in both layers
     num_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=32,
@@ -497,6 +500,6 @@ add("branching", Branching, features, 2)
 add("twice", Twice, features, 1)
 add("tied", Tied, ids, 1)
 add("loop", Loop, features, 4)
-add("functional", Functional, features, 1)
+add("functional", Functional, features, 2)
 add("einsum", Einsum, features, 1)
 add("sequential", _sequential, features, 3)

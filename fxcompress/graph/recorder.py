@@ -15,6 +15,7 @@ version: a tensor that was written in place between two reads is two values.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +124,8 @@ class Recording:
 
 PART = "it is applied in part"
 """Why a weight is no operator of which functions take slices."""
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 SAMPLE_ROWS = 32
 SAMPLE_ENTRIES = 1 << 18
@@ -432,6 +435,8 @@ class _Recorder(TorchFunctionMode):
         """
         if application is None:
             return f"{op} applies it in a way that no operator does"
+        if self.in_autograd_function(key):
+            return "an autograd.Function applies it, which takes nothing but tensors"
         stored, given = self.ownership.tensor(key), application.weight
         if _layout(given) == _layout(stored):
             return application.shape
@@ -440,6 +445,17 @@ class _Recorder(TorchFunctionMode):
             return f"{op} applies its transpose" if shape is None else shape
         whole = given.numel() == stored.numel()
         return f"{op} applies its entries in another order" if whole else PART
+
+    def in_autograd_function(self, key: int) -> bool:
+        """Whether a function that is running was given a weight, and may save it for later."""
+        frame: Any = sys._getframe()
+        while frame is not None:
+            if frame.f_code is _APPLY:
+                given = tensors_in(frame.f_locals["args"])
+                if any(self.ownership.parameter(tensor) == key for tensor in given):
+                    return True
+            frame = frame.f_back
+        return False
 
     def notice_readers(self, function: Any, args: Any, kwargs: Any) -> None:
         """Who reads a parameter's values, and who does while no owner of it is running."""

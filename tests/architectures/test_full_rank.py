@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.rewrite import own_parameters, prepared
+from fxcompress.operators.applied import operator_path
+from fxcompress.rewrite import own_parameters, planned_weight, prepared
 from tests.full_rank import Rewritten, counted_calls, factorized, rewrite
 from tests.zoo import ZOO, Batch, Case, tensors
 
@@ -127,15 +128,23 @@ def test_every_body_really_runs(name: str, form: str) -> None:
 # ---- parameters -----------------------------------------------------------------------
 
 
+def places(pair: Rewritten) -> tuple[list[str], set[str]]:
+    """Where the rewritten operators are, and the names of the parameters that they stand for."""
+    work = pair.model
+    paths = [operator_path(work, site.name) for site in pair.sites]
+    parts = [f"{path}.{part}" for path in paths for part in ("weight", "bias")]
+    return paths, {planned_weight(work, part)[0] for part in parts}
+
+
 @pytest.mark.parametrize("name", REWRITABLE)
 def test_state_of_untouched_parts_is_identical(name: str) -> None:
     pair = rewritten(name)
     reference = prepared(pair.original).state_dict()
     state = pair.model.state_dict()
-    replaced = {f"{site.name}.{part}" for site in pair.sites for part in ("weight", "bias")}
+    paths, replaced = places(pair)
     untouched = reference.keys() - replaced
     assert all(torch.equal(state[key], reference[key]) for key in untouched)
-    bodies = tuple(f"{site.name}.{part}." for site in pair.sites for part in ("body", "shared"))
+    bodies = tuple(f"{path}.{part}." for path in paths for part in ("body", "shared"))
     assert all(key.startswith(bodies) for key in state.keys() - untouched)
 
 
@@ -172,12 +181,12 @@ def test_gradients_are_those_of_the_dense_model(name: str, form: str) -> None:
     untouched = wanted.keys() & got.keys()
     for key in untouched:
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=bound)
-    layers = factorized(pair.model).items()
+    layers = [(operator_path(pair.model, n), each) for n, each in factorized(pair.model).items()]
     dense_parts = {
-        f"{path}.{key}": value
+        name: value
         for path, layer in layers
         for key, value in (("weight", layer.weight), ("bias", layer.bias))
-        if value is not None and f"{path}.{key}" in wanted
+        if value is not None and (name := planned_weight(pair.model, f"{path}.{key}")[0]) in wanted
     }
     factors = {f"{path}.{k}": p for path, layer in layers for k, p in layer.named_parameters()}
     chained = torch.autograd.grad(
@@ -186,8 +195,7 @@ def test_gradients_are_those_of_the_dense_model(name: str, form: str) -> None:
     for key, gradient in zip(factors, chained, strict=True):
         assert bool(got[key].isfinite().all())
         torch.testing.assert_close(got[key], gradient, rtol=0, atol=bound)
-    replaced = {f"{site.name}.{part}" for site in pair.sites for part in ("weight", "bias")}
-    assert wanted.keys() - untouched <= replaced
+    assert wanted.keys() - untouched <= places(pair)[1]
 
 
 def gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxcompress
 from fxcompress.forms import Body, find_form
@@ -36,6 +37,7 @@ from fxcompress.rewrite import (
 )
 from fxcompress.rules import match_rules
 from tests.full_rank import entry, plan_for
+from tests.isvt.problems import rules as of_rounds
 from tests.small import rules
 
 N = 12
@@ -322,6 +324,36 @@ def test_a_forward_that_takes_nothing_but_a_parameter_keeps_it() -> None:
     assert isinstance(work[1].w, nn.Parameter)
 
 
+class Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class Fused(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = Saving.apply(input, self.weight)
+        return out + self.bias
+
+
+def test_what_a_function_saves_for_the_backward_pass_stays_a_parameter() -> None:
+    model = nn.Sequential(Fused(16, 16), nn.ReLU(), FalconLinear(16, 8)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = fxcompress.compile(model, rules(0.6), batches(), progress=False)
+    plan = fxcompress.plan_of(made)
+    assert [site.name for site in plan.sites] == ["2"]
+    (told,) = plan.unmatched
+    assert "an autograd.Function applies it" in told.reason
+    made(batches(1)[0]).sum().backward()
+
+
 def test_objects_are_taken_out_again() -> None:
     model = nn.Sequential(FalconLinear(N, 8))
     weight = model[0].weight
@@ -421,3 +453,84 @@ def test_a_network_of_padding_convolutions(conv: Callable[..., nn.Module], tmp_p
 
 def _ordinary(*args: Any, **kwargs: Any) -> nn.Module:
     return nn.Conv2d(*args, padding=args[2] // 2, **kwargs)
+
+
+class Mixed(nn.Module):
+    """Parameters applied in three ways, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(16, 16) / 4) for _ in range(3))
+        self.out = FalconLinear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = torch.relu(x @ self.q) * torch.sigmoid(F.linear(x, self.k))
+        out: Tensor = self.out(gated + torch.einsum("bi,io->bo", x, self.v))
+        return out
+
+
+def batches(count: int = 8) -> list[Tensor]:
+    return [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "solver", [{}, {"rounds": 2, "steps": 3}, {"rounds": 2, "correct": True}], ids=str
+)
+def test_one_shot_and_in_rounds(solver: dict[str, Any], tmp_path: Path) -> None:
+    model, x = Mixed().eval(), batches(1)[0]
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = fxcompress.compile(model, of_rounds(0.6, **solver), batches(), progress=False)
+    plan = fxcompress.plan_of(made)
+    assert {site.name: site.applied for site in plan.sites} == {
+        "q": "transposed", "k": "as stored", "v": "transposed", "out": "as stored",
+    }  # fmt: skip
+    assert {site.weight for site in plan.sites} == {"q", "k", "v", "out.weight"}
+    assert plan.model_after.parameters == sum(p.numel() for p in made.parameters())
+    assert plan.model_after.macs < plan.model_before.macs
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fxcompress.save(made, tmp_path)
+    assert torch.equal(fxcompress.load(tmp_path, Mixed().eval())(x), made(x))
+
+
+def test_while_it_is_trained() -> None:
+    model, x = Mixed(), batches(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        isvt = fxcompress.ISVT(model, rules(0.6), batches(), steps=4, every=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for batch in batches(4):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            isvt.step()
+        made = isvt.finalize()
+    torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-5)
+    assert torch.linalg.matrix_rank(model.q) < 16
+
+
+def test_compilers_see_the_product() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = fxcompress.compile(Mixed().eval(), rules(0.6), batches(), progress=False)
+    x = batches(1)[0]
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), made(x))
+    for strict in (False, True):
+        program = torch.export.export(made, (x,), strict=strict).module()
+        with FlopCounterMode(display=False) as flops:
+            out = program(x)
+        torch.testing.assert_close(out, made(x))
+        # No dense weight is computed: the products are those of the plan.
+        assert flops.get_total_flops() == 2 * fxcompress.plan_of(made).model_after.macs
+    torch.testing.assert_close(torch.jit.trace(made, (x,))(x), made(x))
+
+
+def test_other_models_do_not_pay_for_it() -> None:
+    """Nothing is an object that no function applies."""
+    model = nn.Sequential(nn.Linear(N, N), nn.ReLU(), nn.Linear(N, N))
+    work = prepared(model)
+    record_operators(work, [torch.randn(3, N)])
+    assert not any(isinstance(module, Applied) for module in work.modules())
