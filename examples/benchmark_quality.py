@@ -121,7 +121,7 @@ def measure(
             if decomposed is None:
                 whole = match_model(base.model, everything, base.recording)
                 spec = everything.rules.metric
-                _, groups = gather_sites(base.model, base.recording, whole)
+                _, groups, _ = gather_sites(base.model, base.recording, whole)
                 decomposed = decompose_groups(
                     base.model,
                     groups,
@@ -133,7 +133,7 @@ def measure(
                 )
             loaded = rules(metric, allocation, form, keep)
             matched = match_model(base.model, loaded, base.recording)
-            sites, groups = gather_sites(base.model, base.recording, matched)
+            sites, groups, _ = gather_sites(base.model, base.recording, matched)
             analysis = replace(
                 base,
                 rules=loaded,

@@ -16,10 +16,13 @@ class Body:
         shared: maps the input (..., n) to a tuple of values, once for all heads; None if there is
             nothing to share.
         heads: one per operator; each maps the input and those values to (..., m_i).
+        kept: of a narrowed hidden value, the channels that stay (k, int64): the last head reads
+            what the others produce.  None for operators that do not read one another.
     """
 
     shared: fx.GraphModule | None
     heads: tuple[fx.GraphModule, ...]
+    kept: Tensor | None = None
 
     @property
     def parts(self) -> tuple[fx.GraphModule, ...]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
@@ -101,12 +100,14 @@ class Fitted:
         found: tuple[Tensor, ...] = self._form.factors(target, rank)
         return found
 
-    def products(self, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The dense weight (canonical layout) of every operator that factors stand for."""
-        if not self._joint:
-            return (self._form.product(self._shape, factors),)
-        left, right = factors
-        return tuple(part @ right for part in self._by_operator(left))
+    def products(self, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The dense weight (canonical layout) of every operator that factors stand for.
+
+        None for an operator whose weight stays as it is.
+        """
+        if self._joint:
+            return tuple(self._form.products(self._shape, factors))
+        return (self._form.product(self._shape, factors),)
 
     def empty(self, rank: Rank) -> Body:
         """The body with uninitialized parameters."""
@@ -120,8 +121,7 @@ class Fitted:
             FormError: the form cannot represent these products faithfully.
         """
         if self._joint:
-            left, right = factors
-            self._form.fill(body, self._by_operator(left), right, biases)
+            self._form.fill_from(self._shape, body, factors, biases)
         else:
             self._form.fill(body.heads[0], factors, biases[0])
 
@@ -145,6 +145,3 @@ class Fitted:
         if kept is not None:
             return kept
         return dense_bias_of(body.member(index), self.shapes[0].in_features)
-
-    def _by_operator(self, left: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(left, [shape.out_features for shape in self.shapes])

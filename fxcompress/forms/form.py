@@ -130,6 +130,8 @@ class JointForm(ABC):
     """How it sees the stacked weight as a matrix."""
     trains_as: str | None = None
     """As of :class:`Form`: name of a joint form."""
+    hidden: bool = False
+    """Whether the last operator reads what the others produce, instead of all reading one input."""
     remarks: Mapping[str, str] = {}
     """As of :class:`Form`."""
 
@@ -165,9 +167,29 @@ class JointForm(ABC):
         left, right = target.truncations(self.view).factors(rank)
         return left, right
 
+    def products(self, shapes: Shapes, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The dense weight of every operator that factors stand for; None for what stays."""
+        left, right = factors
+        return tuple(part @ right for part in _by_operator(shapes, left))
+
     @abstractmethod
     def empty(self, shapes: Shapes, rank: int) -> Body:
         """The body with uninitialized parameters."""
+
+    def fill_from(
+        self,
+        shapes: Shapes,
+        body: Body,
+        factors: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        """Give the body the values of :meth:`factors`; by default :meth:`fill` does it.
+
+        Raises:
+            FormError: the form cannot represent these products faithfully.
+        """
+        left, right = factors
+        self.fill(body, _by_operator(shapes, left), right, biases)
 
     @abstractmethod
     def fill(
@@ -221,3 +243,9 @@ def balanced_parts(lefts: Sequence[Tensor], right: Tensor) -> tuple[tuple[Tensor
 def linear(body: fx.GraphModule, name: str) -> nn.Linear:
     """A linear layer of a body."""
     return cast("nn.Linear", body.get_submodule(name))
+
+
+def _by_operator(shapes: Shapes, left: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a stacked factor (Σm x r) that belong to each operator."""
+    parts: tuple[Tensor, ...] = torch.split(left, [shape.out_features for shape in shapes])
+    return parts

@@ -53,7 +53,9 @@ def find_form(
 
 
 def _word_of(form: Form | JointForm) -> FormWord:
-    return FormWord(form.name, frozenset(form.operators), isinstance(form, JointForm))
+    joint = isinstance(form, JointForm)
+    hidden = isinstance(form, JointForm) and form.hidden
+    return FormWord(form.name, frozenset(form.operators), joint and not hidden, hidden)
 
 
 for _place, _word in BUILT_IN.items():

@@ -20,7 +20,7 @@ Ranks = NDArray[np.int64]
 
 Losses = NDArray[np.float64]
 
-View = Literal["matrix", "input", "spatial", "tucker2"]
+View = Literal["matrix", "input", "spatial", "tucker2", "channels"]
 """How a canonical weight (m x n x k_1 x ... x k_d, of one group) is seen as a matrix.
 
 =============  ==========================  ============================
@@ -30,6 +30,7 @@ view           rows                        columns
 ``input``      m, k_1, ..., k_d            n
 ``spatial``    m, k_2, ..., k_d            n, k_1
 ``tucker2``    no matrix: m and n are reduced, with a rank each
+``channels``   no matrix: fewer of the n, as they are, and the rest refitted to these
 =============  ==========================  ============================
 """
 
@@ -109,6 +110,9 @@ class Truncations(ABC):
         the kernel dimensions of the rows last in the left one for a convolution:
         (g x m/g x r x q), (g x r x columns).  Tucker-2 has a core between them:
         (g x m/g x r_2), (g x r_2 x r_1 x k), (g x r_1 x n/g).
+
+        Of fewer channels: which are kept (r), int64 and increasing, and the weight that reads these
+        only, in canonical layout and float64.
         """
 
     @property
@@ -148,6 +152,9 @@ class Quadratic(Protocol):
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight (canonical layout)."""
+
+    def channels(self, weight: Tensor) -> Truncations:
+        """Approximations of a weight (canonical layout) in the view ``channels``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,18 +205,20 @@ class Target:
         weight: W in canonical layout (:mod:`fxcompress.operators.shape`), in the model's type.
         quadratic: the metric; None once it was given up, to free its memory.
         views: what was computed of :meth:`truncations`.
+        producers: of a hidden value, the weights of what produces it; W is that of its consumer.
     """
 
     weight: Tensor
     quadratic: Quadratic | None
     views: dict[View, Truncations] = field(default_factory=dict)
+    producers: tuple[Tensor, ...] = ()
 
     def truncations(self, view: View = "matrix") -> Truncations:
         """Approximations of W in a view, computed when they are first asked for."""
         if view not in self.views:
             given = (each.derived(view) for each in self.views.values())
             found = next((each for each in given if each is not None), None)
-            self.views[view] = found or self._metric.truncations(self.weight, view)
+            self.views[view] = found or self._computed(view)
         return self.views[view]
 
     @property
@@ -228,7 +237,13 @@ class Target:
 
     def without_metric(self) -> Target:
         """The target with no more than what was computed already, to free the metric."""
-        return Target(self.weight, None, self.views)
+        return Target(self.weight, None, self.views, self.producers)
+
+    def _computed(self, view: View) -> Truncations:
+        metric = self._metric
+        if view == "channels":
+            return metric.channels(self.weight)
+        return metric.truncations(self.weight, view)
 
     @property
     def _metric(self) -> Quadratic:

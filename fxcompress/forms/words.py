@@ -24,11 +24,13 @@ class FormWord:
         name: as written in a rule file.
         operators: canonical operators that it can rewrite.
         joint: True for a form that rewrites several operators on one input together.
+        hidden: True for a form that rewrites an operator together with what produces its input.
     """
 
     name: str
     operators: frozenset[str]
     joint: bool = False
+    hidden: bool = False
 
 
 _BOTH_WAYS = operators_of("convolution")
@@ -43,6 +45,7 @@ BUILT_IN: Mapping[str, FormWord] = {
     "fxcompress.forms.separable:CHANNEL": FormWord("channel", _BOTH_WAYS),
     "fxcompress.forms.separable:CHANNEL_INPUT": FormWord("channel_input", _BOTH_WAYS),
     "fxcompress.forms.separable:SPATIAL": FormWord("spatial", _BOTH_WAYS),
+    "fxcompress.forms.narrow:NARROW": FormWord("narrow", frozenset({"linear"}), hidden=True),
     "fxcompress.forms.tucker2:TUCKER2": FormWord("tucker2", _BOTH_WAYS),
     "fxcompress.forms.embedding:EMBEDDING": FormWord("embedding", frozenset({"embedding"})),
 }

@@ -138,7 +138,8 @@ class Thresholded:
             form = group.forms[choice.form]
             rank = decoded(form.full_rank(), choice.rank)
             factors = form.factors(self.analysis.decomposed.groups[group.name].target, rank)
-            yield from zip(group.sites, form.products(factors), strict=True)
+            found = zip(group.sites, form.products(factors), strict=True)
+            yield from ((site, weight) for site, weight in found if weight is not None)
 
 
 def threshold(
@@ -224,6 +225,8 @@ def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pr
     out, excess = set(), {}
     for part in analysis.groups:
         decomposed = analysis.decomposed.groups[part.name]
+        if part.hidden:
+            continue  # its channels are ordered anew every time
         certificate = decomposed.target.truncations().certificate
         if certificate is None:
             continue
@@ -285,7 +288,7 @@ def _starts(
     """Bases of all that was cut, in metrics that can start from one."""
     found = analysis.decomposed.groups
     choices = solution.allocation.choices
-    joint = (group for group in analysis.several if group.name in choices)
+    joint = (g for g in analysis.several if g.name in choices and not g.hidden)
     chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
@@ -293,6 +296,8 @@ def _starts(
         if choice is None or choice.form is None or not choice.rank:
             continue
         if name in grouped:  # one rank for several: no component is judged by itself
+            continue
+        if analysis.group(name).hidden:  # channels are ordered anew every time
             continue
         basis = metrics[name].start(decomposed.target.truncations(), choice.rank)
         if basis is not None:

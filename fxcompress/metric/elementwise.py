@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, View, arrange
+from fxcompress.metric.channels import ChannelTruncations, independent
 from fxcompress.metric.metric import Metric, Need
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.quadratic import QuadraticForm
@@ -77,6 +78,8 @@ class Elementwise(QuadraticForm):
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight, by iteration."""
+        if view == "channels":
+            return self.channels(weight)
         if not bool(weight.isfinite().all()):
             raise ValueError("the weight is not finite")
         w = arrange(weight.detach().to(torch.float64), view)[0] * self.unit
@@ -84,6 +87,11 @@ class Elementwise(QuadraticForm):
         f = f.clamp_min(max(FLOOR * float(f.mean()), NOTHING))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return _Iterated(w, f, view == "tucker2", weight.dim() == 2, dtype, self.unit)
+
+    def channels(self, weight: Tensor) -> ChannelTruncations:
+        """Fewer channels, each of which loses its own entries: nothing makes up for them."""
+        whitened = self.entries.sqrt() * weight.detach().to(torch.float64).flatten(1)
+        return independent(weight, whitened * self.unit)
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Entry by entry, by weights that are raised to a millionth of their mean."""

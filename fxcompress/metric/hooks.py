@@ -130,7 +130,7 @@ class Session:
         self.backward = False
 
     def begin(self, batch: int, padding: Padding) -> None:
-        """Another batch follows."""
+        """Forget the batch before: the next one follows."""
         self.batch, self.padding = batch, padding
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)

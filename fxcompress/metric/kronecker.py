@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.forms.target import Spectrum, Truncations, View
+from fxcompress.metric.channels import ChannelTruncations, chosen
 from fxcompress.metric.metric import Metric, Need, by_group
 from fxcompress.metric.moments import Moments, is_root
 from fxcompress.metric.quadratic import Factors, Grouped, QuadraticForm
@@ -54,6 +55,8 @@ class Kronecker(QuadraticForm):
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight (m x n), or (m x n x kernel)."""
+        if view == "channels":
+            return self.channels(weight)
         if view == "tucker2":
             return TuckerTruncations(self._split(weight, "input"))
         if view != "matrix":
@@ -61,6 +64,10 @@ class Kronecker(QuadraticForm):
         if self.warm is not None:
             return self.warm.truncations(weight.flatten(1), self.inputs, self.outputs)
         return decompose_whitened(weight.flatten(1), self.inputs, self.outputs)
+
+    def channels(self, weight: Tensor) -> ChannelTruncations:
+        """Fewer channels of a weight (m x n), or (m x n x kernel), the rest refitted."""
+        return chosen(weight, self.inputs, self.outputs)
 
     def _split(self, weight: Tensor, view: View) -> SplitTruncations:
         return SplitTruncations.of(weight, self.inputs, self.outputs, view)

@@ -6,14 +6,15 @@ convolution (g x m/g x n/g x kernel), so that nothing else has to know of groups
 
 A new form says :attr:`QuadraticForm.null`, :meth:`QuadraticForm.loss`,
 :meth:`QuadraticForm.truncations` and :meth:`QuadraticForm.solve`.  What it does not say beyond
-that it does without: it is decomposed in full every time, and offers no joint forms.
+that it does without: it is decomposed in full every time, offers no joint forms, and refits nothing
+where channels are dropped.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -29,6 +30,7 @@ from fxcompress.forms.target import (
     View,
     stack,
 )
+from fxcompress.metric.channels import ChannelTruncations, refused, zeroed
 from fxcompress.metric.whiten import BlockWhitener, Whitener
 
 
@@ -63,6 +65,8 @@ class QuadraticForm(ABC):
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight (canonical layout) of every rank.
 
+        The view ``channels`` is asked of :meth:`channels`, whatever is said here.
+
         Raises:
             ValueError: the weight is not finite.
         """
@@ -74,6 +78,16 @@ class QuadraticForm(ABC):
         Args:
             gradient: with respect to the weight (canonical layout).
         """
+
+    def channels(self, weight: Tensor) -> ChannelTruncations:
+        """Approximations of a weight (canonical layout) by fewer channels of its input.
+
+        This one asks for nothing but losses, 2n of them: nothing is refitted.
+
+        Raises:
+            ValueError: the weight is not finite.
+        """
+        return zeroed(weight, self.loss)
 
     @property
     def by_group(self) -> tuple[QuadraticForm, ...]:
@@ -170,8 +184,16 @@ class Grouped(QuadraticForm):
 
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations at equal ranks in all groups."""
+        if view == "channels":
+            return self.channels(weight)
         parts = zip(self.groups, weight, strict=True)
         return GroupedTruncations(tuple(group.truncations(part, view) for group, part in parts))
+
+    def channels(self, weight: Tensor) -> ChannelTruncations:
+        """Fewer channels of the one group that there is; of several, none are chosen."""
+        if len(self.groups) == 1:
+            return replace(self.groups[0].channels(weight[0]), weight=weight, axis=2)
+        return refused(weight, "each group of the convolution reads channels of its own")
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Group by group."""

@@ -36,7 +36,7 @@ from fxcompress.forms.target import (
     arrange,
     tail,
 )
-from fxcompress.metric.whiten import BlockWhitener, Whitener, whitener
+from fxcompress.metric.whiten import BlockWhitener, Whitener, cholesky, whitener
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +122,14 @@ class SplitTruncations(Truncations):
         moments = _moments(self.inputs, self.order, self.weight.shape[1:])
         if moments is None:
             # The patches are orthonormal in q, so only the b_i have to be made so.
-            triangle = _cholesky(basis @ basis.T).contiguous()
+            triangle = cholesky(basis @ basis.T).contiguous()
             lower = torch.kron(triangle, torch.eye(q).to(triangle))
             product = torch.einsum("mcq,ic->miq", self.weight, basis).reshape(-1, rank * q)
         else:
             # E A, (r·q x c·q), in the two orders of patches.
             above = torch.einsum("ic,cqdp->iqdp", basis, moments)
             gram = torch.einsum("iqdp,jd->iqjp", above, basis)
-            lower = _cholesky(gram.reshape(rank * q, rank * q))
+            lower = cholesky(gram.reshape(rank * q, rank * q))
             product = self.weight.flatten(1) @ above.reshape(rank * q, -1).T
         return torch.linalg.solve_triangular(lower, product.T, upper=False).T, lower
 
@@ -212,19 +212,6 @@ class TuckerTruncations(Truncations):
             values = torch.linalg.eigvalsh(t @ t.T).clamp_min(0).flip(0)
             self._tails[first] = tail(0.5 * values).cpu()
         return self._tails[first]
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """A Cholesky factor; of a matrix that is singular by rounding, of one slightly above it."""
-    mean = float(matrix.diagonal().mean())
-    for shift in (0.0, 1e-14, 1e-12, 1e-10):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(shift * mean)
-        found = torch.linalg.cholesky_ex(shifted)
-        if not bool(found.info):
-            lower: Tensor = found.L
-            return lower
-    raise ValueError("the second moments of the patches are not positive semi-definite")
 
 
 def _moments(inputs: Whitener, order: Tensor, sizes: Sequence[int]) -> Tensor | None:

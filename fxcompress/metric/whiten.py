@@ -64,6 +64,31 @@ class Whitener:
         kinds = (self.lower, self.root, self.scale, self.few)
         return all(kind is None for kind in kinds)
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether the factor is diagonal."""
+        return self.lower is None and self.root is None and self.few is None
+
+    def dense(self, d: int) -> Tensor:
+        """The factor itself, ``L Lᵀ`` in units of ``unit²`` (d x d), float64.
+
+        Of a null factor the identity, as in products.
+        """
+        if self.matrix is not None:
+            return self.matrix
+        if self.lower is not None:
+            return self.lower @ self.lower.T
+        if self.root is not None:
+            return self.root[0] @ self.root[0].T
+        if self.few is not None:
+            vectors, roots, other = self.few
+            found = (vectors * (roots.square() - other**2)) @ vectors.T
+            found.diagonal().add_(other**2)
+            return found
+        if self.scale is not None:
+            return torch.diag(self.scale.square())
+        return torch.eye(d, dtype=torch.float64)
+
     def into(self, x: Tensor) -> Tensor:
         """``Lᵀ x`` for x (d x k)."""
         x = x if self.unit == 1 else x * self.unit
@@ -228,6 +253,23 @@ def _whitener_of_few(rows: Tensor, damping: float, unit: float) -> Whitener:
     damped = (values + damping * mean).clamp_min(FLOOR * mean)
     other = max(damping, FLOOR) * mean
     return Whitener(few=(basis @ vectors, damped.sqrt(), other**0.5), unit=unit)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """A Cholesky factor; of a matrix that is singular by rounding, of one slightly above it.
+
+    Raises:
+        ValueError: it is not positive semi-definite.
+    """
+    mean = float(matrix.diagonal().mean())
+    for shift in (0.0, 1e-14, 1e-12, 1e-10):
+        shifted = matrix.clone()
+        shifted.diagonal().add_(shift * mean)
+        found = torch.linalg.cholesky_ex(shifted)
+        if not bool(found.info):
+            lower: Tensor = found.L
+            return lower
+    raise ValueError("second moments are not positive semi-definite")
 
 
 class Whiteners:

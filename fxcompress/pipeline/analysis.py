@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import length_hint
@@ -59,6 +59,7 @@ class Survey:
         before: operators of the model as it was given.
         folded: batch norms that became part of convolutions.
         sites: of ``model``.
+        refused: of weights that a rule would narrow the input of, why that cannot be done.
         groups: one for each site, then those of several.
         examples: batches that graphs are recorded on.
         size: of the model as it was given.
@@ -74,6 +75,7 @@ class Survey:
     folded: tuple[Folded, ...]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...]
+    refused: Mapping[str, str]
     examples: Sequence[Any]
     size: Size
     folded_size: Size
@@ -322,7 +324,9 @@ def survey(
         recording = record(work, examples, forward=request.forward)
         matched = match_model(work, loaded, recording)
     templates = {template.name: template for template in loaded.templates.values()}
-    sites, groups = gather_sites(work, recording, matched, templates)
+    sites, groups, refused = gather_sites(
+        work, recording, matched, templates, legality_in(work, recording)
+    )
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
@@ -346,6 +350,7 @@ def survey(
         folded,
         sites,
         groups,
+        refused,
         examples,
         size,
         _model_size(work, recording),
@@ -362,14 +367,6 @@ def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> 
         loaded: the rules.
         recording: of ``model``.
     """
-    reason = obstacle(model, recording, (Factorized,))
-    # In an fx.GraphModule a rewritten layer has no class of its own.
-    before = {site.name for plan in history(model) for site in plan.rewritten}
-
-    def legality(operator: Operator) -> str | None:
-        if not before.isdisjoint(above(operator.path)):
-            return "it is part of a layer that was factorized before"
-        return reason(operator)
 
     def joint_legality(operators: Sequence[Operator]) -> str | None:
         weights = [recording.weights[o.weight] for o in operators if o.weight is not None]
@@ -381,7 +378,26 @@ def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> 
             return "some of their weights learn and others are frozen"
         return None
 
-    return match_rules(loaded, recording.operators, legality, joint_legality)
+    return match_rules(loaded, recording.operators, legality_in(model, recording), joint_legality)
+
+
+def legality_in(model: nn.Module, recording: Recording) -> Callable[[Operator], str | None]:
+    """Says why an operator of a recorded model cannot be rewritten; None if it can.
+
+    Args:
+        model: the working copy that was recorded.
+        recording: of ``model``.
+    """
+    reason = obstacle(model, recording, (Factorized,))
+    # In an fx.GraphModule a rewritten layer has no class of its own.
+    before = {site.name for plan in history(model) for site in plan.rewritten}
+
+    def legality(operator: Operator) -> str | None:
+        if not before.isdisjoint(above(operator.path)):
+            return "it is part of a layer that was factorized before"
+        return reason(operator)
+
+    return legality
 
 
 def _batches(

@@ -15,6 +15,7 @@ from fxcompress.forms import Body, Fitted, FormError, find_form, fit
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
+from fxcompress.operators.modules import canonical_weight
 from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
@@ -170,14 +171,43 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
         for name, body in bodies.items():
             group = analysis.group(name)
+            if body.kept is not None:
+                for site in group.sites:
+                    weight, bias = _widened(analysis, site, body.kept, operator_at(made, site.name))
+                    yield site, site.shape.stored(weight), bias
+                continue
             built = _form(group, instead[name], planned)
             found = zip(group.sites, built.weights(body), built.biases(body), strict=True)
             for site, weight, bias in found:
                 yield site, site.shape.stored(weight), bias
 
-    parts = [part for body in bodies.values() for part in body.parts]
+    parts: list[nn.Module] = []
+    for name, body in bodies.items():
+        sites = analysis.group(name).sites if body.kept is not None else ()
+        parts += [operator_at(made, site.name) for site in sites] or body.parts
     parameters = [parameter for part in parts for parameter in part.parameters()]
     return Student(made, planned, parameters, weights)
+
+
+def _widened(
+    analysis: Analysis, site: Site, kept: Tensor, narrowed: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of all channels of a hidden value, given a layer of the channels kept.
+
+    A producer has its other rows as they were; a consumer reads zeros there.
+    """
+    weight: Tensor = canonical_weight(narrowed)
+    bias: Tensor | None = getattr(narrowed, "bias", None)
+    dense = site.weight_in(analysis.model).to(weight.dtype, copy=True)
+    if len(weight) < len(dense):
+        dense[kept] = weight
+        own = getattr(operator_at(analysis.model, site.name), "bias", None)
+        if bias is not None and own is not None:
+            bias = own.detach().index_copy(0, kept, bias)
+        return dense, bias
+    wide = torch.zeros_like(dense)
+    wide[:, kept] = weight
+    return wide, bias
 
 
 def _trained(analysis: Analysis, entries: Sequence[SitePlan]) -> str:
@@ -217,9 +247,13 @@ def _build(
             if not instead:
                 for module, bias in zip(modules, form.biases(body), strict=True):
                     _require_still_bias(module, bias)
-                exact = form.products([factor.to(torch.float64) for factor in factors])
-                for index, (site, weight) in enumerate(zip(group.sites, exact, strict=True)):
-                    _verify(analysis, site, body.member(index), weight)
+                if group.hidden:
+                    _verify_hidden(analysis, group, body, factors)
+                else:
+                    exact = form.products([factor.to(torch.float64) for factor in factors])
+                    for index, (site, weight) in enumerate(zip(group.sites, exact, strict=True)):
+                        assert weight is not None
+                        _verify(analysis, site, body.member(index), weight)
         except FormError as error:
             failures[name] = _Failure(chosen, str(error))
         for _ in group.sites:
@@ -254,6 +288,27 @@ def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> 
         operator.weight = nn.Parameter(site.shape.stored(weight))
         exact = operator(wide)
     verify(body, exact, inputs, channels_of(site.shape))
+
+
+def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequence[Tensor]) -> None:
+    """Compare producers with their rows that are kept, and the consumer with its refitted weight.
+
+    Args:
+        analysis: has the operators.
+        group: producers, and the consumer last.
+        body: for them.
+        factors: the channels that are kept, the consumer's weight, and rows of every producer.
+    """
+    kept, refitted, *rows = factors
+    for site, head, weight in zip(group.sites, body.heads, (*rows, refitted), strict=True):
+        inputs = _sample(analysis, site)
+        bias = getattr(operator_at(analysis.model, site.name), "bias", None)
+        if site is group.sites[-1]:
+            inputs = inputs[..., kept]
+        elif bias is not None:
+            bias = bias[kept]
+        exact = inputs.double() @ weight.double().T
+        verify(head, exact if bias is None else exact + bias.double(), inputs, -1)
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:

@@ -20,10 +20,11 @@ from fxcompress.graph.inputs import Forward
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
-from fxcompress.pipeline.analysis import analyse, match_model, working_copy
+from fxcompress.pipeline.analysis import analyse, legality_in, match_model, working_copy
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.sites import gather_sites
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
@@ -157,11 +158,16 @@ def explain(
             raise RecordError("explain runs the model once: give it an example batch")
         work = working_copy(model)
         recording = record_operators(work, [example], forward=forward)
-        return Explanation.of(match_model(work, loaded, recording), rule=rule)
+        matched = match_model(work, loaded, recording)
+        templates = {template.name: template for template in loaded.templates.values()}
+        *_, refused = gather_sites(
+            work, recording, matched, templates, legality_in(work, recording)
+        )
+        return Explanation.of(matched, rule=rule, refused=refused)
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         analysis = analyse(model, loaded, request)
         planned = make_plan(analysis, {})
     dense = {site.weight: site.reason for site in planned.sites if site.form is None}
-    return Explanation.of(analysis.matched, dense, rule=rule)
+    return Explanation.of(analysis.matched, dense, rule=rule, refused=analysis.refused)

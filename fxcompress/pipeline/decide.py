@@ -111,9 +111,12 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
     entries = []
     for entry in planned.sites:
         if entry.form is not None and entry.name in known:
-            dense = sites[entry.name].weight_in(analysis.model).to(torch.float64)
-            change = _approximated(analysis, entry) - dense
-            loss = metric.undamped_loss(sites[entry.name].shape, known[entry.name], change)
+            approximated = _approximated(analysis, entry)
+            loss = 0.0  # of a weight that stays as it is
+            if approximated is not None:
+                dense = sites[entry.name].weight_in(analysis.model).to(torch.float64)
+                change, shape = approximated - dense, sites[entry.name].shape
+                loss = metric.undamped_loss(shape, known[entry.name], change)
             entry = entry.model_copy(update={"predicted": loss})
         entries.append(entry)
     predicted = math.fsum(entry.predicted for entry in entries)
@@ -121,7 +124,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
     return planned.model_copy(update={"sites": tuple(entries), "budget": budget})
 
 
-def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor:
+def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor | None:
     """The dense weight (canonical layout, float64) that the form of a site stands for."""
     group = analysis.group(entry.group)
     form, rank = entry.choice
@@ -271,6 +274,8 @@ def _dense_reason(
         known = analysis.estimate.calibration.unmeasured
         why = known.get(site.name, "every statistic of it is zero")
         return f"no influence was measured: {why}"
+    if not forms:
+        return f"no form fits: {analysis.refused.get(site.weight, 'its rule offers none for it')}"
     single = analysis.group(site.name).forms.values()
     misfits = [reason for form in single if (reason := form.misfit())]
     if misfits and len(misfits) == len(forms):

@@ -86,7 +86,9 @@ def decompose_groups(
     """
     found: dict[str, Decomposed] = {}
     idle: list[str] = []
-    waiting = {site.name: each for each in groups if len(each.sites) > 1 for site in each.sites}
+    several = [group for group in groups if len(group.sites) > 1 and not group.hidden]
+    hidden = {group.sites[-1].name: group for group in groups if group.hidden}
+    waiting = {site.name: each for each in several for site in each.sites}
     parts: dict[str, QuadraticForm] = {}  # of sites whose group is not complete yet
     for single in groups:
         if len(single.sites) > 1:
@@ -96,13 +98,15 @@ def decompose_groups(
         found[site.name] = decompose(model, single, own)
         if own.null:
             idle.append(site.name)
-        if (several := waiting.get(site.name)) is not None:
+        if (narrowed := hidden.get(site.name)) is not None:
+            found[narrowed.name] = decompose(model, narrowed, own)
+        if (joint := waiting.get(site.name)) is not None:
             parts[site.name] = own
-            if all(member.name in parts for member in several.sites):
-                together = stacked(several, parts)
+            if all(member.name in parts for member in joint.sites):
+                together = stacked(joint, parts)
                 if together is not None:
-                    found[several.name] = decompose(model, several, together)
-                for member in several.sites:
+                    found[joint.name] = decompose(model, joint, together)
+                for member in joint.sites:
                     del parts[member.name]
         tick()
     return Decomposition(found, tuple(idle))
@@ -111,12 +115,16 @@ def decompose_groups(
 def stacked(group: Group, metrics: Mapping[str, QuadraticForm]) -> QuadraticForm | None:
     """The metric of the stacked weights of several sites on one input.
 
-    None if one of them has no influence, or the metric cannot be that of several weights.
+    None if one of them has no influence, or the metric cannot be that of several weights.  What
+    counts for a hidden value is the metric at its consumer.
 
     Args:
         group: of the sites.
         metrics: by site name.
     """
+    if group.hidden:
+        last = metrics[group.sites[-1].name]
+        return None if last.null else last
     parts = [metrics[site.name] for site in group.sites]
     return None if any(part.null for part in parts) else parts[0].stacked(parts, group.rows)
 
@@ -151,6 +159,12 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
         ValueError: a weight is not finite.
     """
     weights = [site.weight_in(model) for site in group.sites]
+    if group.hidden:
+        *producers, weight = weights
+        target = Target(weight, metric, producers=tuple(producers))
+        losses = {name: f.losses(target, group.ranks(name)) for name, f in group.forms.items()}
+        of_last = torch.tensor([*(0.0 for _ in producers), 1.0], dtype=torch.float64)
+        return Decomposed(target.without_metric(), losses, lambda rank: of_last)
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
     losses = {name: form.losses(target, group.ranks(name)) for name, form in group.forms.items()}
     whole = target.truncations()  # for reports, whatever view the forms have
@@ -168,7 +182,7 @@ def wanted_directions(
     """
     wanted: dict[str, dict[str, Components]] = {}
     for group in groups:
-        if group.name not in decomposition.groups:
+        if group.name not in decomposition.groups or group.hidden:
             continue
         target = decomposition.groups[group.name].target
         if len(group.sites) == 1:
@@ -200,7 +214,7 @@ def with_directions(
     """
     found = dict(decomposition.groups)
     for group in groups:
-        if group.name not in found:
+        if group.name not in found or group.hidden:
             continue
         before = found[group.name]
         views, quadratic, parts = dict(before.target.views), before.target.quadratic, before.parts

@@ -195,5 +195,6 @@ def _lost(
     rank = ranks[len(ranks) // 2]
     at = int(rank) if rank.ndim == 0 else tuple(rank.tolist())
     (approximated,) = group.approximated(form, target, at)
+    assert approximated is not None
     change = approximated - weight.to(torch.float64)
     return metric.undamped_loss(site.shape, held[site.name], change)

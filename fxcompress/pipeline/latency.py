@@ -219,8 +219,12 @@ class _Together(nn.Module):
         super().__init__()
         self.shared = body.shared
         self.heads = nn.ModuleList(body.heads)
+        self.chained = body.kept is not None
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        if self.chained:
+            produced = [head(x) for head in self.heads[:-1]]
+            return [self.heads[-1](produced[0])]
         values = () if self.shared is None else self.shared(x)
         return [head(x, *values) for head in self.heads]
 

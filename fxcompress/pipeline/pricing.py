@@ -138,7 +138,7 @@ def problems(
                 [
                     (group, _taken(offers, at))
                     for group, _, offers in offered
-                    if len(group.sites) > 1
+                    if len(group.sites) > 1 and _taken(offers, at)
                 ],
             )
         )
@@ -147,19 +147,43 @@ def problems(
 
 
 def _entities(
-    candidates: Mapping[str, Candidate], joint: Sequence[tuple[Group, tuple[Option, ...]]]
+    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, tuple[Option, ...]]]
 ) -> Iterator[Entity]:
-    """Sites by themselves, and groups that a joint form is offered for, where their first is."""
-    offered = {site.name: pair for pair in joint if pair[1] for site in pair[0].sites}
-    for name, candidate in candidates.items():
-        if name not in offered:
-            yield candidate
+    """Sites by themselves, and sites that are in groups of several as alternatives."""
+    import networkx as nx  # takes a while, and most uses of the package do without
+
+    links = nx.Graph()
+    links.add_nodes_from(candidates)
+    for group, _ in several:
+        nx.add_path(links, [site.name for site in group.sites])
+    wholes = {group.name: Candidate(group.name, None, options) for group, options in several}
+    for names in nx.connected_components(links):
+        groups = [group for group, _ in several if group.sites[0].name in names]
+        members = [candidate for name, candidate in candidates.items() if name in names]
+        if not groups:
+            yield from members
             continue
-        bundle, options = offered[name]
-        if name == bundle.sites[0].name:
-            single = Mode("single", tuple(candidates[site.name] for site in bundle.sites))
-            whole = Mode("joint", (Candidate(bundle.name, None, options),))
-            yield Alternatives(bundle.name, (single, whole))
+        modes = []
+        for chosen in _disjoint(groups):
+            taken = {site.name for group in chosen for site in group.sites}
+            rest = (member for member in members if member.name not in taken)
+            name = " + ".join(group.name for group in chosen) or "single"
+            modes.append(Mode(name, (*rest, *(wholes[group.name] for group in chosen))))
+        yield Alternatives(" | ".join(group.name for group in groups), tuple(modes))
+
+
+def _disjoint(groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
+    """Every set of groups that have no site in common, the empty one first."""
+    if not groups:
+        yield ()
+        return
+    first, *others = groups
+    own = {site.name for site in first.sites}
+    for rest in _disjoint(others):
+        yield rest
+    for rest in _disjoint(others):
+        if own.isdisjoint(site.name for group in rest for site in group.sites):
+            yield (first, *rest)
 
 
 def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +22,11 @@ from fxcompress.forms import (
     fit,
 )
 from fxcompress.forms.target import Ranks, Target
+from fxcompress.forms.words import BUILT_IN
+from fxcompress.graph.hidden import hidden_value
+from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.operators.applied import operator_at
+from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
@@ -74,12 +77,14 @@ class Group:
         sites: in the order of the rule's pattern.
         forms: to choose from, by name.
         match: rule id, location and bounds on the rank.
+        hidden: whether the last site reads what the others produce.
     """
 
     name: str
     sites: tuple[Site, ...]
     forms: Mapping[str, Fitted]
     match: Match | Bundle
+    hidden: bool = False
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -110,8 +115,10 @@ class Group:
         rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
         return (whole - total_size(rest), *rest)
 
-    def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor, ...]:
+    def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor | None, ...]:
         """The dense weights (canonical layout, float64) that a form stands for at a rank.
+
+        None for an operator whose weight stays as it is.
 
         Args:
             form: its name.
@@ -119,7 +126,11 @@ class Group:
             rank: of the form.
         """
         chosen = self.forms[form]
-        return chosen.products([f.to(torch.float64) for f in chosen.factors(target, rank)])
+        exact = [
+            factor.to(torch.float64) if factor.is_floating_point() else factor
+            for factor in chosen.factors(target, rank)
+        ]
+        return chosen.products(exact)
 
 
 def _head_size(head: nn.Module, shape: Any) -> Size:
@@ -180,50 +191,102 @@ def gather_sites(
     recording: Recording,
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
-) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
-    """The matched weights of a recording in graph order, and their groups.
+    legality: Callable[[Operator], str | None] = lambda operator: None,
+) -> tuple[tuple[Site, ...], tuple[Group, ...], dict[str, str]]:
+    """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
-    Every site is a group of one; groups of several come after these.
+    Every site is a group of one; groups of several come after these.  The last value says of
+    weights that a rule would narrow the input of why that cannot be done.
 
     Args:
         model: the working copy.
         recording: of ``model``.
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
+        legality: why an operator cannot be rewritten; None if it can.
     """
     operators = {operator.name: operator for operator in recording.operators}
-    sites = []
+    by_weight: dict[str, Site] = {}
+    hidden: list[tuple[str, tuple[str, ...], Match]] = []
+    refused: dict[str, str] = {}
+    protected = {match.weight: match.rule_id for match in matched.protected}
+    matches = {match.weight: match for match in matched.matches}
     for match in matched.matches:
-        operator = operators[match.operators[0]]
-        facts = recording.weights[match.weight]
-        sites.append(
-            Site(
-                name=operator.path,
-                weight=match.weight,
-                op=operator.op,
-                shape=shape_of(operator_at(model, operator.path)).counted_on(
-                    facts.rows, facts.inputs
-                ),
-                calls=len(facts.calls),
-                source=facts.source,
-                match=match,
-            )
-        )
-    by_weight = {site.weight: site for site in sites}
-    wanted: list[tuple[str, tuple[Site, ...], Match | Bundle]] = [
-        *((site.name, (site,), site.match) for site in sites),
-        *((b.name, tuple(by_weight[weight] for weight in b.members), b) for b in matched.bundles),
+        consumer = operators[match.operators[0]]
+        _add_site(by_weight, model, recording, consumer, match)
+        if not HIDDEN.isdisjoint(match.forms):
+            found = hidden_value(recording, consumer)
+            producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
+            reason = found if isinstance(found, str) else None
+            for each in (*producers, consumer):
+                own = matches.get(str(each.weight))
+                if each.weight in protected:
+                    reason = f"{each.path} is kept dense by rule {protected[str(each.weight)]}"
+                elif operator_path(model, each.path) != each.path:
+                    reason = reason or f"a function applies the weight of {each.path}"
+                elif own is not None and own.group is not None:
+                    reason = reason or f"{each.path} is in a group of equal ranks"
+                elif own is None and (illegal := legality(each)):
+                    reason = reason or f"{each.path} cannot be rewritten: {illegal}"
+            if reason is not None:
+                refused[match.weight] = f"{_listed(match)}: {reason}"
+                continue
+            for producer in producers:
+                alone = replace(match, weight=str(producer.weight), forms=(), group=None)
+                _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
+            weights = (*(str(each.weight) for each in producers), match.weight)
+            hidden.append((f"{consumer.path} and its input", weights, match))
+    order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
+    sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
+    groups = [
+        *(_group(site.name, (site,), site.match, templates) for site in sites),
+        *(
+            _group(b.name, tuple(by_weight[weight] for weight in b.members), b, templates)
+            for b in matched.bundles
+        ),
+        *(
+            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, True)
+            for name, weights, match in hidden
+        ),
     ]
-    return tuple(sites), tuple(group(*each, templates) for each in wanted)
+    return sites, tuple(groups), refused
 
 
-def group(
+def _listed(match: Match) -> str:
+    return ", ".join(form for form in match.forms if form in HIDDEN)
+
+
+HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
+"""Names of forms that rewrite an operator together with what produces its input."""
+
+
+def _add_site(
+    sites: dict[str, Site], model: nn.Module, recording: Recording, operator: Operator, match: Match
+) -> None:
+    """Add the site of an operator, unless its weight has one already."""
+    if match.weight not in sites:
+        facts = recording.weights[match.weight]
+        shape = shape_of(operator_at(model, operator.path))
+        sites[match.weight] = Site(
+            name=operator.path,
+            weight=match.weight,
+            op=operator.op,
+            shape=shape.counted_on(facts.rows, facts.inputs),
+            calls=len(facts.calls),
+            source=facts.source,
+            match=match,
+        )
+
+
+def _group(
     name: str,
     sites: tuple[Site, ...],
     match: Match | Bundle,
-    templates: Mapping[str, Template] = MappingProxyType({}),
+    templates: Mapping[str, Template],
+    hidden: bool = False,
 ) -> Group:
     """Sites with the forms that a match offers them."""
     shapes = [site.shape for site in sites]
-    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in match.forms}
-    return Group(name, sites, forms, match)
+    names = [each for each in match.forms if (each in HIDDEN) == hidden]
+    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
+    return Group(name, sites, forms, match, hidden)

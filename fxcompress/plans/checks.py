@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from fxcompress.forms import Fitted, Rank, Shape, find_form, fit
+from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
@@ -216,8 +216,8 @@ def _bundle_problems(
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
         return
-    if len({(shape.in_features, shape.dtype) for shape in own}) > 1:
-        yield "in_features", "its sites differ in type or input"
+    if reason := _unconnected(own, found):
+        yield "in_features", reason
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
@@ -236,6 +236,17 @@ def _bundle_problems(
     fixed = [unit for unit in after.units if not unit.per_row]
     if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
         yield "after", "they are not what the form has at this rank"
+
+
+def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
+    """Why operators are not on one input, or do not produce what the last one reads."""
+    if len({shape.dtype for shape in shapes}) > 1:
+        return "its sites differ in type or input"
+    if isinstance(found.form, JointForm) and found.form.hidden:
+        widths = {shape.out_features for shape in shapes[:-1]}
+        return None if widths == {shapes[-1].in_features} else "its last site reads other channels"
+    alike = len({shape.in_features for shape in shapes}) == 1
+    return None if alike else "its sites differ in type or input"
 
 
 def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:

@@ -522,8 +522,8 @@ class Plan(_Frozen):
         if absent & {self.budget.unit, *(limit.unit for limit in self.limits)}:
             raise ValueError("no size is in the unit of a budget")
         for name, sites in self.bundles.items():
-            if len({(site.form, site.rank, site.in_features) for site in sites}) > 1:
-                raise ValueError(f"the sites of bundle {name} differ in form, rank or input")
+            if len({(site.form, site.rank) for site in sites}) > 1:
+                raise ValueError(f"the sites of bundle {name} differ in form or rank")
         return self
 
     @property

@@ -205,7 +205,8 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
     lines = [_line("-", name, what, before, ", ".join(notes))]
     layers = [at for at, part in enumerate(site.parts) if part.path]
     if not layers:
-        lines.append(_line("+", name, str(site.form), after, f"{losses}  {_ranks_text(row)}"))
+        made = part_text(row, 0) if site.parts else str(site.form)
+        lines.append(_line("+", name, made, after, f"{losses}  {_ranks_text(row)}"))
         return lines
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]

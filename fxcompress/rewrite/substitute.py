@@ -6,15 +6,17 @@ graph*; in any other module the leaf is replaced by a facade that runs the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.forms import Body, Form, JointForm, Rank
 from fxcompress.operators.applied import operator_at
+from fxcompress.operators.modules import shape_of
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
@@ -90,6 +92,15 @@ def substitute(
     for original, head in zip(originals, body.heads, strict=True):
         _take_over(head, [original])
     calls = [places.calls.get(origin.site, ()) for origin in origins]
+    if body.kept is not None:
+        for original, head, origin, nodes in zip(
+            originals, body.heads, origins, calls, strict=True
+        ):
+            places.modules.replace(original, _resized(original, head.get_submodule("linear")))
+            for node in nodes:
+                node.meta = {**node.meta, **_meta(node, origin)}
+        _forget_values([node for nodes in calls[:-1] for node in nodes], {*calls[-1]})
+        return
     if all(calls):
         assert isinstance(model, fx.GraphModule)
         _substitute_nodes(model, body, originals, origins, calls, places)
@@ -103,6 +114,33 @@ def substitute(
             assert isinstance(form, JointForm)
             facade = JointMember(original, head, form, rank, joint, index)
         places.modules.replace(original, facade)
+
+
+def _resized(original: nn.Module, layer: nn.Module) -> nn.Module:
+    """A layer of the class of another one, with the weight, bias and sizes of a linear layer."""
+    assert isinstance(layer.weight, Tensor)
+    made = copy.copy(original)
+    made.__dict__ = {**original.__dict__, "_parameters": dict(original._parameters)}
+    shape = shape_of(original)
+    weight = shape.stored(layer.weight.detach())
+    made._parameters["weight"] = nn.Parameter(weight, layer.weight.requires_grad)
+    if layer.bias is not None:
+        made._parameters["bias"] = layer.bias  # type: ignore[assignment]
+    m, n = layer.weight.shape
+    for name, value in {"in_features": n, "out_features": m, "nx": n, "nf": m}.items():
+        if name in made.__dict__:
+            made.__dict__[name] = value
+    return made
+
+
+def _forget_values(nodes: Sequence[fx.Node], ends: Collection[fx.Node]) -> None:
+    """Take sizes that are no longer true off some nodes and off all that is made of them."""
+    waiting = [*nodes]
+    while waiting:
+        node = waiting.pop()
+        for key in ("val", "tensor_meta", "example_value"):
+            node.meta.pop(key, None)
+        waiting += [user for user in node.users if user not in ends]
 
 
 def _substitute_nodes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from fxcompress.rules.language.vocabulary import STEPS
@@ -94,6 +95,7 @@ class Explanation:
         outcomes: Mapping[str, str] | None = None,
         *,
         rule: str | None = None,
+        refused: Mapping[str, str] = MappingProxyType({}),
     ) -> Explanation:
         """Explain a result.
 
@@ -103,13 +105,14 @@ class Explanation:
                 418"``). Matched weights without an entry count as rewritten. None: there is
                 no plan, and the funnel ends with what was matched.
             rule: explain this rule only.
+            refused: weight -> why one of the forms that its rule offers cannot rewrite it.
 
         Raises:
             KeyError: there is no rule of that id.
         """
         wanted = tuple(result.funnels) if rule is None else (rule,)
         return cls(
-            tuple(_explain(result, rule_id, outcomes) for rule_id in wanted),
+            tuple(_explain(result, rule_id, outcomes, refused) for rule_id in wanted),
             tuple(item.text for item in result.problems if item.rule_id in wanted),
         )
 
@@ -133,15 +136,23 @@ class Explanation:
 
 
 def _explain(
-    result: MatchResult, rule_id: str, outcomes: Mapping[str, str] | None
+    result: MatchResult,
+    rule_id: str,
+    outcomes: Mapping[str, str] | None,
+    refused: Mapping[str, str],
 ) -> RuleExplanation:
     funnel = result.funnels[rule_id]
     losses: list[tuple[str, str, str, str]] = [
         (miss.step, miss.reason, miss.location, miss.path or miss.operator)
         for miss in result.misses_of(rule_id)
     ]
+    won = [match for match in result.matches if match.rule_id == rule_id]
+    losses += [
+        ("legal", refused[m.weight], m.location, m.path or m.operators[0])
+        for m in won
+        if m.weight in refused
+    ]
     if outcomes is not None:
-        won = [match for match in result.matches if match.rule_id == rule_id]
         dense = [match for match in won if match.weight in outcomes]
         losses += [
             (_OUTCOME, outcomes[m.weight], m.location, m.path or m.operators[0]) for m in dense

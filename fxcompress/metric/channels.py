@@ -1,0 +1,341 @@
+"""Fewer input channels of a weight, and what is left of it refitted.
+
+Of n channels of the input k are kept, S, and the rest, D, are dropped.  In a metric
+``½ tr(G Δ A Δᵀ)`` the best weight that reads no others is the least-squares estimate of the whole,
+
+    W' = W_S + W_D A_DS A_SS⁻¹,    loss(S) = ½ tr(G W (A - A_:S A_SS⁻¹ A_S:) Wᵀ),
+
+whatever G is: an interpolative decomposition of W whose columns are chosen in the metric.  The
+kernel of a convolution has t taps: a channel is then a block of t columns of W (m x n·t) and of A
+(n·t x n·t).
+
+Which channels is a subset selection, for which there is no closed form.  Greedy (forward selection,
+orthogonal least squares: Chen, Billings and Luo 1989): with the Schur complement
+``R = A - A_:S A_SS⁻¹ A_S:`` and ``P = L_Gᵀ W R`` (``G = L_G L_Gᵀ``) channel j gains
+
+    ½ tr(P_j R_jj⁻¹ P_jᵀ),    for one tap ½ ‖P_j‖² / R_jj,
+
+and with the Cholesky factor ``R_jj = C Cᵀ`` taking it changes both by t ranks:
+
+    s = R_:j C⁻ᵀ,  u = P_j C⁻ᵀ,    R ← R - s sᵀ,  P ← P - u sᵀ;    the gain is ½ ‖u‖².
+
+That is a Cholesky decomposition of A pivoted by what is gained in the output instead of by the
+diagonal.  Every channel is the best one given those before it.  One order serves every k, and the
+loss at k is the sum of the gains that follow: not increasing, 0 at n.
+
+On hidden values of a language model (SmolLM2, 1,536 channels) that is as good as it gets at this
+price: exchanging channels until no exchange helps gains 0.1 %, dropping them one by one from all
+(the same steps on A⁻¹ and ``L_Gᵀ W``, by the least gain) is within 1 % at every k.  Channels by
+what each one loses alone, refitted, lose 1 to 19 % more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, tail
+from fxcompress.metric.scaled import normalized, times_power
+from fxcompress.metric.whiten import BlockWhitener, Whitener, cholesky
+
+PANEL = 64
+"""Channels whose changes are gathered before they are made, by products of whole matrices."""
+
+FALLEN = 1e-3
+"""They are made earlier once a gain is this fraction of the panel's first: what is kept up to date
+beside them is rounded relative to that."""
+
+RESOLUTION = 1e-13
+"""Of the second moment of a feature, what counts as known from others."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelTruncations(Truncations):
+    """A weight with k of its n input channels, 1 <= k <= n.
+
+    Attributes:
+        weight: W in canonical layout.
+        axis: the dimension of W that counts channels.
+        order: channels in the order in which they are taken (n), int64.
+        sigma: root of twice what each of these gains (n), float64; not sorted.
+        inputs: whitens A, by which the rest is refitted; None if it is left as it is.
+        refused: why there is nothing to choose: losses are infinite below n; None if there is.
+    """
+
+    weight: Tensor
+    axis: int
+    order: Tensor
+    sigma: Tensor
+    inputs: Whitener | None = None
+    refused: str | None = None
+
+    def losses(self, ranks: Ranks) -> Losses:
+        """Predicted loss with each of these numbers of channels."""
+        return cast("Losses", tail(0.5 * self.sigma.square()).cpu().numpy()[ranks])
+
+    def factors(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        """Channels that are kept (k), increasing, and the weight that reads these only.
+
+        Returns:
+            int64, and W' in the layout of W with k channels in place of n, float64.
+
+        Raises:
+            ValueError: there are no so many channels, or none to choose from.
+        """
+        assert isinstance(rank, int)
+        if not 1 <= rank <= len(self.order):
+            raise ValueError(f"{rank} of {len(self.order)} channels cannot be kept")
+        wide = self.weight.detach().to(torch.float64)
+        kept = self.order[:rank].sort().values
+        if rank == len(self.order):
+            return kept, wide
+        if self.refused is not None:
+            raise ValueError(self.refused)
+        sizes = [*wide.shape]
+        sizes[self.axis] = rank
+        taps = math.prod(sizes[self.axis + 1 :])
+        blocks = wide.reshape(-1, len(self.order), taps)
+        return kept, self._refitted(blocks, kept).reshape(sizes)
+
+    def _refitted(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """W' (m x k x t) of W (m x n x t)."""
+        own = weight[:, kept]
+        if self.inputs is None:
+            return own
+        n, taps = weight.shape[1:]
+        dropped = torch.ones(n, dtype=torch.bool, device=kept.device)
+        dropped[kept] = False
+        a = self.inputs.dense(n * taps).to(weight).reshape(n, taps, n * taps)
+        here = a[kept].flatten(0, 1)  # rows of A
+        a_kept, a_crossed = (
+            here.reshape(-1, n, taps)[:, which].flatten(1) for which in (kept, dropped)
+        )
+        known = a_crossed @ weight[:, dropped].flatten(1).T
+        fitted: Tensor = torch.cholesky_solve(known, cholesky(a_kept))
+        return own + fitted.T.reshape(own.shape)
+
+
+def chosen(
+    weight: Tensor, inputs: Whitener, outputs: Whitener | BlockWhitener
+) -> ChannelTruncations:
+    """Channels of a weight (m x n), or (m x n x kernel), in the metric of two factors.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    _check(weight)
+    half = outputs.into(weight.detach().to(torch.float64).flatten(1))
+    if inputs.diagonal:
+        found = independent(weight, inputs.into(half.T).T)
+    else:  # whatever their size is, squares stay in range
+        half, exponent = normalized(half)
+        a, more = normalized(inputs.dense(half.shape[1]).to(half))
+        order = greedy(half, a, math.prod(weight.shape[2:]))
+        sigma = gained(half, a, order) * inputs.unit * 2.0 ** (more / 2)
+        found = ChannelTruncations(weight, 1, order, times_power(sigma, exponent), inputs)
+    if inputs.null or outputs.null:
+        return replace(found, sigma=torch.zeros_like(found.sigma))
+    return found
+
+
+def independent(weight: Tensor, whitened: Tensor) -> ChannelTruncations:
+    """Channels of a weight in a metric without products of two of them.
+
+    There is nothing to make up for, so that what they lose by themselves is the order that has the
+    best set of every size.
+
+    Args:
+        weight: (m x n), or (m x n x kernel).
+        whitened: in coordinates in which the metric is the identity (m x n·t), float64.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    _check(weight)
+    whitened, exponent = normalized(whitened)
+    energies = whitened.square().sum(0).reshape(weight.shape[1], -1).sum(1)
+    order = torch.argsort(energies, descending=True, stable=True)
+    return ChannelTruncations(weight, 1, order, times_power(energies[order].sqrt(), exponent))
+
+
+def zeroed(weight: Tensor, loss: Callable[[Tensor], float]) -> ChannelTruncations:
+    """Channels of a weight in a metric of which nothing is known but losses.
+
+    They stand in the order of what is lost without each one alone, and the weight that reads some
+    is W with zeros, in as many of them as is best: a loss need not rise with what is zeroed.
+
+    Args:
+        weight: (m x n), or (m x n x kernel).
+        loss: predicted, of a change.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    _check(weight)
+    wide = weight.detach().to(torch.float64)
+    count = wide.shape[1]
+
+    def lost(channels: Tensor) -> float:
+        change = torch.zeros_like(wide)
+        change[:, channels] = -wide[:, channels]
+        return max(loss(change), 0.0)
+
+    every = torch.arange(count, device=weight.device)
+    alone = torch.tensor([lost(one) for one in every[:, None]], dtype=torch.float64)
+    order = torch.argsort(alone, descending=True, stable=True).to(weight.device)
+    losses = [lost(order[k:]) for k in range(count)] + [0.0]
+    best, least = [0], losses[:1]
+    for k, each in enumerate(losses[1:], 1):
+        best.append(k if each <= least[-1] else best[-1])
+        least.append(min(each, least[-1]))
+    gains = torch.tensor(least, dtype=torch.float64, device=weight.device).diff().neg()
+    return _Zeroed(weight, 1, order, (2 * gains).sqrt(), used=tuple(best))
+
+
+def refused(weight: Tensor, reason: str) -> ChannelTruncations:
+    """A weight (g x m/g x n/g x kernel) of whose channels none are to be dropped, and why."""
+    count = weight.shape[0] * weight.shape[2]
+    sigma = torch.full((count,), torch.inf, dtype=torch.float64, device=weight.device)
+    order = torch.arange(count, device=weight.device)
+    return ChannelTruncations(weight, 2, order, sigma, refused=reason)
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeroed(ChannelTruncations):
+    """A weight with zeros in place of channels.
+
+    Attributes:
+        used: of k channels that are kept, how many are read: the first of the order (n + 1).
+    """
+
+    used: tuple[int, ...] = ()
+
+    def _refitted(self, weight: Tensor, kept: Tensor) -> Tensor:
+        unread = self.order[self.used[len(kept)] :]
+        return weight.index_fill(1, unread, 0.0)[:, kept]
+
+
+def _check(weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError("the weight is not finite")
+
+
+def gained(weight: Tensor, moments: Tensor, order: Tensor) -> Tensor:
+    """Root of twice what each channel gains (n), in an order in which they are taken.
+
+    With A in that order and its Cholesky factor, ``A = L Lᵀ``, the loss that is left after k
+    channels is ``½ ‖L_Gᵀ W L‖²`` without the columns of these k, so that channel i gains
+    ``½ ‖L_Gᵀ W L_:i‖²``.
+    Nothing is subtracted, so that small losses are as exact as large ones.
+
+    Args:
+        weight: ``L_Gᵀ W`` (m x n·t), float64.
+        moments: A (n·t x n·t).
+        order: channels (n).
+    """
+    columns = torch.arange(len(moments), device=order.device).reshape(len(order), -1)[order]
+    at = columns.flatten()
+    parts = weight[:, at] @ cholesky(moments[at][:, at])
+    sigma: Tensor = parts.reshape(len(parts), *columns.shape).square().sum((0, 2)).sqrt()
+    return sigma
+
+
+def greedy(weight: Tensor, moments: Tensor, taps: int = 1) -> Tensor:
+    """Channels one by one, each the best given those before it: their order (n).
+
+    Args:
+        weight: ``L_Gᵀ W`` (m x n·t), float64.
+        moments: A (n·t x n·t), positive definite but for rounding.
+        taps: t.
+    """
+    if len(weight) > weight.shape[1]:  # only the Gram matrix of its columns matters
+        weight = torch.linalg.qr(weight, mode="r").R
+    left = torch.arange(len(moments) // taps, device=weight.device)
+    panel = _Panel(moments, weight @ moments, taps, RESOLUTION * moments.diagonal())
+    order = [left[panel.run()]]
+    while len(left := left[~panel.taken]):
+        panel = panel.following()
+        order.append(left[panel.run()])
+    return torch.cat(order)
+
+
+class _Panel:
+    """Some steps of a block Cholesky decomposition, of which the next pivots are chosen by gain.
+
+    Args:
+        matrix: R (N·t x N·t).
+        products: P (p x N·t).
+        taps: t.
+        floor: what is added to the diagonal of pivots (N·t).
+    """
+
+    def __init__(self, matrix: Tensor, products: Tensor, taps: int, floor: Tensor) -> None:
+        self.matrix, self.products, self.taps = matrix, products, taps
+        self.floor = floor.clamp_min(torch.finfo(floor.dtype).tiny)
+        count = len(matrix) // taps
+        self.taken = torch.zeros(count, dtype=torch.bool, device=matrix.device)
+        steps = min(PANEL, count) * taps
+        self.s = matrix.new_zeros(len(matrix), steps)
+        self.u = matrix.new_zeros(len(products), steps)
+        blocks = matrix.reshape(count, taps, count, taps)
+        self.pivots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()  # R_jj
+        each = products.reshape(len(products), count, taps)
+        self.energies = torch.einsum("pja,pjb->jab", each, each)  # P_jᵀ P_j
+        self.pivots.diagonal(dim1=1, dim2=2).add_(self.floor.reshape(count, taps))
+
+    def run(self) -> Tensor:
+        """Take channels until the panel is full, or its gains are far apart: their places."""
+        places: list[int] = []
+        first = 0.0
+        for step in range(0, self.s.shape[1], self.taps):
+            gains = self._gains()
+            at = int(gains.argmax())
+            gain = float(gains[at])
+            first = first if step else gain
+            if gain < FALLEN * first:
+                break
+            places.append(at)
+            self._take(at, step)
+        return torch.tensor(places, device=self.taken.device)
+
+    def following(self) -> _Panel:
+        """The panel of the channels that are left, brought up to date."""
+        left = (~self.taken).repeat_interleave(self.taps)
+        s, u = self.s[left], self.u
+        matrix = self.matrix[left][:, left].addmm_(s, s.T, alpha=-1)
+        products = self.products[:, left].addmm_(u, s.T, alpha=-1)
+        return _Panel(matrix, products, self.taps, self.floor[left])
+
+    def _gains(self) -> Tensor:
+        """Twice what each channel gains (N)."""
+        if self.taps == 1:
+            found = (self.energies / self.pivots.clamp_min(self.floor[:, None, None])).flatten()
+        else:
+            lower, failed = torch.linalg.cholesky_ex(self.pivots)
+            solved = torch.cholesky_solve(self.energies, lower)
+            found = solved.diagonal(dim1=1, dim2=2).sum(1).where(failed == 0, 0.0)
+        return found.clamp_min(0).where(~self.taken, -1.0)
+
+    def _take(self, at: int, step: int) -> None:
+        """Take the channel at a place: R and P change by t ranks."""
+        taps, columns = self.taps, slice(at * self.taps, (at + 1) * self.taps)
+        s, u, own = self.s[:, :step], self.u[:, :step], self.s[columns, :step]
+        self.taken[at] = True
+        lower, failed = torch.linalg.cholesky_ex(self.pivots[at])
+        if failed:  # known from others, but for rounding
+            return
+        column = self.matrix[:, columns] - s @ own.T
+        new_s = torch.linalg.solve_triangular(lower, column.T, upper=False).T
+        new_u = self.products[:, columns] - u @ own.T
+        new_u = torch.linalg.solve_triangular(lower, new_u.T, upper=False).T
+        crossed = new_u.T @ self.products - (new_u.T @ u) @ s.T  # uᵀ P
+        blocks = new_s.reshape(-1, taps, taps)
+        mixed = blocks @ crossed.reshape(taps, -1, taps).transpose(0, 1)
+        self.pivots -= blocks @ blocks.mT
+        self.energies += blocks @ (new_u.T @ new_u) @ blocks.mT - mixed - mixed.mT
+        self.s[:, step : step + taps], self.u[:, step : step + taps] = new_s, new_u
