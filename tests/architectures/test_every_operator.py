@@ -40,7 +40,9 @@ from tests.convolutions import spd
 from tests.full_rank import counted_calls, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors
 
-FORMS = tuple(dict.fromkeys(form.name for form in BUILT_IN.values() if not form.joint))
+FORMS = tuple(
+    dict.fromkeys(form.name for form in BUILT_IN.values() if not form.joint and not form.hidden)
+)
 RULES = RuleSet.model_validate(
     {
         "budget": {"keep": 1.0},
