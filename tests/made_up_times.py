@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fxcompress.pipeline import latency
-from fxcompress.pipeline.latency import Entry
+from fxcompress.pipeline.latency import Timing
 
 CALLS = {"pivoted": 4, "tucker2": 3}
 """Calls of a form's body that count; two for the others."""
@@ -22,7 +22,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
     """
     asked: list[str] = []
 
-    def measured(entries: dict[str, Entry], device: object, tick: object) -> dict[str, float]:
+    def measured(entries: dict[str, Timing], device: object, tick: object) -> dict[str, float]:
         asked.extend(entries)
         out = {}
         for key, entry in entries.items():

@@ -16,8 +16,8 @@ from fxcompress.forms import EmbeddingShape, Form, LinearShape, find_form, fit
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline import latency
 from fxcompress.pipeline.latency import (
-    Entry,
     Table,
+    Timing,
     entries_for,
     interpolated,
     rank_grid,
@@ -34,7 +34,7 @@ def no_tick() -> None: ...
 
 def test_a_larger_operator_takes_longer(tmp_path: Path) -> None:
     shapes = [LinearShape(n, n, False, rows=256) for n in (64, 512)]
-    entries = [Entry((shape,)) for shape in shapes]
+    entries = [Timing((shape,)) for shape in shapes]
     times = Table(None).measure(entries, CPU, no_tick)
     small, large = (times[entry.key] for entry in entries)
     assert 0 < small < large  # 64 times the work
@@ -44,15 +44,15 @@ def test_the_operator_that_is_timed_is_the_real_one() -> None:
     """Of a convolution and of bodies: outputs have the size that they have in the model."""
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
     shape = latency.replace(shape_of(conv), inputs=((2, 9, 7), (1, 5, 5)))
-    module, inputs = latency._built(Entry((shape,)), CPU, torch.Generator())
+    module, inputs = latency._built(Timing((shape,)), CPU, torch.Generator())
     assert [tuple(each.shape) for each in inputs] == [(2, 3, 9, 7), (1, 3, 5, 5)]
     assert module(inputs[0]).shape == conv(inputs[0]).shape
     body, _ = latency._built(
-        Entry((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU, torch.Generator()
+        Timing((shape,), find_form("tucker2", "conv2d"), (2, 3)), CPU, torch.Generator()
     )
     (out,) = body(inputs[1])
     assert out.shape == conv(inputs[1]).shape
-    joint = Entry((LINEAR, LINEAR), find_form("joint"), 5)
+    joint = Timing((LINEAR, LINEAR), find_form("joint"), 5)
     module, (x,) = latency._built(joint, CPU, torch.Generator())
     assert [tuple(out.shape) for out in module(x)] == [(10, 48), (10, 48)]
 
@@ -61,17 +61,17 @@ def test_keys_tell_apart_what_takes_different_times() -> None:
     conv = shape_of(nn.Conv2d(4, 4, 3))
     low = find_form("low_rank")
     entries = [
-        Entry((LINEAR,)),
-        Entry((latency.replace(LINEAR, rows=11),)),
-        Entry((latency.replace(LINEAR, bias=False),)),
-        Entry((latency.replace(LINEAR, dtype=torch.bfloat16),)),
-        Entry((LINEAR,), low, 3),
-        Entry((LINEAR,), low, 4),
-        Entry((LINEAR,), find_form("pivoted"), 3),
-        Entry((conv,)),
-        Entry((latency.replace(conv, inputs=((1, 5, 5),)),)),
-        Entry((latency.replace(conv, stride=(2, 2)),)),
-        Entry((latency.replace(conv, groups=2),)),
+        Timing((LINEAR,)),
+        Timing((latency.replace(LINEAR, rows=11),)),
+        Timing((latency.replace(LINEAR, bias=False),)),
+        Timing((latency.replace(LINEAR, dtype=torch.bfloat16),)),
+        Timing((LINEAR,), low, 3),
+        Timing((LINEAR,), low, 4),
+        Timing((LINEAR,), find_form("pivoted"), 3),
+        Timing((conv,)),
+        Timing((latency.replace(conv, inputs=((1, 5, 5),)),)),
+        Timing((latency.replace(conv, stride=(2, 2)),)),
+        Timing((latency.replace(conv, groups=2),)),
     ]
     assert len({entry.key for entry in entries}) == len(entries)
 
@@ -110,7 +110,7 @@ def test_the_table_is_kept_and_nothing_is_measured_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cache" / "latency.json"
-    entry = Entry((LINEAR,))
+    entry = Timing((LINEAR,))
     first = Table(path).measure([entry], CPU, no_tick)[entry.key]
     assert json.loads(path.read_text())[latency.machine(CPU)][entry.key] == first
     monkeypatch.setattr(latency, "_measured", None)
@@ -128,7 +128,7 @@ def test_the_table_is_kept_and_nothing_is_measured_twice(
 def test_a_table_that_cannot_be_read_is_measured_again(text: str, tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
     path.write_text(text)
-    entry = Entry((LINEAR,))
+    entry = Timing((LINEAR,))
     assert Table(path).measure([entry], CPU, no_tick)[entry.key] > 0
     assert latency.machine(CPU) in json.loads(path.read_text())
 
@@ -139,7 +139,7 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_times_that_are_none_are_measured_again(tmp_path: Path) -> None:
-    path, entry = tmp_path / "latency.json", Entry((LINEAR,))
+    path, entry = tmp_path / "latency.json", Timing((LINEAR,))
     for wrong in (float("nan"), float("inf"), -1.0, 0.0, "fast", None, True):
         path.write_text(json.dumps({latency.machine(CPU): {entry.key: wrong}}))
         assert 0 < Table(path).measure([entry], CPU, no_tick)[entry.key] < 1
@@ -149,9 +149,9 @@ def test_measuring_draws_no_random_numbers_of_the_user() -> None:
     before = torch.get_rng_state()
     table = EmbeddingShape(50, 8, torch.float32, CPU, None, False, False, None, rows=4)
     conv = latency.replace(shape_of(nn.Conv2d(3, 8, 3)), inputs=((2, 9, 7),))
-    entries = [Entry((LINEAR,)), Entry((LINEAR,), find_form("low_rank"), 4)]
+    entries = [Timing((LINEAR,)), Timing((LINEAR,), find_form("low_rank"), 4)]
     torch.set_rng_state(before)
-    Table(None).measure([*entries, Entry((table,)), Entry((conv,))], CPU, no_tick)
+    Table(None).measure([*entries, Timing((table,)), Timing((conv,))], CPU, no_tick)
     assert torch.equal(torch.get_rng_state(), before)
 
 

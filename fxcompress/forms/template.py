@@ -62,7 +62,7 @@ _FORM = re.compile(r"graph:[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Fault:
     """What is wrong with a template.
 
     Attributes:
@@ -85,7 +85,7 @@ class Problem:
 class TemplateErrors(ValueError):
     """A template that cannot be used, with all of its problems."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Fault]) -> None:
         super().__init__("; ".join(problem.message for problem in problems))
         self.problems = tuple(problems)
 
@@ -94,7 +94,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Step(_Frozen):
+class TemplateNode(_Frozen):
     """One operator of a template.
 
     Attributes:
@@ -127,7 +127,7 @@ class Template(_Frozen):
 
     name: str
     input: str
-    steps: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)]
+    steps: Annotated[tuple[TemplateNode, ...], Field(max_length=MOST_STEPS)]
     outputs: Annotated[tuple[tuple[str, str], ...], Field(max_length=MOST_STEPS)]
 
     @model_validator(mode="after")
@@ -185,7 +185,7 @@ class Template(_Frozen):
             if attributes[role].get("bias") and f"{role}.bias" not in named:
                 return f"{role} has a bias, and the template leaves it out (bias: {role}.bias)"
         sizes[f"{JOINT}.in_features"] = sizes[f"{self.roles[0]}.in_features"]
-        problems: list[Problem] = []
+        problems: list[Fault] = []
         widths = _widths(
             self.steps,
             {self.input: {"": sizes[f"{JOINT}.in_features"]}},
@@ -220,17 +220,17 @@ def build_template(
     Raises:
         TemplateErrors: with every problem found.
     """
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     if not graph:
-        raise TemplateErrors([Problem(("graph",), "empty-graph", "graph has no node")])
+        raise TemplateErrors([Fault(("graph",), "empty-graph", "graph has no node")])
     if not readers:
         message = "the pattern has no linear operator that a graph could replace"
-        raise TemplateErrors([Problem(("graph",), "form-does-not-apply", message)])
+        raise TemplateErrors([Fault(("graph",), "form-does-not-apply", message)])
     for clash in graph.keys() & set(readers.values()):
         message = f"'{clash}' is what the match reads; the node needs another name"
-        raise TemplateErrors([Problem(("graph", clash), "name-clash", message)])
+        raise TemplateErrors([Fault(("graph", clash), "name-clash", message)])
     problems += [
-        Problem(("graph", node), "reserved-name", message, "give the node another name")
+        Fault(("graph", node), "reserved-name", message, "give the node another name")
         for node in graph
         if (message := _misnamed(node))
     ]
@@ -245,12 +245,12 @@ def build_template(
         if role not in readers:
             message = f"'{role}' is no linear operator of the pattern"
             problems.append(
-                Problem(("outputs", role), "bad-outputs", message, word=role, known=tuple(readers))
+                Fault(("outputs", role), "bad-outputs", message, word=role, known=tuple(readers))
             )
         if node not in graph:
             message = f"graph has no node '{node}'"
             problems.append(
-                Problem(("outputs", role), "bad-outputs", message, word=node, known=tuple(graph))
+                Fault(("outputs", role), "bad-outputs", message, word=node, known=tuple(graph))
             )
     roles = tuple(role for role in readers if role in outputs)
     if not roles:
@@ -259,7 +259,7 @@ def build_template(
     if len(values) > 1:
         message = f"{', '.join(roles)} read different values ({', '.join(f'${v}' for v in values)})"
         hint = "a template replaces operators that read the same value"
-        problems.append(Problem(("outputs",), "bad-outputs", message, hint))
+        problems.append(Fault(("outputs",), "bad-outputs", message, hint))
     for step in steps:
         _check_references(step, graph, values, problems)
         _check_sources(step, roles, problems)
@@ -289,38 +289,38 @@ def _misnamed(node: str) -> str:
     return ""
 
 
-def _placed(problem: Problem) -> str:
+def _placed(problem: Fault) -> str:
     place = ".".join(map(str, problem.path))
     return f"{place}: {problem.message}"
 
 
-def _made_problems(made: Template) -> list[Problem]:
+def _made_problems(made: Template) -> list[Fault]:
     """What is wrong with a template that is made already: what :func:`build_template` looks for.
 
     Each step is compared with what comes of it as a node of a rule file, so that nothing is in a
     template that could not have been written in one.
     """
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     names = [step.name for step in made.steps]
     words = [made.input, *made.roles]
     if not _FORM.fullmatch(made.name):
-        problems.append(Problem(("name",), "bad-name", f"'{made.name}' is no name of a template"))
+        problems.append(Fault(("name",), "bad-name", f"'{made.name}' is no name of a template"))
     if len({*names}) < len(names) or len({*made.roles}) < len(made.roles):
-        problems.append(Problem(("steps",), "duplicate-key", "a name is given twice"))
+        problems.append(Fault(("steps",), "duplicate-key", "a name is given twice"))
     problems += [
-        Problem(("outputs",), "bad-name", f"'{word}' is no name")
+        Fault(("outputs",), "bad-name", f"'{word}' is no name")
         for word in words
         if not _IDENTIFIER.fullmatch(word)
     ]
     if not made.steps or not made.outputs:
-        problems.append(Problem(("steps",), "empty-graph", "it has no node, or no output"))
+        problems.append(Fault(("steps",), "empty-graph", "it has no node, or no output"))
     known = {made.input}
     for step in made.steps:
         if message := _misnamed(step.name):
-            problems.append(Problem(("graph", step.name), "reserved-name", message))
+            problems.append(Fault(("graph", step.name), "reserved-name", message))
         if not step.inputs or not known.issuperset(step.inputs) or step.name in known:
             message = f"'{step.name}' reads nothing, or what comes after it"
-            problems.append(Problem(("graph", step.name), "unbound-value", message))
+            problems.append(Fault(("graph", step.name), "unbound-value", message))
         known.add(step.name)
     if problems:
         return problems
@@ -331,17 +331,17 @@ def _made_problems(made: Template) -> list[Problem]:
         for step in made.steps
     }  # fmt: skip
     if _steps(graph, problems) != list(made.steps):
-        problems.append(Problem(("graph",), "bad-name", "its nodes are not as a rule has them"))
+        problems.append(Fault(("graph",), "bad-name", "its nodes are not as a rule has them"))
     for role, node in made.outputs:
         if node not in graph:
-            problems.append(Problem(("outputs", role), "bad-outputs", f"graph has no '{node}'"))
+            problems.append(Fault(("outputs", role), "bad-outputs", f"graph has no '{node}'"))
     for step in made.steps:
         _check_sources(step, made.roles, problems)
     _check_use(made.steps, dict(made.outputs), problems)
     return problems or _shape_problems(made) or _factor_problems(made)
 
 
-def _only_output(steps: Sequence[Step], readers: Mapping[str, str]) -> dict[str, str]:
+def _only_output(steps: Sequence[TemplateNode], readers: Mapping[str, str]) -> dict[str, str]:
     """The outputs where there can be no doubt about them."""
     read = {source for step in steps for source in step.inputs}
     ends = [step.name for step in steps if step.name not in read]
@@ -349,43 +349,43 @@ def _only_output(steps: Sequence[Step], readers: Mapping[str, str]) -> dict[str,
         return {next(iter(readers)): ends[0]}
     example = f"for example outputs: {{{next(iter(readers))}: {ends[-1]}}}"
     message = "graph needs 'outputs': which operator becomes which node"
-    raise TemplateErrors([Problem(("graph",), "missing-outputs", message, example)])
+    raise TemplateErrors([Fault(("graph",), "missing-outputs", message, example)])
 
 
-def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Problem]) -> list[Step]:
+def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Fault]) -> list[TemplateNode]:
     steps = []
     for name, node in graph.items():
         op, here = str(node.get("op", "")), ("graph", name)
         if op not in OPERATORS:
             message = f"a template has no operator '{op}'"
             problems.append(
-                Problem((*here, "op"), "unknown-operator", message, word=op, known=OPERATORS)
+                Fault((*here, "op"), "unknown-operator", message, word=op, known=OPERATORS)
             )
         one, many = node.get("input"), node.get("inputs")
         if (one is None) == (many is None):
             found = "neither" if one is None else "both"
             message = f"'{name}' takes one of 'input' and 'inputs'; it has {found}"
-            problems.append(Problem(here, "missing-input", message, "for example input: $x"))
+            problems.append(Fault(here, "missing-input", message, "for example input: $x"))
         given = tuple(many or ()) if one is None else (one,)
         inputs = tuple(str(reference).removeprefix("$") for reference in given)
         least, most = _ARITY.get(op, (1, 1))
         if inputs and op in OPERATORS and not least <= len(inputs) <= most:
             count = "two or more inputs" if op == "cat" else ("one input", "two inputs")[least - 1]
             message = f"{op} takes {count}, not {len(inputs)}"
-            problems.append(Problem(here, "wrong-inputs", message))
+            problems.append(Fault(here, "wrong-inputs", message))
         weight, bias = str(node.get("weight") or ""), str(node.get("bias") or "")
         if op == "linear" and not weight:
             hint = "for example weight: fc.right"
-            problems.append(Problem(here, "missing-key", "linear needs 'weight'", hint))
+            problems.append(Fault(here, "missing-key", "linear needs 'weight'", hint))
         for key, value in (("weight", weight), ("bias", bias)):
             if value and op in OPERATORS and op != "linear":
                 message = f"{op} takes no {key}"
-                problems.append(Problem((*here, key), "wrong-place", message))
-        steps.append(Step(name=name, op=op, inputs=inputs, weight=weight, bias=bias))
+                problems.append(Fault((*here, key), "wrong-place", message))
+        steps.append(TemplateNode(name=name, op=op, inputs=inputs, weight=weight, bias=bias))
     return steps
 
 
-def _ordered(steps: list[Step], problems: list[Problem]) -> list[Step]:
+def _ordered(steps: list[TemplateNode], problems: list[Fault]) -> list[TemplateNode]:
     by_name = {step.name: step for step in steps}
     order = TopologicalSorter(
         {step.name: [name for name in step.inputs if name in by_name] for step in steps}
@@ -395,15 +395,15 @@ def _ordered(steps: list[Step], problems: list[Problem]) -> list[Step]:
     except CycleError as error:
         cycle = error.args[1]
         message = f"nodes read one another in a circle: {' <- '.join(cycle)}"
-        problems.append(Problem(("graph", cycle[0]), "template-cycle", message))
+        problems.append(Fault(("graph", cycle[0]), "template-cycle", message))
         return steps
 
 
 def _check_references(
-    step: Step,
+    step: TemplateNode,
     graph: Mapping[str, Mapping[str, Any]],
     values: Sequence[str],
-    problems: list[Problem],
+    problems: list[Fault],
 ) -> None:
     for index, name in enumerate(step.inputs):
         if name not in graph and name not in values:
@@ -412,10 +412,10 @@ def _check_references(
             place: tuple[str | int, ...] = ("graph", step.name, "input")
             if graph[step.name].get("input") is None:
                 place = ("graph", step.name, "inputs", index)
-            problems.append(Problem(place, "unbound-value", message, word=f"${name}", known=known))
+            problems.append(Fault(place, "unbound-value", message, word=f"${name}", known=known))
 
 
-def _check_sources(step: Step, roles: Sequence[str], problems: list[Problem]) -> None:
+def _check_sources(step: TemplateNode, roles: Sequence[str], problems: list[Fault]) -> None:
     right = f"{JOINT}.right" if len(roles) > 1 else f"{roles[0]}.right" if roles else ""
     weights = (right, *(f"{role}.left" for role in roles))
     for key, source, known in (
@@ -425,10 +425,12 @@ def _check_sources(step: Step, roles: Sequence[str], problems: list[Problem]) ->
         if source and source not in known:
             message = f"there is no {key} '{source}'"
             path = ("graph", step.name, key)
-            problems.append(Problem(path, "unknown-source", message, word=source, known=known))
+            problems.append(Fault(path, "unknown-source", message, word=source, known=known))
 
 
-def _check_use(steps: Sequence[Step], outputs: Mapping[str, str], problems: list[Problem]) -> None:
+def _check_use(
+    steps: Sequence[TemplateNode], outputs: Mapping[str, str], problems: list[Fault]
+) -> None:
     """Every node has to serve an output."""
     needed = set(outputs.values())
     for step in reversed(steps):
@@ -436,27 +438,27 @@ def _check_use(steps: Sequence[Step], outputs: Mapping[str, str], problems: list
             needed.update(step.inputs)
         else:
             message = f"nothing reads '{step.name}', and it is no output"
-            problems.append(Problem(("graph", step.name), "unused-node", message))
+            problems.append(Fault(("graph", step.name), "unused-node", message))
 
 
-def _factor_problems(made: Template) -> list[Problem]:
+def _factor_problems(made: Template) -> list[Fault]:
     """Every operator has a node of its own, and its left factor is in use."""
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     owners: dict[str, str] = {}
     used = {step.weight for step in made.steps}
     for role, node in made.outputs:
         if node in owners:
             message = f"'{node}' takes the place of '{owners[node]}' already"
-            problems.append(Problem(("outputs", role), "bad-outputs", message))
+            problems.append(Fault(("outputs", role), "bad-outputs", message))
         elif f"{role}.left" not in used:
             message = f"no node has the weight '{role}.left', without which '{role}' is lost"
-            problems.append(Problem(("outputs", role), "unused-source", message))
+            problems.append(Fault(("outputs", role), "unused-source", message))
         owners.setdefault(node, role)
     return problems
 
 
-def _shape_problems(made: Template) -> list[Problem]:
-    problems: list[Problem] = []
+def _shape_problems(made: Template) -> list[Fault]:
+    problems: list[Fault] = []
     first = made.roles[0]
     inputs = {made.input: {f"{first}.in_features": 1}}
     # The operators read one value, so their inputs are equally wide.
@@ -474,14 +476,14 @@ def _shape_problems(made: Template) -> list[Problem]:
             message = (
                 f"'{node}' has {text_of(widths[node])} features, and {role} has {text_of(wanted)}"
             )
-            problems.append(Problem(("outputs", role), "shape-mismatch", message))
+            problems.append(Fault(("outputs", role), "shape-mismatch", message))
     return problems
 
 
 def _widths(
-    steps: Sequence[Step],
+    steps: Sequence[TemplateNode],
     known: Mapping[str, Width],
-    problems: list[Problem],
+    problems: list[Fault],
     simplify: Callable[[Width], Width],
 ) -> dict[str, Width]:
     """Width of every value, with symbols as ``simplify`` has them; misfits go to ``problems``."""
@@ -498,7 +500,7 @@ def _widths(
                     f"{text_of(columns)}"
                 )
                 path = ("graph", step.name, "weight")
-                problems.append(Problem(path, "shape-mismatch", message))
+                problems.append(Fault(path, "shape-mismatch", message))
             if step.bias:
                 length = simplify({f"{step.bias.partition('.')[0]}.out_features": 1})
                 if never_equal(rows, length):
@@ -507,7 +509,7 @@ def _widths(
                         f"{text_of(length)}"
                     )
                     path = ("graph", step.name, "bias")
-                    problems.append(Problem(path, "shape-mismatch", message))
+                    problems.append(Fault(path, "shape-mismatch", message))
             widths[step.name] = rows
         elif step.op == "cat":
             widths[step.name] = sum_of(inputs)
@@ -517,6 +519,6 @@ def _widths(
                     f"'{step.name}' joins values of {text_of(inputs[0])} and {text_of(inputs[-1])} "
                     "features"
                 )
-                problems.append(Problem(("graph", step.name), "shape-mismatch", message))
+                problems.append(Fault(("graph", step.name), "shape-mismatch", message))
             widths[step.name] = inputs[0]
     return widths

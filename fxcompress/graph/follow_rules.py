@@ -19,7 +19,7 @@ WRITES = {f"aten::{name}_" for name in ("copy", "index_put", "index_copy", "mask
 """What writes values to places of another one."""
 
 
-class Call:
+class AtenCall:
     """One operator with its arguments by name, and the rule that it falls under.
 
     Attributes:
@@ -81,7 +81,7 @@ class Call:
 
 
 Found = Tensor | None | list[Tensor | None]
-Rule = Callable[[Call], Found]
+Rule = Callable[[AtenCall], Found]
 _RULES: dict[str, Rule] = {}
 
 
@@ -97,7 +97,7 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
     "copy _to_copy clone masked_fill where native_dropout dropout lift_fresh lift "
     "alias_copy detach_copy bucketize complex polar view_as_complex_copy view_as_real_copy"
 )
-def _entrywise(call: Call) -> Found:
+def _entrywise(call: AtenCall) -> Found:
     """Entry by entry; a copy overwrites."""
     values = [call.given["src"]] if call.name == "copy_" else tree_leaves((call.args, call.kwargs))
     found: Tensor | None = None
@@ -114,7 +114,7 @@ def _entrywise(call: Call) -> Found:
     "_native_batch_norm_legit_no_training cudnn_batch_norm _fused_rms_norm renorm "
     "zeros_like empty_like"
 )  # fmt: skip
-def _kept(call: Call) -> Found:
+def _kept(call: AtenCall) -> Found:
     """Whatever is mixed, an entry stays at its place."""
     marks = call.read(next(v for v in call.args if isinstance(v, Tensor)))
     if marks is None:
@@ -126,7 +126,7 @@ def _kept(call: Call) -> Found:
        "_local_scalar_dense item equal")  # fmt: skip
 @_rule("ones_like full_like rand_like randn_like randint_like new_zeros "
        "new_ones new_empty new_full new_empty_strided empty_strided bernoulli")  # fmt: skip
-def _neutral(call: Call) -> Found:
+def _neutral(call: AtenCall) -> Found:
     """Numbers of entries, places, constants: no values of tokens."""
     return None
 
@@ -138,7 +138,7 @@ def _neutral(call: Call) -> Found:
     "masked_select take rot90 diag_embed block_diag split_with_sizes_copy split_copy "
     "index_fill"
 )
-def _moved(call: Call) -> Found:
+def _moved(call: AtenCall) -> Found:
     """Run on the marks themselves."""
     found = [call.read(value) for value in tree_leaves((call.args, call.kwargs))]
     marked = [each for each in found if each is not None]
@@ -166,7 +166,7 @@ def _moved(call: Call) -> Found:
 
 
 @_rule("index")
-def _indexed(call: Call) -> Found:
+def _indexed(call: AtenCall) -> Found:
     data, places = call.given["self"], list(call.given["indices"])
     marks = call.read(data)
     if marks is not None:
@@ -192,7 +192,7 @@ def _indexed(call: Call) -> Found:
 
 
 @_rule("index_select embedding")
-def _looked_up(call: Call) -> Found:
+def _looked_up(call: AtenCall) -> Found:
     table: Any = call.given.get("self")
     places: Any = call.given.get("index")
     dim = call.given.get("dim", 0)
@@ -210,7 +210,7 @@ def _looked_up(call: Call) -> Found:
 
 
 @_rule("gather")
-def _gathered(call: Call) -> Found:
+def _gathered(call: AtenCall) -> Found:
     data, dim, places = (call.given[name] for name in ("self", "dim", "index"))
     marks, own = call.read(data), call.read(places)
     found = None if marks is None else torch.gather(marks, dim, places)
@@ -220,13 +220,13 @@ def _gathered(call: Call) -> Found:
 
 
 @_rule("repeat_interleave")
-def _repeated(call: Call) -> Found:
+def _repeated(call: AtenCall) -> Found:
     data = call.given.get("self")
     marks = None if data is None else call.read(data)
     return None if marks is None else call.func(**{**call.given, "self": marks})
 
 
-def _source(call: Call, data: Tensor) -> tuple[Tensor | None, Tensor]:
+def _source(call: AtenCall, data: Tensor) -> tuple[Tensor | None, Tensor]:
     """Marks of the values that an operator writes, and of what it writes them to."""
     values = next((call.given[n] for n in ("source", "src", "values") if n in call.given), None)
     source, marks = call.read(values), call.read(data)
@@ -244,7 +244,7 @@ def constant(data: Tensor) -> bool:
 
 
 @_rule("index_put _index_put_impl _unsafe_index_put")
-def _put(call: Call) -> Found:
+def _put(call: AtenCall) -> Found:
     data, places = call.given["self"], [*call.given["indices"]]
     adds = bool(call.given.get("accumulate", False))
     if adds:
@@ -268,7 +268,7 @@ def _put(call: Call) -> Found:
 
 
 @_rule("index_copy index_add scatter_add scatter scatter_reduce index_reduce")
-def _written(call: Call) -> Found:
+def _written(call: AtenCall) -> Found:
     """Written to places of a value along one dimension, or added up there."""
     data, dim, places = (call.given[name] for name in ("self", "dim", "index"))
     given = call.given.get("source", call.given.get("src"))
@@ -298,7 +298,7 @@ def _written(call: Call) -> Found:
 
 
 @_rule("masked_scatter")
-def _filled(call: Call) -> Found:
+def _filled(call: AtenCall) -> Found:
     source, base = _source(call, call.given["self"])
     if source is None:
         source = torch.zeros(call.given["source"].shape, dtype=base.dtype, device=base.device)
@@ -310,7 +310,7 @@ def _filled(call: Call) -> Found:
     "sum mean amax amin any all max min argmax argmin var std var_mean std_mean logsumexp prod "
     "norm linalg_vector_norm median nanmedian mode count_nonzero nansum kthvalue aminmax"
 )
-def _reduced(call: Call) -> Found:
+def _reduced(call: AtenCall) -> Found:
     data = call.given.get("self", call.args[0])
     marks = call.read(data)
     if call.name in ("max", "min") and isinstance(call.given.get("other"), Tensor):
@@ -324,7 +324,7 @@ def _reduced(call: Call) -> Found:
 
 
 @_rule("topk sort")
-def _sorted(call: Call) -> Found:
+def _sorted(call: AtenCall) -> Found:
     marks = call.read(call.given["self"])
     if marks is None:
         return None
@@ -334,19 +334,19 @@ def _sorted(call: Call) -> Found:
 
 
 @_rule("argsort")
-def _argsorted(call: Call) -> Found:
+def _argsorted(call: AtenCall) -> Found:
     marks = call.read(call.given["self"])
     return None if marks is None else marks.gather(call.given.get("dim", -1), call.results[0])
 
 
 @_rule("glu")
-def _halved(call: Call) -> Found:
+def _halved(call: AtenCall) -> Found:
     marks = call.read(call.given["self"])
     return None if marks is None else together(*marks.chunk(2, call.given.get("dim", -1)))
 
 
 @_rule("mm bmm dot mv linear addmm baddbmm addmv _grouped_mm mkldnn_linear _linear_pointwise")
-def _multiplied(call: Call) -> Found:
+def _multiplied(call: AtenCall) -> Found:
     tensors = [value for value in call.args if isinstance(value, Tensor)]
     shape = call.results[0].shape
     added: Tensor | None = None
@@ -379,7 +379,7 @@ def _multiplied(call: Call) -> Found:
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable"
 )
-def _attended(call: Call) -> Found:
+def _attended(call: AtenCall) -> Found:
     """Rows are those of the queries; where there is nothing real to look at, they are none."""
     query, key, value = (call.given[name] for name in ("query", "key", "value"))
     q, shape = call.read(query), call.results[0].shape
@@ -399,7 +399,7 @@ def _attended(call: Call) -> Found:
 
 
 @_rule("convolution _convolution mkldnn_convolution cudnn_convolution")
-def _convolved(call: Call) -> Found:
+def _convolved(call: AtenCall) -> Found:
     given = call.given
     data, weight = given.get("input", given.get("self")), given["weight"]
     marks = call.read(data)
@@ -423,7 +423,7 @@ def _convolved(call: Call) -> Found:
 
 
 @_rule("mkldnn_rnn_layer")
-def _recurrent(call: Call) -> Found:
+def _recurrent(call: AtenCall) -> Found:
     """Outputs (positions, batch, features) stay at their places."""
     marks = call.read(call.args[0])
     if marks is None:
@@ -432,13 +432,13 @@ def _recurrent(call: Call) -> Found:
 
 
 @_rule("_pack_padded_sequence")
-def _packed(call: Call) -> Found:
+def _packed(call: AtenCall) -> Found:
     marks = call.read(call.given["input"])
     return None if marks is None else [call.func(**{**call.given, "input": marks})[0]]
 
 
 @_rule("_pad_packed_sequence")
-def _unpacked(call: Call) -> Found:
+def _unpacked(call: AtenCall) -> Found:
     marks = call.read(call.given["data"])
     if marks is None:
         return None
@@ -446,7 +446,7 @@ def _unpacked(call: Call) -> Found:
 
 
 @_rule("nll_loss_forward nll_loss2d_forward")
-def _judged(call: Call) -> Found:
+def _judged(call: AtenCall) -> Found:
     """One value a row; a row without a label has none."""
     data, labels = call.given["self"], call.given["target"]
     marks, own = call.read(data), call.read(labels)
@@ -463,7 +463,7 @@ def _judged(call: Call) -> Found:
 
 @_rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
        "soft_margin_loss l1_loss")  # fmt: skip
-def _compared(call: Call) -> Found:
+def _compared(call: AtenCall) -> Found:
     found = _entrywise(call)
     if isinstance(found, Tensor) and call.results[0].dim() == 0:
         return found.amax()

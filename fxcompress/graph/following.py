@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fxcompress.graph.follow_rules import WRITES, Call, constant
+from fxcompress.graph.follow_rules import WRITES, AtenCall, constant
 from fxcompress.graph.marks import PAD, Unfollowed
 
 
@@ -169,7 +169,7 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return out  # a view
         # What a mask itself was made to says nothing beside values of tokens.
         soft = all(shadow.soft for shadow in shadows)
-        call = Call(func, args, kwargs, results, partial(self._read, soft=soft))
+        call = AtenCall(func, args, kwargs, results, partial(self._read, soft=soft))
         with torch.no_grad():
             try:
                 found = call.follow()

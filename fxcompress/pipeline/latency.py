@@ -43,7 +43,7 @@ Seconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Timing:
     """One operator, or several on one input, to be timed.
 
     Attributes:
@@ -88,7 +88,7 @@ class Table:
                 self._all = {}  # a table that cannot be read is measured again
 
     def measure(
-        self, entries: Iterable[Entry], device: torch.device, tick: Callable[[], None]
+        self, entries: Iterable[Timing], device: torch.device, tick: Callable[[], None]
     ) -> Mapping[str, float]:
         """Seconds of each entry, by its key; those that are not in the table are measured.
 
@@ -167,9 +167,9 @@ def _few(ranks: Ranks) -> Ranks:
     return cast("Ranks", ranks[np.unique(places)])
 
 
-def entries_for(form: Fitted, ranks: Ranks) -> list[Entry]:
+def entries_for(form: Fitted, ranks: Ranks) -> list[Timing]:
     """What has to be measured for a form of one operator, or of several."""
-    return [Entry(form.shapes, form.form, _rank(row)) for row in rank_grid(ranks)]
+    return [Timing(form.shapes, form.form, _rank(row)) for row in rank_grid(ranks)]
 
 
 def interpolated(
@@ -199,7 +199,7 @@ def _rank(row: Any) -> Rank:
 
 @torch.inference_mode()
 def _measured(
-    entries: Mapping[str, Entry], device: torch.device, tick: Callable[[], None]
+    entries: Mapping[str, Timing], device: torch.device, tick: Callable[[], None]
 ) -> dict[str, float]:
     least: dict[str, float] = {}
     numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
@@ -231,7 +231,7 @@ class _Together(nn.Module):
 
 @torch.no_grad()
 def _built(
-    entry: Entry, device: torch.device, numbers: torch.Generator
+    entry: Timing, device: torch.device, numbers: torch.Generator
 ) -> tuple[nn.Module, Sequence[Tensor]]:
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
 from fxcompress.pipeline.decomposition import Decomposition
-from fxcompress.pipeline.latency import Entry, Table, entries_for, interpolated
+from fxcompress.pipeline.latency import Table, Timing, entries_for, interpolated
 from fxcompress.pipeline.sites import Group, encoded
 from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Bundle, Match
@@ -52,14 +52,14 @@ class Timed:
     """Seconds, as measured on this machine.
 
     Attributes:
-        times: by the keys of :class:`fxcompress.pipeline.latency.Entry`.
+        times: by the keys of :class:`fxcompress.pipeline.latency.Timing`.
     """
 
     times: Mapping[str, float]
 
     def dense(self, group: Group) -> float:
         """The operators of a group as they are."""
-        return sum(self.times[Entry((site.shape,)).key] for site in group.sites)
+        return sum(self.times[Timing((site.shape,)).key] for site in group.sites)
 
     def at(self, group: Group, form: str, ranks: Ranks) -> Costs:
         """The operators of a group at ranks of a form, all together."""
@@ -77,9 +77,9 @@ def timed(
         table: of times that are known.
         tick: called as the measurement goes on.
     """
-    entries: list[Entry] = []
+    entries: list[Timing] = []
     for group in groups:
-        entries += [Entry((shape,)) for shape in group.shapes]
+        entries += [Timing((shape,)) for shape in group.shapes]
         for name, form in group.forms.items():
             if len(ranks := group.ranks(name)):
                 entries += entries_for(form, ranks)

@@ -22,7 +22,7 @@ from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
-Problem = tuple[str, str]
+Flaw = tuple[str, str]
 """Where (``"sites[3].rank"``), and what is wrong there."""
 
 META = torch.device("meta")
@@ -32,7 +32,7 @@ CLOSE = 1e-6
 MOST_ROWS = 2**40
 
 
-def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Problem]:
+def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Flaw]:
     """What is wrong with a plan and with the earlier ones in it, one after the other.
 
     Args:
@@ -54,9 +54,7 @@ def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Problem]:
     yield from _step_problems(plan, parts)
 
 
-def body_problems(
-    plan: Plan, parts: Callable[[str], Sequence[tuple[Part, ...]]]
-) -> Iterator[Problem]:
+def body_problems(plan: Plan, parts: Callable[[str], Sequence[tuple[Part, ...]]]) -> Iterator[Flaw]:
     """Sites whose parts are not those of their bodies.
 
     Args:
@@ -70,11 +68,11 @@ def body_problems(
                 yield places[site.name], "they are not what the form consists of"
 
 
-def _placed(prefix: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+def _placed(prefix: str, problems: Iterator[Flaw]) -> Iterator[Flaw]:
     return ((f"{prefix}{place}", message) for place, message in problems)
 
 
-def _step_problems(plan: Plan, parts: bool) -> Iterator[Problem]:
+def _step_problems(plan: Plan, parts: bool) -> Iterator[Flaw]:
     shapes: dict[str, Shape] = {}
     sound = True
     for index, site in enumerate(plan.sites):
@@ -105,7 +103,7 @@ def _step_problems(plan: Plan, parts: bool) -> Iterator[Problem]:
 # ---- sites ----------------------------------------------------------------------------
 
 
-def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
+def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iterator[Flaw]:
     """Of one site; its shape is added to ``shapes``."""
     try:
         shape = parse_shape(site.operator, site.bias, getattr(torch, site.dtype), META)
@@ -126,7 +124,7 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         yield from _single_problems(site, plan, shape)
 
 
-def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
+def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Flaw]:
     if site.full_rank != shape.full_rank:
         yield "full_rank", f"{site.full_rank}, and {site.operator} has {shape.full_rank}"
     if site.after != site.before:
@@ -135,7 +133,7 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Problem]:
         yield "form", "bundle, parts and predicted are for sites that are rewritten"
 
 
-def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Problem]:
+def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]:
     form, rank = site.choice
     found = _fitted(form, site.op, plan, [shape])
     if found is None or site.op not in found.form.operators:
@@ -163,14 +161,14 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Probl
                     yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
 
 
-def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Problem]:
+def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Flaw]:
     if site.full_rank != full:
         yield "full_rank", f"{site.full_rank}, and {site.operator} has {full} as {site.form}"
 
 
 def _size_problems(
     place: str, size: Size, count: Callable[[CountedUnit], int], shape: Shape
-) -> Iterator[Problem]:
+) -> Iterator[Flaw]:
     """Of counts that follow from the shape, and of those that are per row of an unknown number.
 
     Args:
@@ -200,7 +198,7 @@ def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted |
 
 def _bundle_problems(
     sites: Sequence[SitePlan], plan: Plan, shapes: dict[str, Shape]
-) -> Iterator[Problem]:
+) -> Iterator[Flaw]:
     first, own = sites[0], [shapes[site.name] for site in sites]
     if first.form is None:
         yield "bundle", "a site that stays dense is in none"
@@ -260,7 +258,7 @@ def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, 
 # ---- what is about several sites ------------------------------------------------------
 
 
-def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
+def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Flaw]:
     seen: set[str] = set()
     for index, pair in enumerate(plan.folded):
         place = f"folded[{index}]"
@@ -272,7 +270,7 @@ def _folded_problems(plan: Plan, shapes: dict[str, Shape]) -> Iterator[Problem]:
             yield f"{place}.convolution", f"{pair.convolution} is no convolution among the sites"
 
 
-def _total_problems(plan: Plan) -> Iterator[Problem]:
+def _total_problems(plan: Plan) -> Iterator[Flaw]:
     before = total_size(site.before for site in plan.sites)
     after = total_size(site.after for site in plan.sites)
     for name, size in (("model_before", plan.model_before), ("model_after", plan.model_after)):
@@ -289,7 +287,7 @@ def _total_problems(plan: Plan) -> Iterator[Problem]:
             yield f"model_after.{unit}", f"{plan.model_after[unit]}, and it has {expected}"
 
 
-def _budget_problems(plan: Plan) -> Iterator[Problem]:
+def _budget_problems(plan: Plan) -> Iterator[Flaw]:
     predicted = math.fsum(site.predicted for site in plan.sites)
     if not _close(plan.budget.predicted, predicted):
         yield "budget.predicted", f"{plan.budget.predicted}, and the sites have {predicted}"
@@ -314,7 +312,7 @@ def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=CLOSE, abs_tol=1e-12)
 
 
-def _fidelity_problems(plan: Plan, fidelity: Fidelity) -> Iterator[Problem]:
+def _fidelity_problems(plan: Plan, fidelity: Fidelity) -> Iterator[Flaw]:
     if {one.name: one.sites for one in fidelity.sites} != units(plan) or len(fidelity.sites) != len(
         units(plan)
     ):

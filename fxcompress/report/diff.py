@@ -15,7 +15,7 @@ from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
 from fxcompress.report import columns, summary
 from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
 from fxcompress.report.descent import rounds_lines
-from fxcompress.report.fold import Group, Row, fold_blocks
+from fxcompress.report.fold import BlockGroup, Row, fold_blocks
 from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
 from fxcompress.report.unchanged import Unchanged, unchanged
 from fxcompress.rules.matching.folding import fold
@@ -53,7 +53,7 @@ class Diff:
     """
 
     plan: Plan
-    groups: tuple[Group, ...]
+    groups: tuple[BlockGroup, ...]
     unchanged: tuple[Unchanged, ...]
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def diff_plan(plan: Plan) -> Diff:
     return Diff(plan=plan, groups=fold_blocks(plan.rewritten), unchanged=unchanged(plan))
 
 
-def group_title(group: Group) -> list[str]:
+def group_title(group: BlockGroup) -> list[str]:
     """Folded paths, one a line; the last one says how many blocks they are."""
     titles = [pattern or "(root)" for pattern in group.patterns]
     if group.count > 1:
@@ -154,7 +154,7 @@ def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
     ]
 
 
-def _group_lines(group: Group, plan: Plan, measured: Mapping[str, MeasuredSite]) -> list[str]:
+def _group_lines(group: BlockGroup, plan: Plan, measured: Mapping[str, MeasuredSite]) -> list[str]:
     lines = group_title(group)
     rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
     for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):

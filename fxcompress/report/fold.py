@@ -43,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class BlockGroup:
     """Blocks with one structure.
 
     Attributes:
@@ -58,7 +58,7 @@ class Group:
     rows: tuple[Row, ...]
 
 
-def fold_blocks(sites: Sequence[SitePlan]) -> tuple[Group, ...]:
+def fold_blocks(sites: Sequence[SitePlan]) -> tuple[BlockGroup, ...]:
     """Group the blocks (parents of sites) whose structure is equal, in graph order.
 
     A block that differs, say because one of its sites stayed dense and is not among
@@ -72,7 +72,7 @@ def fold_blocks(sites: Sequence[SitePlan]) -> tuple[Group, ...]:
         literals, _ = split_indices(path)
         alike.setdefault((literals, structure(children)), []).append(path)
     return tuple(
-        Group(
+        BlockGroup(
             patterns=fold(paths),
             count=len(paths),
             rows=_rows([blocks[path] for path in paths]),

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
-from fxcompress.plans.checks import Problem, body_problems, plan_problems
+from fxcompress.plans.checks import Flaw, body_problems, plan_problems
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import (
@@ -278,7 +278,7 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
         raise LoadError(f"{path / WEIGHTS} does not fit {plan.model_class}: {misfits}")
 
 
-def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Problem]:
+def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Flaw]:
     return body_problems(plan, lambda name: layers(bodies[name]))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fxcompress.forms.template import Problem, Template, TemplateErrors, build_template
+from fxcompress.forms.template import Fault, Template, TemplateErrors, build_template
 
 DOWN = {"op": "linear", "input": "$x", "weight": "fc.right"}
 UP = {"op": "linear", "input": "$down", "weight": "fc.left", "bias": "fc.bias"}
@@ -24,7 +24,7 @@ def build(
     return build_template("graph:t", graph, outputs, dict.fromkeys(roles or ("fc",), value))
 
 
-def problems(graph: dict[str, Any], outputs: Any = None, *roles: str) -> list[Problem]:
+def problems(graph: dict[str, Any], outputs: Any = None, *roles: str) -> list[Fault]:
     with pytest.raises(TemplateErrors) as caught:
         build(graph, outputs, *roles)
     assert all(problem.message in str(caught.value) for problem in caught.value.problems)

@@ -13,7 +13,7 @@ from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import record
 from fxcompress.rules import LoadedRules, RuleSet, match_rules
 from fxcompress.rules.language.diagnostics import Span
-from fxcompress.rules.language.document import Entry
+from fxcompress.rules.language.document import Placed
 from fxcompress.rules.language.schema import Alternative, GraphNode
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.patterns import GraphPattern, NodeTest
@@ -21,7 +21,7 @@ from fxcompress.rules.matching.search import Embedding, Search
 from tests.rules import oracle
 from tests.zoo import ZOO
 
-ENTRY = Entry(None, Span(1, 1))
+ENTRY = Placed(None, Span(1, 1))
 LETTERS = "ab"
 PLAIN = ("relu", "add", "mul", "bmm")
 

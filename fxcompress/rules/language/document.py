@@ -26,7 +26,7 @@ _MOST_READ = 100_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class Placed:
     """Where one value of the document stands.
 
     Attributes:
@@ -67,7 +67,7 @@ class Document:
     """
 
     data: Any
-    entries: Mapping[KeyPath, Entry]
+    entries: Mapping[KeyPath, Placed]
     diagnostics: tuple[Diagnostic, ...]
     complete: bool = True
 
@@ -76,7 +76,7 @@ class Document:
         return nearest(self.entries, path)
 
 
-def nearest(entries: Mapping[KeyPath, Entry], path: KeyPath) -> KeyPath:
+def nearest(entries: Mapping[KeyPath, Placed], path: KeyPath) -> KeyPath:
     """The longest part of a path that has an entry."""
     while path not in entries:
         path = path[:-1]
@@ -152,7 +152,7 @@ class _Builder:
         self.text = text
         self.lines = split_lines(text)
         self.root: Any = None
-        self.entries: dict[KeyPath, Entry] = {}
+        self.entries: dict[KeyPath, Placed] = {}
         self.diagnostics: list[Diagnostic] = []
         self.last = Span(1, 1)
         self.stack: list[_Open] = []
@@ -170,7 +170,7 @@ class _Builder:
         elif isinstance(event, yaml.NodeEvent):
             self.refuse_anchors(event)
             if isinstance(event, yaml.AliasEvent):
-                self.place(None, Entry(None, self.last))
+                self.place(None, Placed(None, self.last))
             elif isinstance(event, yaml.ScalarEvent):
                 self.scalar(event)
             elif isinstance(event, yaml.CollectionStartEvent):
@@ -207,7 +207,7 @@ class _Builder:
             self.key(top, event.value, span)
         else:
             value = resolve_scalar(event.value) if plain else event.value
-            self.place(value, Entry(None, span, event.value, style))
+            self.place(value, Placed(None, span, event.value, style))
 
     def key(self, top: _Open, raw: str, span: Span) -> None:
         top.key, top.key_span, top.drop = raw, span, raw in top.lines
@@ -227,10 +227,10 @@ class _Builder:
             line = self.lines[self.last.line - 1]
             length = max(1, len(line.rstrip()) - self.last.column + 1)
         span = Span(self.last.line, self.last.column, length)
-        path = self.place(data, Entry(None, span, style="flow" if event.flow_style else "block"))
+        path = self.place(data, Placed(None, span, style="flow" if event.flow_style else "block"))
         self.stack.append(_Open(data, path))
 
-    def place(self, value: Any, entry: Entry) -> KeyPath:
+    def place(self, value: Any, entry: Placed) -> KeyPath:
         """Put a value where the stream has come to; its path."""
         if not self.stack:
             self.root = value
@@ -249,7 +249,7 @@ class _Builder:
             path = (*top.path, f"\0{top.repeats}" if top.drop else top.key)
             if not top.drop:
                 top.data[top.key] = value
-            entry = Entry(top.key_span, entry.value, entry.raw, entry.style)
+            entry = Placed(top.key_span, entry.value, entry.raw, entry.style)
             top.key = None
         self.entries[path] = entry
         return path

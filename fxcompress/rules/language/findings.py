@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
-from fxcompress.rules.language.document import Document, Entry, KeyPath
+from fxcompress.rules.language.document import Document, KeyPath, Placed
 from fxcompress.rules.language.expressions import ExpressionError
 from fxcompress.rules.language.fields import WithAttributes
 from fxcompress.rules.language.globs import GlobError, expand
@@ -45,7 +45,7 @@ class Findings:
         if len(self.diagnostics) >= _MOST:
             raise EnoughError
 
-    def entry(self, path: KeyPath) -> Entry:
+    def entry(self, path: KeyPath) -> Placed:
         """Where a value stands, or what is around one that was left out."""
         return self.document.entries[self.document.nearest(path)]
 

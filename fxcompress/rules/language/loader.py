@@ -29,8 +29,8 @@ from fxcompress.rules.language.diagnostics import Diagnostic, choices, render, s
 from fxcompress.rules.language.document import (
     Core,
     Document,
-    Entry,
     KeyPath,
+    Placed,
     nearest,
     read_document,
 )
@@ -65,7 +65,7 @@ class LoadedRules:
     rules: RuleSet
     filename: str
     text: str = field(repr=False)
-    entries: Mapping[KeyPath, Entry] = field(repr=False)
+    entries: Mapping[KeyPath, Placed] = field(repr=False)
     expressions: Mapping[str, tuple[Expression, ...]] = field(repr=False)
     templates: Mapping[str, Template] = field(repr=False, default_factory=dict)
 

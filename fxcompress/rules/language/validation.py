@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from fxcompress.rules.language import schema
 from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
-from fxcompress.rules.language.document import Document, Entry, KeyPath
+from fxcompress.rules.language.document import Document, KeyPath, Placed
 from fxcompress.rules.language.vocabulary import LATER_KEYS, LATER_VALUES
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -194,7 +194,7 @@ def _missing_hint(name: str) -> str:
     }.get(name, "")
 
 
-def _unknown_key(path: KeyPath, entry: Entry) -> Diagnostic:
+def _unknown_key(path: KeyPath, entry: Placed) -> Diagnostic:
     key = str(path[-1])
     model = _model_at(path[:-1])
     parent = next((part for part in reversed(path[:-1]) if isinstance(part, str)), "")
@@ -223,7 +223,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
-def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
+def _unknown_value(key: str, detail: ErrorDetails, entry: Placed) -> Diagnostic:
     value = detail["input"]
     expected = str(detail.get("ctx", {}).get("expected", ""))
     known = re.findall(r"'([^']*)'", expected) or [expected]
@@ -240,7 +240,7 @@ def _unknown_value(key: str, detail: ErrorDetails, entry: Entry) -> Diagnostic:
     return Diagnostic(code, f"unknown {what} {_shown(value)}", entry.value, hint)
 
 
-def _bad_name(path: KeyPath, value: str, entry: Entry) -> Diagnostic:
+def _bad_name(path: KeyPath, value: str, entry: Placed) -> Diagnostic:
     keys = [part for part in path if isinstance(part, str)]
     key = keys[-1]
     shown = _shown(value)
@@ -258,7 +258,7 @@ def _bad_name(path: KeyPath, value: str, entry: Entry) -> Diagnostic:
     return Diagnostic("bad-name", message, entry.value, "letters, digits and _")
 
 
-def _wrong_type(key: str, kind: str, value: Any, entry: Entry) -> Diagnostic:
+def _wrong_type(key: str, kind: str, value: Any, entry: Placed) -> Diagnostic:
     hint = ""
     if kind == "tuple_type" and isinstance(value, str):
         hint = 'put it into a list: ["..."]'

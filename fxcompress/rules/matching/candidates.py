@@ -11,11 +11,11 @@ from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import Alternative
 from fxcompress.rules.matching.result import Lost
 from fxcompress.rules.matching.scopes import scope_test
-from fxcompress.rules.matching.sites import Site
+from fxcompress.rules.matching.sites import WeightCalls
 from fxcompress.rules.matching.steps import (
+    CallsCheck,
     Condition,
     Keys,
-    SiteCheck,
     conditions,
     exclusion,
     has_weight,
@@ -25,7 +25,7 @@ from fxcompress.rules.matching.terms import Claim
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PatternFit:
     """Operators that fit a pattern.
 
     Attributes:
@@ -33,7 +33,7 @@ class Candidate:
             call: one, none for an optional operator that is absent, all members of a group.
     """
 
-    bound: Mapping[str, tuple[Site, ...]]
+    bound: Mapping[str, tuple[WeightCalls, ...]]
 
     @property
     def operators(self) -> tuple[Operator, ...]:
@@ -48,7 +48,7 @@ class CandidateCheck:
         self,
         loaded: LoadedRule,
         alternative: Alternative,
-        legal: SiteCheck,
+        legal: CallsCheck,
         keys: Keys,
     ) -> None:
         scopes = {keys: alternative.scope, ("match",): loaded.rule.match.scope}
@@ -65,7 +65,7 @@ class CandidateCheck:
         self._legal = has_weight if loaded.rule.rewrite == "none" else legal
         self._known: dict[tuple[int, str], Lost | None] = {}
 
-    def lost(self, candidate: Candidate, claims: Sequence[Claim]) -> Lost | None:
+    def lost(self, candidate: PatternFit, claims: Sequence[Claim]) -> Lost | None:
         """Where and why a candidate is lost; None if it is not."""
         operators = candidate.operators
         for encloses, lost_scope in self._scopes:
@@ -88,7 +88,7 @@ class CandidateCheck:
         return None
 
     def _excluded(
-        self, candidate: Candidate, claims: Sequence[Claim], node: str | None, check: SiteCheck
+        self, candidate: PatternFit, claims: Sequence[Claim], node: str | None, check: CallsCheck
     ) -> Lost | None:
         """An entry of ``unless`` is about what is rewritten, or about the operator it names."""
         about = (
@@ -102,7 +102,7 @@ class CandidateCheck:
                 return replace(lost, text=f"{lost.reason} ({name})")
         return None
 
-    def _fails(self, number: int, condition: Condition, candidate: Candidate) -> Lost | None:
+    def _fails(self, number: int, condition: Condition, candidate: PatternFit) -> Lost | None:
         counts = {name: len(calls) for name, calls in candidate.bound.items()}
         choices = [calls or (None,) for calls in candidate.bound.values()]
         for chosen in product(*choices):

@@ -24,7 +24,7 @@ _DEPTHS = {step: depth for depth, step in enumerate((*STEPS, _OUTCOME))}
 
 
 @dataclass(frozen=True)
-class Group:
+class LostSites:
     """Sites that a rule lost at the same step for the same reason.
 
     Attributes:
@@ -71,8 +71,8 @@ class RuleExplanation:
     rule_id: str
     location: str
     funnel: Funnel
-    near: tuple[Group, ...]
-    rejected: tuple[Group, ...]
+    near: tuple[LostSites, ...]
+    rejected: tuple[LostSites, ...]
     matched: tuple[Matched, ...] = ()
 
 
@@ -175,7 +175,7 @@ def _explain(
     return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
 
 
-def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[Group]:
+def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[LostSites]:
     """Losses of one step, place and reason; reasons that differ in a number only are one."""
     groups: dict[tuple[str, tuple[str, ...], str], tuple[list[str], list[str]]] = {}
     for step, reason, location, path in losses:
@@ -184,7 +184,7 @@ def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[Group]:
         reasons.append(reason)
         paths.append(path)
     for (step, _, location), (reasons, paths) in groups.items():
-        yield Group(step, fold_numbers(reasons), location, fold_paths(paths))
+        yield LostSites(step, fold_numbers(reasons), location, fold_paths(paths))
 
 
 def _matched(instances: Sequence[Instance]) -> tuple[Matched, ...]:
@@ -239,7 +239,7 @@ def _matched_text(item: Matched) -> str:
     return f"matched    {item.scope or 'the model'}{count}   {operators}"
 
 
-def _rows(group: Group) -> list[tuple[str, str, str]]:
+def _rows(group: LostSites) -> list[tuple[str, str, str]]:
     rows = [
         (f"{path} ({count})" if count > 1 else path, group.reason, group.location)
         for path, count in group.paths[:_MOST_LINES]
@@ -265,7 +265,7 @@ def _matched_json(item: RuleExplanation) -> dict[str, Any]:
     return {"counted": list(item.funnel.anchors), "matched": matched}
 
 
-def _group_json(group: Group) -> dict[str, Any]:
+def _group_json(group: LostSites) -> dict[str, Any]:
     return {
         "step": group.step,
         "reason": group.reason,

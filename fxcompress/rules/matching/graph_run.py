@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from fxcompress.errors import RuleError
 from fxcompress.rules.language.loader import LoadedRule
-from fxcompress.rules.matching.candidates import Candidate, CandidateCheck
+from fxcompress.rules.matching.candidates import CandidateCheck, PatternFit
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.folding import fold
 from fxcompress.rules.matching.places import Places, Start, places_of
 from fxcompress.rules.matching.result import Bundle, Funnel, Instance, Losses, Lost, Match, later
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
 from fxcompress.rules.matching.search import SearchLimit
-from fxcompress.rules.matching.sites import Site, SiteIndex
-from fxcompress.rules.matching.steps import JointLegality, SiteCheck, node_steps
+from fxcompress.rules.matching.sites import SiteIndex, WeightCalls
+from fxcompress.rules.matching.steps import CallsCheck, JointLegality, node_steps
 from fxcompress.rules.matching.terms import Claim, Offer
 
 
@@ -35,12 +35,12 @@ class _Found:
         offer: what may become of them.
     """
 
-    candidate: Candidate
+    candidate: PatternFit
     claims: tuple[Claim, ...]
     offer: Offer
 
     @property
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> dict[str, WeightCalls]:
         """Weight -> its site, in the order of the pattern."""
         return {claim.site.key: claim.site for claim in self.claims}
 
@@ -58,7 +58,7 @@ class GraphRun(Run):
         loaded: LoadedRule,
         index: SiteIndex,
         graph: Dataflow,
-        legal: SiteCheck,
+        legal: CallsCheck,
         joint_legality: JointLegality,
     ) -> None:
         super().__init__(loaded)
@@ -66,7 +66,7 @@ class GraphRun(Run):
         self._joint_legality = joint_legality
         self._kept: list[_Found] = []
         self._owners: dict[str, _Found] = {}  # weight -> the match that has it
-        self._anchors: dict[int, Site] = {}
+        self._anchors: dict[int, WeightCalls] = {}
         self._pruned = False  # whether the search has left out what is taken
         self._lost: dict[int, Lost] = {}  # position of an anchor -> its latest loss
         self._won: dict[int, _Found] = {}  # position of an anchor -> its last match
@@ -90,7 +90,7 @@ class GraphRun(Run):
     # ---- within the rule --------------------------------------------------------------
 
     def _search(self, places: Places, check: CandidateCheck) -> None:
-        left: Sequence[Site] = places.anchors()
+        left: Sequence[WeightCalls] = places.anchors()
         self._names[places.anchor] = None
         self._ops |= dict.fromkeys(places.test.ops)
         self._anchors |= {anchor.order: anchor for anchor in left}
@@ -138,7 +138,7 @@ class GraphRun(Run):
         taken = next(start.candidates(None), None) if self._pruned else None
         return start.failure() if taken is None else self._take(taken, check)
 
-    def _take(self, candidate: Candidate, check: CandidateCheck) -> _Found | Lost:
+    def _take(self, candidate: PatternFit, check: CandidateCheck) -> _Found | Lost:
         claims = tuple(self._claims(candidate))
         lost = check.lost(candidate, claims)
         if lost is not None:
@@ -160,7 +160,7 @@ class GraphRun(Run):
             self._members.setdefault(self._index.orders[operator.name], found)
         return found
 
-    def _claims(self, candidate: Candidate) -> Iterator[Claim]:
+    def _claims(self, candidate: PatternFit) -> Iterator[Claim]:
         for role, calls in candidate.bound.items():
             for call in calls:
                 if self.terms.claims(role, call.first.op):
@@ -172,7 +172,7 @@ class GraphRun(Run):
         self._pruned |= taken
         return taken
 
-    def _share(self, candidate: Candidate, lost: Lost) -> None:
+    def _share(self, candidate: PatternFit, lost: Lost) -> None:
         """A lost match is lost for all of its operators, not for the anchor only."""
         for operator in candidate.operators:
             position = self._index.orders[operator.name]

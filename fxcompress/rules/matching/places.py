@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import Alternative
-from fxcompress.rules.matching.candidates import Candidate
+from fxcompress.rules.matching.candidates import PatternFit
 from fxcompress.rules.matching.dataflow import Dataflow
 from fxcompress.rules.matching.patterns import GraphPattern, NodeTest
 from fxcompress.rules.matching.result import Lost
 from fxcompress.rules.matching.scopes import innermost
 from fxcompress.rules.matching.search import MOST_STEPS, Embedding, Search, Taken
-from fxcompress.rules.matching.sites import Site, SiteIndex
+from fxcompress.rules.matching.sites import SiteIndex, WeightCalls
 from fxcompress.rules.matching.steps import Keys
 
 _STEPS_PER_OPERATOR = 50
@@ -31,8 +31,8 @@ class Start(NamedTuple):
         failure: why nothing does; only after all candidates were asked for.
     """
 
-    anchors: tuple[Site, ...]
-    candidates: Callable[[Taken | None], Iterator[Candidate]]
+    anchors: tuple[WeightCalls, ...]
+    candidates: Callable[[Taken | None], Iterator[PatternFit]]
     failure: Callable[[], Lost]
 
 
@@ -65,11 +65,11 @@ class Places(ABC):
         """Set what is counted."""
 
     @abstractmethod
-    def anchors(self) -> Sequence[Site]:
+    def anchors(self) -> Sequence[WeightCalls]:
         """All that is to be counted."""
 
     @abstractmethod
-    def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
+    def starts(self, anchors: Sequence[WeightCalls]) -> Iterator[Start]:
         """The places to look at.
 
         Args:
@@ -100,15 +100,15 @@ class _Connected(Places):
         self.test = self._pattern.tests[self.anchor]
         self.keys = (*self.at, "nodes", self.anchor)
 
-    def anchors(self) -> Sequence[Site]:
+    def anchors(self) -> Sequence[WeightCalls]:
         return self.index.calls_of(self.test.ops)
 
-    def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
+    def starts(self, anchors: Sequence[WeightCalls]) -> Iterator[Start]:
         for anchor in anchors:
             yield Start((anchor,), self._at(anchor), self._failure)
 
-    def _at(self, anchor: Site) -> Callable[[Taken | None], Iterator[Candidate]]:
-        def candidates(taken: Taken | None) -> Iterator[Candidate]:
+    def _at(self, anchor: WeightCalls) -> Callable[[Taken | None], Iterator[PatternFit]]:
+        def candidates(taken: Taken | None) -> Iterator[PatternFit]:
             if taken is None:
                 first = self._search.first(anchor.order)
                 if first is not None:
@@ -118,9 +118,9 @@ class _Connected(Places):
 
         return candidates
 
-    def _candidate(self, found: Embedding) -> Candidate:
+    def _candidate(self, found: Embedding) -> PatternFit:
         call = self.index.call
-        return Candidate(
+        return PatternFit(
             {name: (call(found[name]),) if name in found else () for name in self._pattern.tests}
         )
 
@@ -145,11 +145,11 @@ class _Grouped(Places):
         self.test = NodeTest.of(self._group)
         self.keys = (*self.at, "group")
 
-    def anchors(self) -> Sequence[Site]:
+    def anchors(self) -> Sequence[WeightCalls]:
         return self.index.calls_of(self.test.ops)
 
-    def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
-        together: dict[tuple[int | None, str | None], list[Site]] = {}
+    def starts(self, anchors: Sequence[WeightCalls]) -> Iterator[Start]:
+        together: dict[tuple[int | None, str | None], list[WeightCalls]] = {}
         for anchor in anchors:
             operands = self.graph.operands[anchor.order]
             within = self._within(anchor.first) if self._within is not None else None
@@ -157,9 +157,9 @@ class _Grouped(Places):
         for (value, _), members in together.items():
             yield self._start(value, tuple(members))
 
-    def _start(self, value: int | None, members: tuple[Site, ...]) -> Start:
+    def _start(self, value: int | None, members: tuple[WeightCalls, ...]) -> Start:
         key, wrong = self._wrong_count(value, len(members))
-        found = Candidate({self.anchor: members})
+        found = PatternFit({self.anchor: members})
         lost = Lost("pattern", wrong, self.loaded.at(*self.keys, key))
         return Start(members, lambda taken: iter(() if wrong else (found,)), lambda: lost)
 
@@ -185,16 +185,16 @@ class _Single(Places):
         self.test = NodeTest.of(self.alternative.node)
         self.keys = (*self.at, "node")
 
-    def anchors(self) -> Sequence[Site]:
+    def anchors(self) -> Sequence[WeightCalls]:
         return self.index.candidates(self.test.ops)
 
-    def starts(self, anchors: Sequence[Site]) -> Iterator[Start]:
+    def starts(self, anchors: Sequence[WeightCalls]) -> Iterator[Start]:
         for anchor in anchors:
             yield self._start(anchor)
 
-    def _start(self, anchor: Site) -> Start:
+    def _start(self, anchor: WeightCalls) -> Start:
         call, orders = self.index.call, self.index.orders
         calls = tuple(call(orders[operator.name]) for operator in anchor.operators)
-        found = Candidate({self.anchor: calls})
+        found = PatternFit({self.anchor: calls})
         lost = Lost("pattern", "")
         return Start((anchor,), lambda taken: iter((found,)), lambda: lost)

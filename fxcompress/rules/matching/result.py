@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from fxcompress.errors import RuleError
 from fxcompress.rules.language.schema import Limits
 from fxcompress.rules.language.vocabulary import STEPS, Step
-from fxcompress.rules.matching.sites import Site
+from fxcompress.rules.matching.sites import WeightCalls
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,15 @@ class Losses:
     Two parallel tuples: a pair for every site would keep the garbage collector busy.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[WeightCalls, ...]
     reasons: tuple[Lost, ...]
 
-    def __iter__(self) -> Iterator[tuple[Site, Lost]]:
+    def __iter__(self) -> Iterator[tuple[WeightCalls, Lost]]:
         orders = [site.order for site in self.sites]
         turns = sorted(range(len(orders)), key=orders.__getitem__)
         return ((self.sites[turn], self.reasons[turn]) for turn in turns)
 
-    def furthest(self, count: int) -> tuple[tuple[Site, Lost], ...]:
+    def furthest(self, count: int) -> tuple[tuple[WeightCalls, Lost], ...]:
         """The first few of those that were lost latest."""
         depth = max((STEPS.index(step) for step in {lost.step for lost in self.reasons}), default=0)
         found = (item for item in self if item[1].step == STEPS[depth])

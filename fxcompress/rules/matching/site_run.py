@@ -8,20 +8,20 @@ from itertools import compress
 from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.matching.result import Funnel, Losses, Lost, Match
 from fxcompress.rules.matching.run import Run, beaten, funnel_steps
-from fxcompress.rules.matching.sites import Site, SiteIndex
-from fxcompress.rules.matching.steps import SiteCheck, site_steps
+from fxcompress.rules.matching.sites import SiteIndex, WeightCalls
+from fxcompress.rules.matching.steps import CallsCheck, site_steps
 
 
 class SiteRun(Run):
     """One rule, column by column: every step sees all sites that are left."""
 
-    def __init__(self, loaded: LoadedRule, index: SiteIndex, legal: SiteCheck) -> None:
+    def __init__(self, loaded: LoadedRule, index: SiteIndex, legal: CallsCheck) -> None:
         super().__init__(loaded)
         nodes = [one.node for one in self.rule.match.alternatives if one.node is not None]
         self._ops = tuple(dict.fromkeys(op for node in nodes for op in node.op))
         self._candidates = index.candidates(self._ops)
-        self._kept: Sequence[Site] = self._candidates
-        self._lost_sites: list[Site] = []
+        self._kept: Sequence[WeightCalls] = self._candidates
+        self._lost_sites: list[WeightCalls] = []
         self._reasons: list[Lost] = []
         for step in site_steps(loaded, legal):
             self._lose(step(self._kept))

@@ -14,7 +14,7 @@ NOT_CALLS = frozenset({"input", "parameter", "output"})
 
 
 @dataclass(frozen=True)
-class Site:
+class WeightCalls:
     """One weight parameter with the calls of one operator that read it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Site:
         names = dict.fromkeys(f"{other.path or other.name} ({other.op})" for other in self.tied)
         return ", ".join(names)
 
-    def only(self, ops: Collection[str]) -> Site | None:
+    def only(self, ops: Collection[str]) -> WeightCalls | None:
         """The site with its calls of some operators only; None if it has none."""
         if all(operator.op in ops for operator in self.operators):
             return self
@@ -68,7 +68,7 @@ class SiteIndex:
         orders: name of an operator -> its position in the graph.
     """
 
-    by_op: Mapping[str, tuple[Site, ...]]
+    by_op: Mapping[str, tuple[WeightCalls, ...]]
     orders: Mapping[str, int]
 
     @classmethod
@@ -87,7 +87,7 @@ class SiteIndex:
         signatures: dict[str, int] = {}
         by_op = {
             op: tuple(
-                Site(
+                WeightCalls(
                     key,
                     orders[site[0].name],
                     tuple(site),
@@ -101,7 +101,7 @@ class SiteIndex:
         return cls(by_op, orders)
 
     @cached_property
-    def homes(self) -> Mapping[int, Site]:
+    def homes(self) -> Mapping[int, WeightCalls]:
         """Position of an operator -> the site that it is a call of."""
         return {
             self.orders[call.name]: site
@@ -110,7 +110,7 @@ class SiteIndex:
             for call in site.operators
         }
 
-    def call(self, position: int) -> Site:
+    def call(self, position: int) -> WeightCalls:
         """One operator as a site of its own, which it is unless it is one of several calls."""
         site = self.homes[position]
         if len(site.operators) == 1:
@@ -119,7 +119,7 @@ class SiteIndex:
         # The calls of a site need not be alike; minus a position is a signature of its own.
         return replace(site, order=position, operators=(operator,), signature=-1 - position)
 
-    def calls_of(self, ops: Sequence[str]) -> Sequence[Site]:
+    def calls_of(self, ops: Sequence[str]) -> Sequence[WeightCalls]:
         """The calls of several operators, each as a site of its own, in graph order."""
         if len(ops) == 1:
             return self.calls.get(ops[0], ())
@@ -127,7 +127,7 @@ class SiteIndex:
         return sorted(found, key=attrgetter("order"))
 
     @cached_property
-    def calls(self) -> Mapping[str, Sequence[Site]]:
+    def calls(self) -> Mapping[str, Sequence[WeightCalls]]:
         """Canonical operator name -> its calls, each as a site of its own, in graph order."""
         return {
             op: sorted(
@@ -137,12 +137,12 @@ class SiteIndex:
             for op, sites in self.by_op.items()
         }
 
-    def candidates(self, ops: Sequence[str]) -> tuple[Site, ...]:
+    def candidates(self, ops: Sequence[str]) -> tuple[WeightCalls, ...]:
         """The sites of several operators in graph order; one site per weight."""
         if len(ops) == 1:
             return self.by_op.get(ops[0], ())
         found = [site for op in dict.fromkeys(ops) for site in self.by_op.get(op, ())]
-        merged: dict[str, Site] = {}
+        merged: dict[str, WeightCalls] = {}
         for site in sorted(found, key=lambda site: site.order):
             known = merged.get(site.key)
             if known is None:

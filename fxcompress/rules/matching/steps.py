@@ -20,16 +20,16 @@ from fxcompress.rules.matching.literals import matches_literal, show
 from fxcompress.rules.matching.patterns import NodeTest, quoted
 from fxcompress.rules.matching.result import Lost, later
 from fxcompress.rules.matching.scopes import scope_test
-from fxcompress.rules.matching.sites import Site
+from fxcompress.rules.matching.sites import WeightCalls
 
 Legality = Callable[[Operator], str | None]
 JointLegality = Callable[[Sequence[Operator]], str | None]
-SiteCheck = Callable[[Site], Lost | None]
-Step = Callable[[Sequence[Site]], Sequence[Lost | None]]
+CallsCheck = Callable[[WeightCalls], Lost | None]
+LostCheck = Callable[[Sequence[WeightCalls]], Sequence[Lost | None]]
 Keys = tuple[str | int, ...]
 
 
-def site_steps(loaded: LoadedRule, legality: SiteCheck) -> list[Step]:
+def site_steps(loaded: LoadedRule, legality: CallsCheck) -> list[LostCheck]:
     """The steps of a rule about single operators, in the order in which they are taken."""
     steps = _positives(loaded)
     exclusions = [exclusion(number, loaded) for number in range(len(loaded.rule.unless))]
@@ -40,17 +40,17 @@ def site_steps(loaded: LoadedRule, legality: SiteCheck) -> list[Step]:
     return [*steps, each(has_weight if loaded.rule.rewrite == "none" else legality)]
 
 
-def each(check: SiteCheck) -> Step:
+def each(check: CallsCheck) -> LostCheck:
     """A step that looks at one site at a time."""
     return lambda sites: [check(site) for site in sites]
 
 
-def legality_check(rules: LoadedRules, legality: Legality) -> SiteCheck:
+def legality_check(rules: LoadedRules, legality: Legality) -> CallsCheck:
     """Ties, repeated calls, and the caller's own reasons; asked once per site for all rules."""
     defaults = rules.rules.defaults
     known: dict[str, Lost | None] = {}
 
-    def check(site: Site) -> Lost | None:
+    def check(site: WeightCalls) -> Lost | None:
         if site.key in known:
             return known[site.key]
         lost = has_weight(site)
@@ -69,7 +69,7 @@ def legality_check(rules: LoadedRules, legality: Legality) -> SiteCheck:
     return check
 
 
-def has_weight(site: Site) -> Lost | None:
+def has_weight(site: WeightCalls) -> Lost | None:
     """A site without a weight parameter is lost."""
     return None if site.first.weight is not None else Lost("legal", "reads no weight parameter")
 
@@ -77,7 +77,7 @@ def has_weight(site: Site) -> Lost | None:
 # ---- positive matchers ------------------------------------------------------------------
 
 
-def _positives(loaded: LoadedRule) -> list[Step]:
+def _positives(loaded: LoadedRule) -> list[LostCheck]:
     """The positive matchers: a site has to pass those of one alternative."""
     found = [
         (alternative, _alternative(alternative, loaded, keys))
@@ -86,7 +86,7 @@ def _positives(loaded: LoadedRule) -> list[Step]:
     if loaded.rule.match.any_of is None:
         return found[0][1]
 
-    def check(site: Site) -> Lost | None:
+    def check(site: WeightCalls) -> Lost | None:
         furthest: Lost | None = None
         for alternative, steps in found:
             assert alternative.node is not None
@@ -107,7 +107,7 @@ def _positives(loaded: LoadedRule) -> list[Step]:
     return [each(check), *whole]
 
 
-def _alternative(alternative: Alternative, loaded: LoadedRule, keys: Keys) -> list[Step]:
+def _alternative(alternative: Alternative, loaded: LoadedRule, keys: Keys) -> list[LostCheck]:
     assert alternative.node is not None
     steps = node_steps(NodeTest.of(alternative.node), loaded, (*keys, "node"))
     if alternative.scope is not None:
@@ -115,18 +115,18 @@ def _alternative(alternative: Alternative, loaded: LoadedRule, keys: Keys) -> li
     return steps
 
 
-def node_steps(test: NodeTest, loaded: LoadedRule, keys: Keys) -> list[Step]:
+def node_steps(test: NodeTest, loaded: LoadedRule, keys: Keys) -> list[LostCheck]:
     """Name and attributes of one operator pattern, as far as the rule asks for them."""
     named = _name(test, loaded.at(*keys, "name"))
     attributes = each(_attributes(test, loaded, keys))
     return [named] * (test.globs is not None) + [attributes] * bool(test.attributes)
 
 
-def _name(test: NodeTest, location: str) -> Step:
+def _name(test: NodeTest, location: str) -> LostCheck:
     named = test.named or bool
     lost = Lost("name", test.not_named, location)
 
-    def other_calls(site: Site) -> Lost | None:
+    def other_calls(site: WeightCalls) -> Lost | None:
         # One named call is enough: the others share the weight, hence the fate.
         if any(named(call.path) for call in site.operators[1:]):
             return None
@@ -137,10 +137,10 @@ def _name(test: NodeTest, location: str) -> Step:
     ]
 
 
-def _attributes(test: NodeTest, loaded: LoadedRule, keys: Keys) -> SiteCheck:
+def _attributes(test: NodeTest, loaded: LoadedRule, keys: Keys) -> CallsCheck:
     known: dict[int, Lost | None] = {}
 
-    def ask(site: Site) -> Lost | None:
+    def ask(site: WeightCalls) -> Lost | None:
         for operator in site.operators:
             misfit = test.misfit(operator)
             if misfit is not None:
@@ -148,7 +148,7 @@ def _attributes(test: NodeTest, loaded: LoadedRule, keys: Keys) -> SiteCheck:
                 return Lost("attribute", reason, loaded.at(*keys, attribute))
         return None
 
-    def check(site: Site) -> Lost | None:
+    def check(site: WeightCalls) -> Lost | None:
         if site.signature not in known:
             known[site.signature] = ask(site)
         lost = known[site.signature]
@@ -157,11 +157,11 @@ def _attributes(test: NodeTest, loaded: LoadedRule, keys: Keys) -> SiteCheck:
     return check
 
 
-def _also_tied(lost: Lost, site: Site) -> Lost:
+def _also_tied(lost: Lost, site: WeightCalls) -> Lost:
     return replace(lost, text=f"{lost.reason}; also tied to {site.ties}") if site.tied else lost
 
 
-def _scope(globs: Sequence[str], loaded: LoadedRule, keys: Keys) -> Step:
+def _scope(globs: Sequence[str], loaded: LoadedRule, keys: Keys) -> LostCheck:
     encloses, lost = scope_test(globs), scope_loss(globs, loaded, keys)
     return each(lambda site: None if encloses(site.operators) else lost)
 
@@ -175,7 +175,7 @@ def scope_loss(globs: Sequence[str], loaded: LoadedRule, keys: Keys) -> Lost:
 # ---- unless -----------------------------------------------------------------------------
 
 
-def exclusion(number: int, loaded: LoadedRule) -> SiteCheck:
+def exclusion(number: int, loaded: LoadedRule) -> CallsCheck:
     """One entry of ``unless``: a site is out if any of its calls fits all keys."""
     entry: Exclusion = loaded.rule.unless[number]
     shares = entry.shares_weight_with
@@ -189,7 +189,7 @@ def exclusion(number: int, loaded: LoadedRule) -> SiteCheck:
     location = loaded.at("unless", number)
     hit = Lost("unless", f"unless: {', '.join(parts)}", location)
 
-    def check(site: Site) -> Lost | None:
+    def check(site: WeightCalls) -> Lost | None:
         lost = hit
         if shares is not None:
             sharing = [other for other in site.tied if other.op == shares]
@@ -253,16 +253,16 @@ def conditions(loaded: LoadedRule) -> list[Condition]:
     return [Condition(number, expression, loaded) for number, expression in expressions]
 
 
-def _condition(condition: Condition, bound: str) -> Step:
+def _condition(condition: Condition, bound: str) -> LostCheck:
     """A condition on single operators; it has to hold for every call of a site."""
     # A model has few distinct shapes: most sites are answered from here.
     known: dict[int, Lost | None] = {}
 
-    def ask(site: Site) -> Lost | None:
+    def ask(site: WeightCalls) -> Lost | None:
         verdicts = (condition.lost({bound: operator}) for operator in site.operators)
         return next((lost for lost in verdicts if lost is not None), None)
 
-    def step(sites: Sequence[Site]) -> list[Lost | None]:
+    def step(sites: Sequence[WeightCalls]) -> list[Lost | None]:
         for site in sites:
             if site.signature not in known:
                 known[site.signature] = ask(site)

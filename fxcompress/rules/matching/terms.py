@@ -12,7 +12,7 @@ from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.schema import Limits, Rewrite
 from fxcompress.rules.language.vocabulary import OPERATORS
 from fxcompress.rules.matching.result import Bundle, Lost, Match
-from fxcompress.rules.matching.sites import Site
+from fxcompress.rules.matching.sites import WeightCalls
 from fxcompress.rules.matching.steps import JointLegality
 
 
@@ -28,7 +28,7 @@ class Claim:
 
     role: str
     operator: Operator
-    site: Site
+    site: WeightCalls
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Terms:
             return Lost("legal", _FEW.format(" and ".join(self.joint)), self._forms_location())
         return self._inapplicable(op)
 
-    def misfit(self, site: Site) -> Lost | None:
+    def misfit(self, site: WeightCalls) -> Lost | None:
         """Why the template of a rule about single operators does not fit one of them."""
         if self.template is None:
             return None
@@ -155,7 +155,7 @@ class Terms:
 
     # ---- the result -------------------------------------------------------------------
 
-    def match(self, site: Site, forms: tuple[str, ...]) -> Match:
+    def match(self, site: WeightCalls, forms: tuple[str, ...]) -> Match:
         """The site as the rule won it."""
         return Match(
             rule_id=self.rule.id,
