@@ -196,7 +196,8 @@ def test_rounds_descend() -> None:
     assert all(each.after is None or each.after >= 0 for each in plan.rounds)
     once = fxcompress.compile(network(), rules(0.5), data(8))
     model, x = network(), torch.cat(data(2))
-    lost = [float((made(x) - model(x)).square().mean()) for made in (small, once)]
+    with torch.no_grad():
+        lost = [float((made(x) - model(x)).square().mean()) for made in (small, once)]
     assert lost[0] < lost[1]
 
 
@@ -213,6 +214,25 @@ def test_while_training() -> None:
     assert {site.form for site in fxcompress.plan_of(small).sites} == {"narrow"}
     x = data(1)[0]
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_hugging_face_knows_it(tmp_path: Path) -> None:
+    """The preset narrows what it can; ``from_pretrained`` makes smaller layers, not facades."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64)
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(0, 64, (4, 32))} for _ in range(4)]
+    small = fxcompress.compile(model, "decoder", batches, keep=0.6)
+    down = small.model.layers[0].mlp.down_proj
+    assert type(down) is nn.Linear
+    assert down.in_features < 96
+    small.save_pretrained(tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(**batches[0]).logits, small(**batches[0]).logits)
+    assert type(again.model.layers[0].mlp.down_proj) is nn.Linear
+    assert small.generate(batches[0]["input_ids"][:, :4], max_new_tokens=3).shape == (4, 7)
 
 
 # ---- what is refused ------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_forms() -> None:
         for preset in ("decoder", "encoder", "every-linear")
     }
     assert forms == {
-        "decoder": ("pivoted",),
+        "decoder": ("narrow", "pivoted"),
         "encoder": ("pivoted",),
         "every-linear": ("pivoted", "low_rank"),
     }

@@ -6,7 +6,7 @@ matched a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -166,7 +166,7 @@ def _explain(
                 )
             steps = (*funnel.steps, (_OUTCOME, rewritten))
             funnel = replace(funnel, steps=steps)
-    folded = sorted(_grouped(losses), key=lambda group: -_DEPTHS[group.step])
+    folded = sorted(_grouped(losses, {*refused.values()}), key=lambda group: -_DEPTHS[group.step])
     # A site whose name does not fit was never near, even if nothing else came further.
     furthest = max((_DEPTHS[group.step] for group in folded), default=0)
     near = tuple(g for g in folded if _DEPTHS[g.step] == furthest and furthest > 0)
@@ -175,11 +175,19 @@ def _explain(
     return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
 
 
-def _grouped(losses: Iterable[tuple[str, str, str, str]]) -> Iterator[LostSites]:
-    """Losses of one step, place and reason; reasons that differ in a number only are one."""
+def _grouped(
+    losses: Iterable[tuple[str, str, str, str]], about_others: Collection[str]
+) -> Iterator[LostSites]:
+    """Losses of one step, place and reason; reasons that differ in a number only are one.
+
+    Args:
+        losses: step, reason, location and path of each.
+        about_others: reasons that name other operators, beside those of some steps.
+    """
     groups: dict[tuple[str, tuple[str, ...], str], tuple[list[str], list[str]]] = {}
     for step, reason, location, path in losses:
-        alike = words_of(reason, paths=True) if step in _ABOUT_OTHERS else (reason,)
+        others = step in _ABOUT_OTHERS or reason in about_others
+        alike = words_of(reason, paths=True) if others else (reason,)
         reasons, paths = groups.setdefault((step, alike, location), ([], []))
         reasons.append(reason)
         paths.append(path)
