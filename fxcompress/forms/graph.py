@@ -24,7 +24,7 @@ from fxcompress.forms.form import (
     linear,
 )
 from fxcompress.forms.target import Ranks
-from fxcompress.forms.template import Template, TemplateNode
+from fxcompress.forms.template import Template, TemplateStep
 from fxcompress.forms.widths import size_of, source_shape
 from fxcompress.operators.linear import LinearShape
 
@@ -119,7 +119,7 @@ def template_form(template: Template) -> Form | JointForm:
     return GraphForm(template) if len(template.roles) == 1 else GraphJointForm(template)
 
 
-def _parts(made: Template) -> tuple[list[TemplateNode], list[list[TemplateNode]]]:
+def _parts(made: Template) -> tuple[list[TemplateStep], list[list[TemplateStep]]]:
     """Steps that several outputs need, and those that one does, by output."""
     needed: list[set[str]] = []
     for _, end in made.outputs:
@@ -148,7 +148,7 @@ def _parameters(made: Template, shapes: Shapes, ranks: Ranks) -> Counts:
 
 
 def _add(
-    steps: Sequence[TemplateNode],
+    steps: Sequence[TemplateStep],
     root: nn.Module,
     graph: fx.Graph,
     values: dict[str, fx.Node],
@@ -177,7 +177,7 @@ def _add(
 
 
 def _fill(
-    steps: Sequence[TemplateNode],
+    steps: Sequence[TemplateStep],
     body: fx.GraphModule,
     lefts: Mapping[str, Tensor],
     right: Tensor,

@@ -94,7 +94,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TemplateNode(_Frozen):
+class TemplateStep(_Frozen):
     """One operator of a template.
 
     Attributes:
@@ -127,7 +127,7 @@ class Template(_Frozen):
 
     name: str
     input: str
-    steps: Annotated[tuple[TemplateNode, ...], Field(max_length=MOST_STEPS)]
+    steps: Annotated[tuple[TemplateStep, ...], Field(max_length=MOST_STEPS)]
     outputs: Annotated[tuple[tuple[str, str], ...], Field(max_length=MOST_STEPS)]
 
     @model_validator(mode="after")
@@ -341,7 +341,7 @@ def _made_problems(made: Template) -> list[Fault]:
     return problems or _shape_problems(made) or _factor_problems(made)
 
 
-def _only_output(steps: Sequence[TemplateNode], readers: Mapping[str, str]) -> dict[str, str]:
+def _only_output(steps: Sequence[TemplateStep], readers: Mapping[str, str]) -> dict[str, str]:
     """The outputs where there can be no doubt about them."""
     read = {source for step in steps for source in step.inputs}
     ends = [step.name for step in steps if step.name not in read]
@@ -352,7 +352,7 @@ def _only_output(steps: Sequence[TemplateNode], readers: Mapping[str, str]) -> d
     raise TemplateErrors([Fault(("graph",), "missing-outputs", message, example)])
 
 
-def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Fault]) -> list[TemplateNode]:
+def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Fault]) -> list[TemplateStep]:
     steps = []
     for name, node in graph.items():
         op, here = str(node.get("op", "")), ("graph", name)
@@ -381,11 +381,11 @@ def _steps(graph: Mapping[str, Mapping[str, Any]], problems: list[Fault]) -> lis
             if value and op in OPERATORS and op != "linear":
                 message = f"{op} takes no {key}"
                 problems.append(Fault((*here, key), "wrong-place", message))
-        steps.append(TemplateNode(name=name, op=op, inputs=inputs, weight=weight, bias=bias))
+        steps.append(TemplateStep(name=name, op=op, inputs=inputs, weight=weight, bias=bias))
     return steps
 
 
-def _ordered(steps: list[TemplateNode], problems: list[Fault]) -> list[TemplateNode]:
+def _ordered(steps: list[TemplateStep], problems: list[Fault]) -> list[TemplateStep]:
     by_name = {step.name: step for step in steps}
     order = TopologicalSorter(
         {step.name: [name for name in step.inputs if name in by_name] for step in steps}
@@ -400,7 +400,7 @@ def _ordered(steps: list[TemplateNode], problems: list[Fault]) -> list[TemplateN
 
 
 def _check_references(
-    step: TemplateNode,
+    step: TemplateStep,
     graph: Mapping[str, Mapping[str, Any]],
     values: Sequence[str],
     problems: list[Fault],
@@ -415,7 +415,7 @@ def _check_references(
             problems.append(Fault(place, "unbound-value", message, word=f"${name}", known=known))
 
 
-def _check_sources(step: TemplateNode, roles: Sequence[str], problems: list[Fault]) -> None:
+def _check_sources(step: TemplateStep, roles: Sequence[str], problems: list[Fault]) -> None:
     right = f"{JOINT}.right" if len(roles) > 1 else f"{roles[0]}.right" if roles else ""
     weights = (right, *(f"{role}.left" for role in roles))
     for key, source, known in (
@@ -429,7 +429,7 @@ def _check_sources(step: TemplateNode, roles: Sequence[str], problems: list[Faul
 
 
 def _check_use(
-    steps: Sequence[TemplateNode], outputs: Mapping[str, str], problems: list[Fault]
+    steps: Sequence[TemplateStep], outputs: Mapping[str, str], problems: list[Fault]
 ) -> None:
     """Every node has to serve an output."""
     needed = set(outputs.values())
@@ -481,7 +481,7 @@ def _shape_problems(made: Template) -> list[Fault]:
 
 
 def _widths(
-    steps: Sequence[TemplateNode],
+    steps: Sequence[TemplateStep],
     known: Mapping[str, Width],
     problems: list[Fault],
     simplify: Callable[[Width], Width],

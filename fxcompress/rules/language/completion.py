@@ -26,7 +26,7 @@ _OPERATORS: Mapping[str, tuple[Collection[str], bool]] = {
     "GroupPattern": (OPERATORS, True),
     "GraphNode": (ALL_OPERATORS, True),
     "CaseNode": ((*ALL_OPERATORS, INPUT), False),
-    "Step": (TEMPLATE_OPERATORS, False),
+    "TemplateNode": (TEMPLATE_OPERATORS, False),
 }
 _EXACTLY_ONE = {
     "Alternative": tuple(kind for kind in PATTERN_KINDS if kind != "any_of"),

@@ -212,7 +212,7 @@ class Exclusion(WithAttributes):
         return self
 
 
-class Step(FrozenModel):
+class TemplateNode(FrozenModel):
     """One operator of a template: ``{op: linear, input: $x, weight: fc.right}``."""
 
     op: Text
@@ -234,7 +234,9 @@ class Rewrite(FrozenModel):
     """The form that its operators take."""
     any_of: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Forms that the solver chooses from."""
-    graph: Annotated[dict[Identifier, Step] | None, Field(min_length=1, max_length=64)] = None
+    graph: Annotated[dict[Identifier, TemplateNode] | None, Field(min_length=1, max_length=64)] = (
+        None
+    )
     """A subgraph of your own, by node names."""
     outputs: Annotated[dict[Identifier, Identifier] | None, Field(min_length=1)] = None
     """Operator of the match -> node of 'graph' that takes its place."""
@@ -399,7 +401,7 @@ class Case(FrozenModel):
         return self
 
 
-def reads(node: GraphNode | Step | CaseNode) -> tuple[str | None, ...]:
+def reads(node: GraphNode | TemplateNode | CaseNode) -> tuple[str | None, ...]:
     """Names of the values that a node reads, in order; None for one that may be any."""
     given = (node.input,) if node.input is not None else node.inputs or ()
     return tuple(None if reference is None else reference[1:] for reference in given)
