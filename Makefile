@@ -17,8 +17,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
 
+# Files of tests are shared out between two processes of one thread each: most tests are small.
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # Real models and large instances; CI runs them after `make test`.
 slow: $(VENV)/dev $(VENV)/demo
