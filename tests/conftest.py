@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Processes that tests are shared out to have no main module, and click asks it for its name.
+sys.modules.setdefault("__main__", sys.modules[__name__])
 
 
 @pytest.fixture(autouse=True)
