@@ -51,12 +51,15 @@ def hidden_value(recording: Recording, consumer: Operator) -> HiddenValue | str:
         recording: of the model.
         consumer: a linear operator of it.
     """
-    operators = {operator.name: operator for operator in recording.operators}
+
+    def named(name: str) -> Operator:
+        return recording.operators[recording.places[name]]
+
     channels = consumer.attributes["in_features"]
     inside: dict[str, Operator] = {}
     waiting = [*consumer.inputs]
     while waiting:
-        found = operators[waiting.pop()]
+        found = named(waiting.pop())
         if found.name in inside:
             continue
         inside[found.name] = found
@@ -71,10 +74,10 @@ def hidden_value(recording: Recording, consumer: Operator) -> HiddenValue | str:
             waiting += found.inputs
     readers = {*inside, consumer.name}
     for found in inside.values():
-        if others := [operators[name] for name in found.users if name not in readers]:
+        if others := [named(name) for name in found.users if name not in readers]:
             return f"{_named(others[0])} reads the value of {_named(found)}, too"
         if found.op not in OPERATORS and any(
-            operators[name].shape != found.shape for name in found.inputs
+            named(name).shape != found.shape for name in found.inputs
         ):
             return f"{_named(found)} on the way to it joins values of several shapes"
     for each in (*(found for found in inside.values() if found.weight), consumer):
@@ -86,7 +89,7 @@ def hidden_value(recording: Recording, consumer: Operator) -> HiddenValue | str:
         own = recording.weights[str(consumer.weight)]
         if (facts.dtype, facts.device) != (own.dtype, own.device):
             return f"the weight of {_named(each)} has another type or is on another device"
-    order = [operator.name for operator in recording.operators if operator.name in inside]
+    order = sorted(inside, key=recording.places.__getitem__)
     return HiddenValue(
         tuple(name for name in order if inside[name].op in OPERATORS),
         tuple(name for name in order if inside[name].op not in OPERATORS),

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ class Recording:
     samples: Mapping[str, Tensor]
     called: frozenset[str]
     drew: bool = False
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each operator stands in :attr:`operators`, by its name."""
+        return {operator.name: place for place, operator in enumerate(self.operators)}
 
 
 PART = "it is applied in part"
