@@ -98,7 +98,8 @@ def decompose_groups(
         found[site.name] = decompose(model, single, own)
         if own.null:
             idle.append(site.name)
-        if (narrowed := hidden.get(site.name)) is not None:
+        narrowed = hidden.get(site.name)
+        if narrowed is not None and (not own.null or narrowed.match.limits.unmeasured):
             found[narrowed.name] = decompose(model, narrowed, own)
         if (joint := waiting.get(site.name)) is not None:
             parts[site.name] = own

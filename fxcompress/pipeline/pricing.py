@@ -95,7 +95,8 @@ def problems(
     """What the solver is to choose, with costs in each of several units.
 
     Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
-    forms, which has the name of their group.
+    forms, which has the name of their group.  Hidden values of equal widths are alternatives
+    together: of all sites of all of them, by themselves, or one candidate for each value.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -130,7 +131,7 @@ def problems(
                         group.name,
                         dense[at],
                         _taken(offers, at),
-                        group.sites[0].match.group if measured(group) else None,
+                        group.equal if measured(group) else None,
                     )
                     for group, dense, offers in offered
                     if len(group.sites) == 1
@@ -138,7 +139,7 @@ def problems(
                 [
                     (group, _taken(offers, at))
                     for group, _, offers in offered
-                    if len(group.sites) > 1 and _taken(offers, at)
+                    if len(group.sites) > 1
                 ],
             )
         )
@@ -154,35 +155,63 @@ def _entities(
 
     links = nx.Graph()
     links.add_nodes_from(candidates)
-    for group, _ in several:
-        nx.add_path(links, [site.name for site in group.sites])
-    wholes = {group.name: Candidate(group.name, None, options) for group, options in several}
+    wholes = list(_wholes(several))
+    for whole in wholes:
+        nx.add_path(links, whole.sites)
     for names in nx.connected_components(links):
-        groups = [group for group, _ in several if group.sites[0].name in names]
+        own = [whole for whole in wholes if whole.sites[0] in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
-        if not groups:
+        if not own:
             yield from members
             continue
         modes = []
-        for chosen in _disjoint(groups):
-            taken = {site.name for group in chosen for site in group.sites}
+        for chosen in _disjoint(own):
+            taken = {site for whole in chosen for site in whole.sites}
             rest = (member for member in members if member.name not in taken)
-            name = " + ".join(group.name for group in chosen) or "single"
-            modes.append(Mode(name, (*rest, *(wholes[group.name] for group in chosen))))
-        yield Alternatives(" | ".join(group.name for group in groups), tuple(modes))
+            name = " + ".join(whole.name for whole in chosen) or "single"
+            together = (candidate for whole in chosen for candidate in whole.candidates)
+            modes.append(Mode(name, (*rest, *together)))
+        yield Alternatives(" | ".join(whole.name for whole in own), tuple(modes))
 
 
-def _disjoint(groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
-    """Every set of groups that have no site in common, the empty one first."""
-    if not groups:
+@dataclass(frozen=True)
+class _Whole:
+    """Sites that are rewritten together or not at all: a group, or all hidden values of one width.
+
+    Attributes:
+        candidates: one for each group.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+
+
+def _wholes(several: Sequence[tuple[Group, tuple[Option, ...]]]) -> Iterator[_Whole]:
+    """Groups of several sites that have options; those of equal widths only if all have."""
+    together: dict[str, list[tuple[Group, tuple[Option, ...]]]] = {}
+    for group, options in several:
+        key = group.name if group.equal is None else f"group {group.equal}"
+        together.setdefault(key, []).append((group, options))
+    for name, groups in together.items():
+        if all(options for _, options in groups):
+            yield _Whole(
+                name,
+                tuple(site.name for group, _ in groups for site in group.sites),
+                tuple(Candidate(g.name, None, options, g.equal) for g, options in groups),
+            )
+
+
+def _disjoint(wholes: Sequence[_Whole]) -> Iterator[tuple[_Whole, ...]]:
+    """Every set of them that have no site in common, the empty one first."""
+    if not wholes:
         yield ()
         return
-    first, *others = groups
-    own = {site.name for site in first.sites}
+    first, *others = wholes
     for rest in _disjoint(others):
         yield rest
     for rest in _disjoint(others):
-        if own.isdisjoint(site.name for group in rest for site in group.sites):
+        if {*first.sites}.isdisjoint(site for whole in rest for site in whole.sites):
             yield (first, *rest)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -85,6 +86,11 @@ class Group:
     forms: Mapping[str, Fitted]
     match: Match | Bundle
     hidden: bool = False
+
+    @property
+    def equal(self) -> str | None:
+        """The name that a rule gives to groups of one form and one rank; None without one."""
+        return self.match.group if isinstance(self.match, Match) else None
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -207,7 +213,7 @@ def gather_sites(
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
-    hidden: list[tuple[str, tuple[str, ...], Match]] = []
+    hidden: list[Hidden] = []
     refused: dict[str, str] = {}
     protected = {match.weight: match.rule_id for match in matched.protected}
     matches = {match.weight: match for match in matched.matches}
@@ -224,18 +230,23 @@ def gather_sites(
                     reason = f"{each.path} is kept dense by rule {protected[str(each.weight)]}"
                 elif operator_path(model, each.path) != each.path:
                     reason = reason or f"a function applies the weight of {each.path}"
-                elif own is not None and own.group is not None:
+                elif own is not None and own is not match and own.group is not None:
                     reason = reason or f"{each.path} is in a group of equal ranks"
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
             if reason is not None:
                 refused[match.weight] = f"{_listed(match)}: {reason}"
                 continue
-            for producer in producers:
-                alone = replace(match, weight=str(producer.weight), forms=(), group=None)
-                _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
             weights = (*(str(each.weight) for each in producers), match.weight)
             hidden.append((f"{consumer.path} and its input", weights, match))
+    equal, unequal = _equal_widths(hidden, matched, refused)
+    refused |= unequal
+    hidden = [each for each in hidden if each[-1].weight not in refused]
+    first = {str(operator.weight): operator for operator in reversed(recording.operators)}
+    for _, weights, match in hidden:
+        for weight in weights[:-1]:
+            alone = replace(match, weight=weight, forms=(), group=None)
+            _add_site(by_weight, model, recording, first[weight], matches.get(weight, alone))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -243,6 +254,7 @@ def gather_sites(
         *(
             _group(b.name, tuple(by_weight[weight] for weight in b.members), b, templates)
             for b in matched.bundles
+            if equal.isdisjoint(b.members)
         ),
         *(
             _group(name, tuple(by_weight[weight] for weight in weights), match, templates, True)
@@ -250,6 +262,56 @@ def gather_sites(
         ),
     ]
     return sites, tuple(groups), refused
+
+
+Hidden: TypeAlias = tuple[str, tuple[str, ...], Match]
+"""Name of a hidden value, the weights of its producers and its consumer, and who matched this."""
+
+
+def _equal_widths(
+    hidden: Sequence[Hidden], matched: MatchResult, refused: Mapping[str, str]
+) -> tuple[set[str], dict[str, str]]:
+    """The weights of hidden values in groups of equal widths, and what they keep from being made.
+
+    A group is narrowed as a whole or not at all, so what is refused of one is refused of all.  Its
+    weights are in nothing else that rewrites several: every such thing would double the ways in
+    which the solver can treat the group.
+
+    Args:
+        hidden: that could be narrowed by themselves.
+        matched: what the rules match.
+        refused: weight -> why the value that it reads is not among ``hidden``.
+
+    Returns:
+        Names of the weights, and as ``refused`` what is refused in addition.
+    """
+    owner: dict[str, str] = {}
+    unequal: dict[str, str] = {}
+    for name in dict.fromkeys(match.group for *_, match in hidden if match.group is not None):
+        members = [match for match in matched.matches if match.group == name]
+        able = [match for match in members if not HIDDEN.isdisjoint(match.forms)]
+        why = {m.path: refused[m.weight].partition(": ")[2] for m in able if m.weight in refused}
+        why |= {m.path: "its rule does not offer it" for m in members if m not in able}
+        if not why:
+            own = (weights for _, weights, match in hidden if match.group == name)
+            owner |= dict.fromkeys(chain.from_iterable(own), name)
+            continue
+        path, reason = next(iter(why.items()))
+        told = f"group {name!r} is narrowed as a whole, and {path} cannot be: {reason}"
+        unequal |= {m.weight: f"{_listed(m)}: {told}" for m in able if m.weight not in refused}
+    others = [
+        (bundle.members, ", ".join(bundle.forms), bundle.members) for bundle in matched.bundles
+    ]
+    for _, weights, match in hidden:
+        if match.group is None:
+            others.append((weights, _listed(match), (match.weight,)))
+    for held, forms, told_of in others:
+        shared = next((weight for weight in held if weight in owner), None)
+        if shared is not None:
+            path, name = shared.rpartition(".")[0], owner[shared]
+            reason = f"{forms}: {path} is in the equal widths of group {name!r}"
+            unequal |= dict.fromkeys(told_of, reason)
+    return {*owner}, unequal
 
 
 def _listed(match: Match) -> str:
