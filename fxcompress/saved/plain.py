@@ -186,7 +186,7 @@ class _Entry:
         return 2 * size if self.value is None else 2 * self.value
 
     def needed(self, shapes: Shapes, probed: Shapes, wanted: Shapes, size: int) -> Needed:
-        """What it has to be for the wanted shapes; empty if it has to do with none that is wrong.
+        """What gives the wanted shapes; empty if it has to do with none that is wrong.
 
         Args:
             shapes: with the value that it has.
