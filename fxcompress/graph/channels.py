@@ -119,8 +119,7 @@ def _entrywise(asked: Question) -> Through | str:
         if axis >= 0 and found.shape[axis] == asked.channels:
             inputs.append((name, axis))
         elif found.op != "parameter":  # a parameter without channels is one number for all of them
-            rule = RULES.get(found.op)
-            if rule is None or found.op in ("input", "output"):
+            if RULES.get(found.op) is not _entrywise:
                 return f"its input comes from {named(found)}, which is not entrywise"
             return f"{named(found)} on the way to it has other channels"
     return Through(tuple(inputs))
