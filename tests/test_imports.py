@@ -24,7 +24,7 @@ LAYERS = [
     {"graph", "forms"},
     {"metric"},
     {"rules", "plans.plan"},
-    {"plans.layers", "progress", "saved.tensors"},
+    {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},

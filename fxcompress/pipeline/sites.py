@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +21,16 @@ from fxcompress.forms import (
     find_form,
     fit,
 )
+from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.forms.words import BUILT_IN
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.operators.applied import operator_at, operator_path
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
+from fxcompress.operators.per_channel import PerChannel
+from fxcompress.operators.resize import resize_obstacle
+from fxcompress.pipeline.equal import HIDDEN, HiddenSites, equal_widths, listed
 from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
@@ -62,7 +64,7 @@ class Site:
 
     def dense_size(self) -> Size:
         """Size of the operator as it is."""
-        return Size.of(lambda unit: unit.of_operator(self.shape))
+        return _operator_size(self.shape)
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
@@ -79,6 +81,7 @@ class Group:
         forms: to choose from, by name.
         match: rule id, location and bounds on the rank.
         hidden: whether the last site reads what the others produce.
+        held: of a hidden value, what else has entries of its channels.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Group:
     forms: Mapping[str, Fitted]
     match: Match | Bundle
     hidden: bool = False
+    held: tuple[PerChannel, ...] = ()
 
     @property
     def equal(self) -> str | None:
@@ -106,6 +110,10 @@ class Group:
         """The ranks of a form that the rule permits; none if it does not fit the shapes."""
         chosen = self.forms[form]
         permitted = _permitted(chosen.full_rank(), self.match)
+        if self.held:  # of few channels less may be left than what goes beside the operators
+            permitted = permitted[
+                np.minimum(chosen.parameters(permitted), chosen.bytes(permitted)) >= 0
+            ]
         return permitted if chosen.misfit() is None else permitted[:0]
 
     def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
@@ -118,7 +126,11 @@ class Group:
         """
         ranks = np.array([rank], dtype=np.int64)
         whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
-        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+        if self.hidden:
+            assert isinstance(rank, int)
+            rest = [*map(_operator_size, narrowed(self.shapes, rank)[1:])]
+        else:
+            rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
         return (whole - total_size(rest), *rest)
 
     def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor | None, ...]:
@@ -139,6 +151,10 @@ class Group:
         return chosen.products(exact)
 
 
+def _operator_size(shape: Shape) -> Size:
+    return Size.of(lambda unit: unit.of_operator(shape))
+
+
 def _head_size(head: nn.Module, shape: Any) -> Size:
     """Size of what one of several operators has for itself."""
     return Size.of(lambda unit: unit.of_head(head, shape))
@@ -147,7 +163,7 @@ def _head_size(head: nn.Module, shape: Any) -> Size:
 def on_meta(chosen: Fitted) -> Fitted:
     """The form for the same operators without memory: for bodies that are only looked at."""
     meta = torch.device("meta")
-    return fit(chosen.form, [replace(shape, device=meta) for shape in chosen.shapes])
+    return fit(chosen.form, [replace(s, device=meta) for s in chosen.shapes], chosen.held)
 
 
 PAIRS = 16
@@ -213,7 +229,7 @@ def gather_sites(
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
-    hidden: list[Hidden] = []
+    hidden: list[HiddenSites] = []
     refused: dict[str, str] = {}
     protected = {match.weight: match.rule_id for match in matched.protected}
     matches = {match.weight: match for match in matched.matches}
@@ -221,31 +237,32 @@ def gather_sites(
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
         if not HIDDEN.isdisjoint(match.forms):
-            found = hidden_value(recording, consumer)
-            producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
+            found = hidden_value(model, recording, consumer)
+            makers = [] if isinstance(found, str) else [operators[n] for n in found.weighted]
             reason = found if isinstance(found, str) else None
-            for each in (*producers, consumer):
+            for each in (*makers, consumer):
                 own = matches.get(str(each.weight))
                 if each.weight in protected:
                     reason = f"{each.path} is kept dense by rule {protected[str(each.weight)]}"
-                elif operator_path(model, each.path) != each.path:
-                    reason = reason or f"a function applies the weight of {each.path}"
-                elif own is not None and own is not match and own.group is not None:
-                    reason = reason or f"{each.path} is in a group of equal ranks"
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
-            if reason is not None:
-                refused[match.weight] = f"{_listed(match)}: {reason}"
+                elif own is not None and own is not match and own.group is not None:
+                    reason = reason or f"{each.path} is in a group of equal ranks"
+                elif obstacle := resize_obstacle(model, each.path):
+                    reason = reason or obstacle
+            if isinstance(found, str) or reason is not None:
+                refused[match.weight] = f"{listed(match)}: {reason}"
                 continue
-            weights = (*(str(each.weight) for each in producers), match.weight)
-            hidden.append((f"{consumer.path} and its input", weights, match))
-    equal, unequal = _equal_widths(hidden, matched, refused)
+            weights = (*(str(each.weight) for each in makers), match.weight)
+            name = f"{consumer.path} and its input"
+            hidden.append(HiddenSites(name, weights, match, found.held))
+    equal, unequal = equal_widths(hidden, matched, refused)
     refused |= unequal
-    hidden = [each for each in hidden if each[-1].weight not in refused]
+    hidden = [each for each in hidden if each.match.weight not in refused]
     first = {str(operator.weight): operator for operator in reversed(recording.operators)}
-    for _, weights, match in hidden:
-        for weight in weights[:-1]:
-            alone = replace(match, weight=weight, forms=(), group=None)
+    for value in hidden:
+        for weight in value.weights[:-1]:
+            alone = replace(value.match, weight=weight, forms=(), group=None)
             _add_site(by_weight, model, recording, first[weight], matches.get(weight, alone))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
@@ -257,69 +274,11 @@ def gather_sites(
             if equal.isdisjoint(b.members)
         ),
         *(
-            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, True)
-            for name, weights, match in hidden
+            _group(h.name, tuple(map(by_weight.__getitem__, h.weights)), h.match, templates, h.held)
+            for h in hidden
         ),
     ]
     return sites, tuple(groups), refused
-
-
-Hidden: TypeAlias = tuple[str, tuple[str, ...], Match]
-"""Name of a hidden value, the weights of its producers and its consumer, and who matched this."""
-
-
-def _equal_widths(
-    hidden: Sequence[Hidden], matched: MatchResult, refused: Mapping[str, str]
-) -> tuple[set[str], dict[str, str]]:
-    """The weights of hidden values in groups of equal widths, and what they keep from being made.
-
-    A group is narrowed as a whole or not at all, so what is refused of one is refused of all.  Its
-    weights are in nothing else that rewrites several: every such thing would double the ways in
-    which the solver can treat the group.
-
-    Args:
-        hidden: that could be narrowed by themselves.
-        matched: what the rules match.
-        refused: weight -> why the value that it reads is not among ``hidden``.
-
-    Returns:
-        Names of the weights, and as ``refused`` what is refused in addition.
-    """
-    owner: dict[str, str] = {}
-    unequal: dict[str, str] = {}
-    for name in dict.fromkeys(match.group for *_, match in hidden if match.group is not None):
-        members = [match for match in matched.matches if match.group == name]
-        able = [match for match in members if not HIDDEN.isdisjoint(match.forms)]
-        why = {m.path: refused[m.weight].partition(": ")[2] for m in able if m.weight in refused}
-        why |= {m.path: "its rule does not offer it" for m in members if m not in able}
-        if not why:
-            own = (weights for _, weights, match in hidden if match.group == name)
-            owner |= dict.fromkeys(chain.from_iterable(own), name)
-            continue
-        path, reason = next(iter(why.items()))
-        told = f"group {name!r} is narrowed as a whole, and {path} cannot be: {reason}"
-        unequal |= {m.weight: f"{_listed(m)}: {told}" for m in able if m.weight not in refused}
-    others = [
-        (bundle.members, ", ".join(bundle.forms), bundle.members) for bundle in matched.bundles
-    ]
-    for _, weights, match in hidden:
-        if match.group is None:
-            others.append((weights, _listed(match), (match.weight,)))
-    for held, forms, told_of in others:
-        shared = next((weight for weight in held if weight in owner), None)
-        if shared is not None:
-            path, name = shared.rpartition(".")[0], owner[shared]
-            reason = f"{forms}: {path} is in the equal widths of group {name!r}"
-            unequal |= dict.fromkeys(told_of, reason)
-    return {*owner}, unequal
-
-
-def _listed(match: Match) -> str:
-    return ", ".join(form for form in match.forms if form in HIDDEN)
-
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
 
 
 def _add_site(
@@ -345,10 +304,19 @@ def _group(
     sites: tuple[Site, ...],
     match: Match | Bundle,
     templates: Mapping[str, Template],
-    hidden: bool = False,
+    held: tuple[PerChannel, ...] | None = None,
 ) -> Group:
-    """Sites with the forms that a match offers them."""
-    shapes = [site.shape for site in sites]
+    """Sites with the forms that a match offers them.
+
+    Args:
+        name: of the group.
+        sites: of it.
+        match: offers forms.
+        templates: by the names of the forms that they stand for.
+        held: of a hidden value, as of :class:`Group`; None for any other sites.
+    """
+    shapes, hidden = [site.shape for site in sites], held is not None
     names = [each for each in match.forms if (each in HIDDEN) == hidden]
-    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
-    return Group(name, sites, forms, match, hidden)
+    op = sites[0].op
+    forms = {each: fit(find_form(each, op, templates), shapes, held or ()) for each in names}
+    return Group(name, sites, forms, match, hidden, held or ())
