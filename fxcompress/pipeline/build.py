@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, find_form, fit
+from fxcompress.forms.narrow import rows_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
@@ -173,8 +174,8 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
             group = analysis.group(name)
             if body.kept is not None:
                 for site in group.sites:
-                    last = site is group.sites[-1]
-                    weight, bias = _widened(analysis, site, body.kept, made, last)
+                    consumer = group.sites[-1]
+                    weight, bias = _widened(analysis, site, body.kept, made, consumer)
                     yield site, site.shape.stored(weight), bias
                 continue
             built = _form(group, instead[name], planned)
@@ -195,7 +196,7 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
 
 
 def _widened(
-    analysis: Analysis, site: Site, kept: Tensor, made: nn.Module, last: bool
+    analysis: Analysis, site: Site, kept: Tensor, made: nn.Module, consumer: Site
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of all channels of a hidden value, given a model with the channels kept.
 
@@ -205,13 +206,14 @@ def _widened(
     weight: Tensor = canonical_weight(narrowed)
     bias: Tensor | None = getattr(narrowed, "bias", None) if site.shape.bias else None
     shape, dense = site.shape, site.weight_in(analysis.model).to(weight.dtype, copy=True)
-    if last:
+    if site is consumer:
         return torch.zeros_like(dense).index_copy(shape.in_axis, kept, weight), bias
     rows = shape_of(narrowed).by_outputs(weight)
-    wide = shape.of_outputs(shape.by_outputs(dense).index_copy(0, kept, rows))
+    places = rows_of(kept, shape.out_features, consumer.in_features)
+    wide = shape.of_outputs(shape.by_outputs(dense).index_copy(0, places, rows))
     own = _bias(analysis, site)
     if bias is not None and own is not None:
-        bias = own.index_copy(0, kept, bias)
+        bias = own.index_copy(0, places, bias)
     return wide, bias
 
 
@@ -312,10 +314,11 @@ def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequen
         if last or site.shape.is_channelwise:
             inputs = inputs.index_select(channels_of(site.shape), kept)
         weight = factor if last else shape.of_outputs(factor)
+        places = rows_of(kept, site.out_features, group.sites[-1].in_features)
         with torch.no_grad():
             exact.weight = nn.Parameter(shape.stored(weight.double()))
             if bias is not None:
-                exact.bias = nn.Parameter((bias if last else bias[kept]).double())
+                exact.bias = nn.Parameter((bias if last else bias[places]).double())
             outputs = exact(inputs.double())
         verify(head, outputs, inputs, channels_of(site.shape))
 
