@@ -95,6 +95,29 @@ class Turned(Block):
         return (first.relu() * second).permute(0, 2, 1).contiguous()
 
 
+class Split(Block):
+    """Sizes that follow the value; in the graph they are numbers."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        both = self.fused(x)
+        gate, up = both.split(both.shape[-1] // 2, -1)
+        return gate * up.sigmoid()
+
+
+class Sliced(Block):
+    def hidden(self, x: Tensor) -> Tensor:
+        both = self.fused(x)
+        half = both.shape[-1] // 2
+        return both[..., :half] * both[..., half:].sigmoid()
+
+
+class Reshaped(Block):
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, up = self.fused(x).chunk(2, -1)
+        both = (gate * up.tanh()).reshape(-1, gate.shape[-1])
+        return both.view(*x.shape[:2], both.shape[-1])
+
+
 BLOCKS: dict[str, Callable[[], Block]] = {
     "chunk": Block,
     "no bias": lambda: Block(bias=False),
@@ -103,6 +126,9 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "mixed": Mixed,
     "flat": Flat,
     "turned": Turned,
+    "split": Split,
+    "sliced": Sliced,
+    "reshaped": Reshaped,
 }
 
 
@@ -265,6 +291,16 @@ def test_gated_blocks_of_transformers(
         torch.testing.assert_close(again(**batch).logits, small(**batch).logits)
 
 
+def test_only_those_that_insist_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Insisting(), Split(), nn.Linear(N, 4)).double().eval()
+    small = fxcompress.compile(model, rules(0.8), data())
+    assert small[0].down.in_features == HIDDEN
+    assert small[1].down.in_features < HIDDEN
+    (dense,) = (site for site in fxcompress.plan_of(small).sites if site.form is None)
+    assert "does not run with fewer channels" in dense.reason
+
+
 # ---- what is refused ------------------------------------------------------------------
 
 
@@ -310,6 +346,20 @@ class Shuffled(Block):
         return h
 
 
+class Insisting(Block):
+    """The number of channels stands in the source."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, up = self.fused(x).split(HIDDEN, -1)
+        return gate * up
+
+
+class Overlapping(Block):
+    def hidden(self, x: Tensor) -> Tensor:
+        both = self.fused(x)
+        return both[..., :HIDDEN] * both[..., 1 : HIDDEN + 1]
+
+
 class TwoWays(Block):
     """The same matrix as it is and transposed."""
 
@@ -330,6 +380,8 @@ class TwoWays(Block):
         (OtherWay, "(cat), which is not entrywise"),
         (Scaled, "has entries of 2 parts"),
         (Shuffled, "(getitem), which is not entrywise"),
+        (Overlapping, "(getitem), which is not entrywise"),
+        (Insisting, "the model does not run with fewer channels of it: "),
         (TwoWays, "are read in two ways"),
     ],
 )

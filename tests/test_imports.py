@@ -26,7 +26,10 @@ LAYERS = [
     {"rules", "plans.plan"},
     {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
-    {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
+    {
+        *("pipeline.decomposition", "pipeline.agreement", "pipeline.influence"),
+        *("pipeline.held_back", "pipeline.rigid"),
+    },
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
     {"pipeline.solving", "pipeline.measure", "pipeline.unmatched"},
     {"pipeline.decide"},

@@ -42,11 +42,13 @@ class Through:
             from 0; none for an operator that makes channels anew, or holds them.
         held: what it has of every channel.
         parts: of how many blocks of such channels, one after the other, these values consist.
+        sized: whether it was given a number of channels, so that it may insist on it.
     """
 
     inputs: tuple[tuple[str, int], ...]
     held: tuple[PerChannel, ...] = ()
     parts: int = 1
+    sized: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,13 +227,38 @@ def _view(asked: Question) -> Through | str:
             -1,
         )
     node = _node(asked)
-    numbers = tree_leaves([]) if node is None else tree_leaves([node.args[1:], node.kwargs])
+    numbers = [] if node is None else tree_leaves([node.args[1:], node.kwargs])
     whole = all(each in (None, ..., slice(None)) or type(each) is int for each in numbers)
-    if axis < 0 or (asked.operator.op == "getitem" and not whole):
+    if asked.operator.op == "getitem" and not whole:
+        return _block(asked)
+    if axis < 0:
         return f"its input comes from {asked.named}, which is not entrywise"
-    if node is None or asked.channels in numbers:
-        return f"{asked.named} on the way to it is given the number of channels"
-    return Through(((source.name, axis),))
+    if node is None:
+        return f"{asked.named} on the way to it is not in every example"
+    return Through(((source.name, axis),), sized=asked.channels in numbers)
+
+
+def _block(asked: Question) -> Through | str:
+    """One of several equal parts: ``x[..., :n]``."""
+    source, node = asked.read(), _node(asked)
+    before = source.shape or ()
+    index: Any = () if node is None else node.args[1]
+    entries = [*index] if isinstance(index, tuple) else [index]
+    if entries.count(...) == 1:
+        at = entries.index(...)
+        entries[at : at + 1] = [slice(None)] * (len(before) - len(entries) + 1)
+    entries += [slice(None)] * (len(before) - len(entries))
+    size, n = (*before, 0)[asked.axis], asked.channels
+    if len(entries) == len(before) and size % n == 0:
+        own = entries[asked.axis]
+        others = [each for axis, each in enumerate(entries) if axis != asked.axis]
+        blocks = [range(size)[at : at + n] for at in range(0, size, n)]
+        known = isinstance(own, slice) and all(
+            type(each) in (int, type(None)) for each in (own.start, own.stop, own.step)
+        )
+        if known and range(size)[own] in blocks and all(each == slice(None) for each in others):
+            return Through(((source.name, asked.axis),), parts=size // n, sized=True)
+    return f"its input comes from {asked.named}, which is not entrywise"
 
 
 def _parted(asked: Question) -> Through | str:
@@ -246,9 +273,8 @@ def _parted(asked: Question) -> Through | str:
         return f"the parts of {asked.named} differ in size"
     if asked.operator.op == "chunk" and asked.operator.attributes.get("chunks") != parts:
         return f"{asked.named} makes {parts} parts, and not of every width"
-    if asked.operator.op == "split":  # by their size
-        return f"{asked.named} on the way to it is given the number of channels"
-    return Through(((source.name, asked.axis),), parts=parts)
+    sized = asked.operator.op == "split"
+    return Through(((source.name, asked.axis),), parts=parts, sized=sized)
 
 
 def _glu(asked: Question) -> Through | str:

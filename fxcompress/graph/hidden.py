@@ -42,6 +42,7 @@ class HiddenValue:
         between: names of the other operators on the way.
         held: what these have of every channel.
         consumer: name of the operator that reads it.
+        sized: whether something on the way was given the number of channels, and may insist on it.
     """
 
     producers: tuple[str, ...]
@@ -49,6 +50,7 @@ class HiddenValue:
     between: tuple[str, ...]
     held: tuple[PerChannel, ...]
     consumer: str
+    sized: bool = False
 
     @property
     def weighted(self) -> tuple[str, ...]:
@@ -78,6 +80,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
     places: dict[str, tuple[int, int]] = {}
     reads: dict[str, tuple[str, ...]] = {}
     held: dict[str, PerChannel] = {}
+    sized = False
     waiting = [(consumer.inputs[0], channel_axis(consumer), 1)]
     while waiting:
         name, axis, parts = waiting.pop()
@@ -90,6 +93,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         if isinstance(passed, str):
             return passed
         inside[name] = found
+        sized |= passed.sized
         reads[name] = tuple(read for read, _ in passed.inputs)
         held.update({each.name: each for each in passed.held})
         waiting += [(read, place, parts * passed.parts) for read, place in passed.inputs]
@@ -108,6 +112,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         tuple(name for name in order if inside[name].op not in OPERATORS),
         tuple(held.values()),
         consumer.name,
+        sized,
     )
 
 

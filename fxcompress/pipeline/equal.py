@@ -23,12 +23,16 @@ class HiddenSites:
         weights: of what makes its channels, and of its consumer, which stands last.
         match: of the consumer.
         held: what operators between them have of every channel.
+        paths: of the operators, in the order of the weights.
+        sized: whether an operator between them was given the number of channels.
     """
 
     name: str
     weights: tuple[str, ...]
     match: Match
     held: tuple[PerChannel, ...]
+    paths: tuple[str, ...]
+    sized: bool
 
 
 def equal_widths(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -214,6 +214,7 @@ def gather_sites(
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
     legality: Callable[[Operator], str | None] = lambda operator: None,
+    rigid: Callable[[Sequence[HiddenSites]], Iterable[tuple[HiddenSites, str]]] = lambda hidden: (),
 ) -> tuple[tuple[Site, ...], tuple[Group, ...], dict[str, str]]:
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
@@ -226,6 +227,7 @@ def gather_sites(
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
         legality: why an operator cannot be rewritten; None if it can.
+        rigid: which hidden values cannot have fewer channels, though they could by their graph.
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
@@ -255,10 +257,14 @@ def gather_sites(
                 continue
             weights = (*(str(each.weight) for each in makers), match.weight)
             name = f"{consumer.path} and its input"
-            hidden.append(HiddenSites(name, weights, match, found.held))
+            paths = (*(each.path for each in makers), consumer.path)
+            hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
+    for value, why in rigid([value for value in hidden if value.sized]):
+        refused[value.match.weight] = f"{listed(value.match)}: {why}"
+    hidden = [value for value in hidden if value.match.weight not in refused]
     equal, unequal = equal_widths(hidden, matched, refused)
     refused |= unequal
-    hidden = [each for each in hidden if each.match.weight not in refused]
+    hidden = [value for value in hidden if value.match.weight not in refused]
     first = {str(operator.weight): operator for operator in reversed(recording.operators)}
     for value in hidden:
         for weight in value.weights[:-1]:

@@ -1,0 +1,73 @@
+"""Hidden values on whose number of channels a model insists, found by running it with fewer.
+
+A graph shows that ``x.view(-1, 96)`` was given the number of channels, and not whether 96 stands in
+the source or comes from ``x.shape[-1]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.forms import fit
+from fxcompress.forms.narrow import NARROW
+from fxcompress.graph.inputs import Forward, run_model
+from fxcompress.operators.applied import operator_at
+from fxcompress.operators.modules import shape_of
+from fxcompress.pipeline.equal import HiddenSites
+from fxcompress.rewrite import skeleton
+from fxcompress.rewrite.substitute import Provenance, substitute, substituting
+
+
+def rigid_in(
+    model: nn.Module, examples: Sequence[Any], forward: Forward | None
+) -> Callable[[Sequence[HiddenSites]], Iterator[tuple[HiddenSites, str]]]:
+    """Says which hidden values of a model cannot have fewer channels, and why.
+
+    All of them together are tried first, and one by one only if that fails.
+
+    Args:
+        model: the working copy.
+        examples: batches to run it on.
+        forward: how to call it.
+    """
+
+    def rigid(hidden: Sequence[HiddenSites]) -> Iterator[tuple[HiddenSites, str]]:
+        if not hidden or _failure(model, hidden, examples, forward) is None:
+            return
+        for each in hidden:
+            if (error := _failure(model, [each], examples, forward)) is not None:
+                yield each, f"the model does not run with fewer channels of it: {error}"
+
+    return rigid
+
+
+def _failure(
+    model: nn.Module,
+    hidden: Sequence[HiddenSites],
+    examples: Sequence[Any],
+    forward: Forward | None,
+) -> str | None:
+    """What a model raises with half of the channels of hidden values; None if it runs."""
+    trial = skeleton(model)
+    nn.Module.train(trial, False)
+    with torch.no_grad():
+        with substituting(trial) as places:
+            for each in hidden:
+                shapes = [shape_of(operator_at(trial, path)) for path in each.paths]
+                width = shapes[-1].in_features // 2
+                body = fit(NARROW, shapes).empty(width)
+                for parameter in (each for part in body.parts for each in part.parameters()):
+                    parameter.zero_()
+                rule, place = each.match.rule_id, each.match.location
+                origins = [Provenance(rule, place, p, NARROW.name, width) for p in each.paths]
+                substitute(trial, body, NARROW, origins, places, [h.name for h in each.held])
+        try:
+            for example in examples:
+                run_model(trial, example, forward)
+        except Exception as error:  # whatever the code of a model does
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
