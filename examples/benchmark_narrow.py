@@ -52,7 +52,8 @@ def restricted(found: Analysis, row: str, rules: LoadedRules) -> Analysis:
         left = blocks if row == "narrow" else {site.name for site in found.sites}
         groups = [replace(g, forms={}) if g.name in left else g for g in groups]
     if row == "equal":  # as a rule with {form: narrow, group: widths} has it
-        groups = [replace(g, match=replace(g.match, group="widths")) for g in groups]
+        equal = [replace(g, match=replace(g.match, group="widths")) for g in groups if g.hidden]
+        groups = [*(g for g in groups if not g.hidden), *equal]
     return replace(found, groups=tuple(groups), rules=rules)
 
 
