@@ -298,7 +298,7 @@ def test_only_those_that_insist_stay() -> None:
     assert small[0].down.in_features == HIDDEN
     assert small[1].down.in_features < HIDDEN
     (dense,) = (site for site in fxcompress.plan_of(small).sites if site.form is None)
-    assert "does not run with fewer channels" in dense.reason
+    assert "runs with no other: " in dense.reason
 
 
 # ---- what is refused ------------------------------------------------------------------
@@ -381,7 +381,7 @@ class TwoWays(Block):
         (Scaled, "has entries of 2 parts"),
         (Shuffled, "(getitem), which is not entrywise"),
         (Overlapping, "(getitem), which is not entrywise"),
-        (Insisting, "the model does not run with fewer channels of it: "),
+        (Insisting, "is given the number of channels, and runs with no other: "),
         (TwoWays, "are read in two ways"),
     ],
 )

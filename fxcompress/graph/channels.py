@@ -42,7 +42,7 @@ class Through:
             from 0; none for an operator that makes channels anew, or holds them.
         held: what it has of every channel.
         parts: of how many blocks of such channels, one after the other, these values consist.
-        sized: whether it was given a number of channels, so that it may insist on it.
+        sized: whether it may have been given the number of channels, and insist on it.
     """
 
     inputs: tuple[tuple[str, int], ...]
@@ -235,7 +235,10 @@ def _view(asked: Question) -> Through | str:
         return f"its input comes from {asked.named}, which is not entrywise"
     if node is None:
         return f"{asked.named} on the way to it is not in every example"
-    return Through(((source.name, axis),), sized=asked.channels in numbers)
+    # Where there are several positions, what comes after may need their shape again.
+    one = math.prod((*before[axis + 1 :], *shape[asked.axis + 1 :])) == 1
+    known = source.op == "parameter" or (one and before[:axis] == shape[: asked.axis])
+    return Through(((source.name, axis),), sized=asked.channels in numbers or not known)
 
 
 def _block(asked: Question) -> Through | str:
@@ -283,7 +286,7 @@ def _glu(asked: Question) -> Through | str:
 
 
 def _moved(asked: Question) -> Through | str:
-    """The same values with their dimensions in another order."""
+    """Dimensions in another order."""
     source, dims = asked.read(), len(asked.operator.shape or ())
     order = [*range(dims)]
     if asked.operator.op == "transpose":
@@ -354,11 +357,12 @@ PARTED = ("chunk", "split")
 
 
 def _table() -> dict[str, Rule]:
+    # A sequential that is one operator has nothing in it.
     entrywise = (
         "abs add celu clamp clone contiguous cos detach div dropout dropout1d dropout2d dropout3d "
         "elu exp float gelu hardsigmoid hardswish hardtanh identity leaky_relu log logsigmoid mish "
-        "mul neg pow quick_gelu relu relu6 relu_squared rrelu rsqrt selu sigmoid silu sin softplus "
-        "softsign sqrt sub tanh to"
+        "mul neg pow quick_gelu relu relu6 relu_squared rrelu rsqrt selu sequential sigmoid silu "
+        "sin softplus softsign sqrt sub tanh to"
     )
     over_positions = (
         "max_pool avg_pool lp_pool adaptive_avg_pool adaptive_max_pool zero_pad constant_pad "

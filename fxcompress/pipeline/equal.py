@@ -35,6 +35,14 @@ class HiddenSites:
     sized: bool
 
 
+def all_rigid(hidden: Sequence[HiddenSites]) -> list[tuple[HiddenSites, str]]:
+    """Hidden values that may be given their number of channels, where none is tried."""
+    return [(each, f"what {each.paths[-1]} reads {GIVEN}") for each in hidden if each.sized]
+
+
+GIVEN = "is given the number of channels"
+
+
 def equal_widths(
     hidden: Sequence[HiddenSites], matched: MatchResult, refused: Mapping[str, str]
 ) -> tuple[set[str], dict[str, str]]:

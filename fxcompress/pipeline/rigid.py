@@ -1,7 +1,7 @@
 """Hidden values on whose number of channels a model insists, found by running it with fewer.
 
 A graph shows that ``x.view(-1, 96)`` was given the number of channels, and not whether 96 stands in
-the source or comes from ``x.shape[-1]``.
+the source or comes from ``x.shape[-1]``; and not that a size was read to be used elsewhere.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.forms import fit
-from fxcompress.forms.narrow import NARROW
+from fxcompress.forms import Body, Shape
+from fxcompress.forms.narrow import NARROW, rows_of
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.operators.applied import operator_at
-from fxcompress.operators.modules import shape_of
-from fxcompress.pipeline.equal import HiddenSites
+from fxcompress.operators.modules import canonical_weight, shape_of
+from fxcompress.pipeline.equal import GIVEN, HiddenSites
 from fxcompress.rewrite import skeleton
 from fxcompress.rewrite.substitute import Provenance, substitute, substituting
 
@@ -40,7 +40,7 @@ def rigid_in(
             return
         for each in hidden:
             if (error := _failure(model, [each], examples, forward)) is not None:
-                yield each, f"the model does not run with fewer channels of it: {error}"
+                yield each, f"the model {GIVEN}, and runs with no other: {error}"
 
     return rigid
 
@@ -51,17 +51,19 @@ def _failure(
     examples: Sequence[Any],
     forward: Forward | None,
 ) -> str | None:
-    """What a model raises with half of the channels of hidden values; None if it runs."""
+    """What a model raises with fewer channels of hidden values; None if it runs.
+
+    Every value has another number of them, so that none stands for that of another.
+    """
     trial = skeleton(model)
     nn.Module.train(trial, False)
     with torch.no_grad():
         with substituting(trial) as places:
-            for each in hidden:
+            for at, each in enumerate(hidden):
                 shapes = [shape_of(operator_at(trial, path)) for path in each.paths]
-                width = shapes[-1].in_features // 2
-                body = fit(NARROW, shapes).empty(width)
-                for parameter in (each for part in body.parts for each in part.parameters()):
-                    parameter.zero_()
+                n = shapes[-1].in_features
+                width = min(n - 1, 2 + at % max(n - 3, 1))  # one channel would be broadcast
+                body = _some_channels(trial, each, shapes, width)
                 rule, place = each.match.rule_id, each.match.location
                 origins = [Provenance(rule, place, p, NARROW.name, width) for p in each.paths]
                 substitute(trial, body, NARROW, origins, places, [h.name for h in each.held])
@@ -71,3 +73,23 @@ def _failure(
         except Exception as error:  # whatever the code of a model does
             return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+def _some_channels(
+    model: nn.Module, hidden: HiddenSites, shapes: Sequence[Shape], width: int
+) -> Body:
+    """The first channels of a hidden value, with the weights that they have."""
+    layers = [operator_at(model, path) for path in hidden.paths]
+    *made, read = [canonical_weight(layer).detach() for layer in layers]
+    kept = torch.arange(width, device=read.device)
+    n = shapes[-1].in_features
+    rows = [
+        shape.by_outputs(weight)[rows_of(kept, shape.out_features, n)]
+        for shape, weight in zip(shapes, made, strict=False)
+    ]
+    body = NARROW.empty(shapes, width)
+    biases = [getattr(layer, "bias", None) for layer in layers]
+    NARROW.fill_from(
+        shapes, body, (kept, read.index_select(shapes[-1].in_axis, kept), *rows), biases
+    )
+    return body

@@ -30,7 +30,7 @@ from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
-from fxcompress.pipeline.equal import HIDDEN, HiddenSites, equal_widths, listed
+from fxcompress.pipeline.equal import HIDDEN, HiddenSites, all_rigid, equal_widths, listed
 from fxcompress.plans.plan import Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
@@ -214,7 +214,7 @@ def gather_sites(
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
     legality: Callable[[Operator], str | None] = lambda operator: None,
-    rigid: Callable[[Sequence[HiddenSites]], Iterable[tuple[HiddenSites, str]]] = lambda hidden: (),
+    rigid: Callable[[Sequence[HiddenSites]], Iterable[tuple[HiddenSites, str]]] = all_rigid,
 ) -> tuple[tuple[Site, ...], tuple[Group, ...], dict[str, str]]:
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
@@ -227,7 +227,7 @@ def gather_sites(
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
         legality: why an operator cannot be rewritten; None if it can.
-        rigid: which hidden values cannot have fewer channels, though they could by their graph.
+        rigid: which hidden values cannot have fewer channels, though by the graph they can.
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
@@ -259,7 +259,7 @@ def gather_sites(
             name = f"{consumer.path} and its input"
             paths = (*(each.path for each in makers), consumer.path)
             hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
-    for value, why in rigid([value for value in hidden if value.sized]):
+    for value, why in rigid(hidden):
         refused[value.match.weight] = f"{listed(value.match)}: {why}"
     hidden = [value for value in hidden if value.match.weight not in refused]
     equal, unequal = equal_widths(hidden, matched, refused)
