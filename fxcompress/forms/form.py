@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -208,6 +209,12 @@ class JointForm(ABC):
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         """The parameter of a head that is the dense bias (m_i); None if there is no such one."""
         return None
+
+    def left(self, shapes: Shapes, rank: int) -> Shapes:
+        """Of a form of a hidden value: the operators that stay, with fewer channels."""
+        *producers, consumer = shapes
+        smaller = (replace(shape, out_features=rank) for shape in producers)
+        return (*smaller, replace(consumer, in_features=rank))
 
 
 def bare_linear(n: int, m: int, bias: bool, shape: Shape) -> nn.Linear:

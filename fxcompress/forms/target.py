@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self, cast
 
@@ -195,6 +195,44 @@ class Spectrum(Truncations):
         order = torch.argsort(sigma, descending=True, stable=True)
         left, right = self.left[:, order], self.right[order]
         return replace(self, sigma=sigma[order], left=left, right=right)
+
+
+@dataclass(frozen=True, eq=False)
+class Halved(Truncations):
+    """The decomposition of a weight W (m x n) of which only the smaller factor is kept.
+
+    That one is square and invertible, whatever W is, and their product is W, so that the other one
+    follows from both.
+
+    Attributes:
+        sigma: as of :class:`Spectrum`.
+        square: its ``left`` (m x m) if m <= n, else its ``right`` (n x n).
+        weight: returns W, float64.
+    """
+
+    sigma: Tensor
+    square: Tensor
+    weight: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, found: Spectrum, weight: Callable[[], Tensor]) -> Halved:
+        """A decomposition with less of it in memory."""
+        wide = len(found.left) <= found.right.shape[1]
+        return cls(found.sigma, (found.left if wide else found.right).clone(), weight)
+
+    def losses(self, ranks: Ranks) -> Losses:
+        """Predicted loss at each rank."""
+        return cast("Losses", tail(0.5 * self.sigma.square()).cpu().numpy()[ranks])
+
+    def factors(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        """The first r components, (m x r) and (r x n)."""
+        assert isinstance(rank, int)
+        weight, square = self.weight(), self.square.to(torch.float64)
+        if len(weight) <= weight.shape[1]:
+            right = torch.linalg.solve(square, weight)[:rank]
+            return self.square[:, :rank], right.to(self.square.dtype)
+        left = torch.linalg.solve(square, weight, left=False)[:, :rank]
+        return left.to(self.square.dtype), self.square[:rank]
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,15 @@ class Kronecker(QuadraticForm):
         """Fewer channels of a weight (m x n), or (m x n x kernel), the rest refitted."""
         return chosen(weight, self.inputs, self.outputs)
 
+    def restricted(self, rows: Tensor | None = None, inputs: Tensor | None = None) -> Kronecker:
+        """With rows and columns of A and G left out, damping included."""
+        outputs = self.outputs
+        assert isinstance(outputs, Whitener)
+        return Kronecker(
+            self.inputs if inputs is None else self.inputs.restricted(inputs),
+            outputs if rows is None else outputs.restricted(rows),
+        )
+
     def _split(self, weight: Tensor, view: View) -> SplitTruncations:
         return SplitTruncations.of(weight, self.inputs, self.outputs, view)
 

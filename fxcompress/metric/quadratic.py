@@ -6,8 +6,8 @@ convolution (g x m/g x n/g x kernel), so that nothing else has to know of groups
 
 A new form says :attr:`QuadraticForm.null`, :meth:`QuadraticForm.loss`,
 :meth:`QuadraticForm.truncations` and :meth:`QuadraticForm.solve`.  What it does not say beyond
-that it does without: it is decomposed in full every time, offers no joint forms, and refits nothing
-where channels are dropped.
+that it does without: it is decomposed in full every time, offers no joint forms, and where channels
+are dropped it refits nothing and offers no forms for what is left.
 """
 
 from __future__ import annotations
@@ -88,6 +88,17 @@ class QuadraticForm(ABC):
             ValueError: the weight is not finite.
         """
         return zeroed(weight, self.loss)
+
+    def restricted(
+        self, rows: Tensor | None = None, inputs: Tensor | None = None
+    ) -> QuadraticForm | None:
+        """The form for changes in some rows and input channels only; None if there is none.
+
+        Args:
+            rows: outputs of a matrix (int64); None for all.
+            inputs: of its inputs (int64); None for all.
+        """
+        return None
 
     @property
     def by_group(self) -> tuple[QuadraticForm, ...]:

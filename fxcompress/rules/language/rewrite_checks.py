@@ -59,6 +59,7 @@ def check_rewrite(
             message = f"unknown form '{form}'"
             findings.unknown(places[form], "unknown-form", message, form, words)
             known = False
+    known &= _check_then(findings, rewrite, path)
     if not patterns:
         return None
     if rewrite.graph is not None:
@@ -69,6 +70,26 @@ def check_rewrite(
         if bound and all(each.ops for each in bound.values()):
             _Forms(findings, places, pattern, bound, targets is not None).check(rewrite, path)
     return None
+
+
+def _check_then(findings: Findings, rewrite: Rewrite, path: KeyPath) -> bool:
+    """Report forms of ``then`` that are none, or that are for several operators."""
+    words, known = form_words(), True
+    for index, form in enumerate(rewrite.then or ()):
+        place = (*path, "then", index)
+        able = [name for name, word in words.items() if not word.joint and not word.hidden]
+        if form not in words:
+            findings.unknown(place, "unknown-form", f"unknown form '{form}'", form, able)
+            known = False
+        elif form not in able:
+            message = f"{form} is no form for one operator, as 'then' needs it"
+            findings.report(place, "wrong-place", message, choices(able), value=True)
+    if rewrite.then and not any(f in words and words[f].hidden for f in rewrite.forms):
+        hidden = " or ".join(name for name, word in words.items() if word.hidden)
+        message = f"'then' is about what {hidden} leaves, which is not among the forms"
+        hint = f"for example any_of: [{', '.join(dict.fromkeys(('narrow', *rewrite.forms)))}]"
+        findings.report((*path, "then"), "wrong-place", message, hint)
+    return known
 
 
 def _check_nodes(
