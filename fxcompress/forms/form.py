@@ -211,7 +211,7 @@ class JointForm(ABC):
         return None
 
     def left(self, shapes: Shapes, rank: int) -> Shapes:
-        """Of a form of a hidden value: the operators that stay, with fewer channels."""
+        """The operators that a form of a hidden value leaves, with fewer channels."""
         *producers, consumer = shapes
         smaller = (replace(shape, out_features=rank) for shape in producers)
         return (*smaller, replace(consumer, in_features=rank))

@@ -15,10 +15,10 @@ from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
 from fxcompress.pipeline.analysis import Analysis, Survey
-from fxcompress.pipeline.decomposition import narrowed_weights, narrowing_loss, widened
+from fxcompress.pipeline.decomposition import narrowing_loss, weight_left
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
-from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, on_meta
+from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
@@ -133,14 +133,8 @@ def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor | None:
     target = analysis.decomposed.groups[group.name].target
     if entry.then is None:
         return group.approximated(form, target, rank)[entry.member]
-    left = group.left_of(*entry.narrowing)
-    own = analysis.decomposed.groups[left.name].target
-    (weight,) = left.approximated(entry.then.form, own, entry.then.rank)
-    assert weight is not None
-    kept, _ = narrowed_weights(group, target, *entry.narrowing[:2])
-    return widened(
-        group, entry.member, kept, weight, group.sites[entry.member].weight_in(analysis.model)
-    )
+    left, (code,) = group.left_of(*entry.narrowing), encoded(np.array([entry.then.rank]))
+    return weight_left(analysis.model, group, analysis.decomposed, left, entry.then.form, int(code))
 
 
 def price(analysis: Survey) -> dict[str, Pricing]:

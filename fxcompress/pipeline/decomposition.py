@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Target
-from fxcompress.forms.target import Components, Halved, Losses, Spectrum, Truncations, View
+from fxcompress.forms.target import (
+    Components,
+    Halved,
+    Losses,
+    Rank,
+    Spectrum,
+    Truncations,
+    View,
+)
 from fxcompress.metric import Metric, Moments, QuadraticForm
 from fxcompress.metric.whiten import Whiteners
-from fxcompress.pipeline.sites import Group, Site
+from fxcompress.pipeline.sites import Group, Site, decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +258,44 @@ def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Ten
     wide = torch.zeros_like(wide) if consumer else wide
     wide[(slice(None), kept) if consumer else kept] = weight
     return wide
+
+
+def weight_left(
+    model: nn.Module,
+    hidden: Group,
+    decomposition: Decomposition,
+    left: Group,
+    form: str | None,
+    rank: Rank | None,
+) -> Tensor | None:
+    """The weight of an operator around a narrowed hidden value, given a form for what is left.
+
+    It has all channels (:func:`widened`), float64; None for a producer that has fewer rows and is
+    the same otherwise.
+
+    Args:
+        model: has the weights.
+        hidden: the group that is narrowed.
+        decomposition: of it, and of what it leaves.
+        left: what it leaves of the operator.
+        form: None for none.
+        rank: of the form, as the solver has it.
+    """
+    place = left.narrowing
+    assert place is not None
+    target = decomposition.groups[hidden.name].target
+    kept, weights = narrowed_weights(hidden, target, place.form, place.width)
+    weight = weights[place.member].to(torch.float64)
+    if form is not None and isinstance(rank, int):
+        own = left.forms[form]
+        decided = decoded(own.full_rank(), rank)
+        (found,) = left.approximated(form, decomposition.groups[left.name].target, decided)
+        assert found is not None
+        weight = found
+    elif place.member < len(hidden.sites) - 1:
+        return None
+    dense = hidden.sites[place.member].weight_in(model)
+    return widened(hidden, place.member, kept, weight, dense)
 
 
 def _narrowed_weight(hidden: Group, target: Target, form: str, width: int, member: int) -> Tensor:

@@ -176,6 +176,16 @@ class Then(_Frozen):
             raise ValueError(f"rank {self.rank} is not within 1..{self.full_rank}")
         return self
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank, or both of them."""
+        return _as_tuple(self.rank)
+
+    @property
+    def full_ranks(self) -> tuple[int, ...]:
+        """The rank, or both of them, at which nothing more would be lost."""
+        return _as_tuple(self.full_rank)
+
 
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
@@ -263,6 +273,11 @@ class SitePlan(_Frozen):
         form, width = self.choice
         assert isinstance(width, int)
         return form, width, self.member
+
+    @property
+    def form_text(self) -> str:
+        """The form, and what it is followed by: ``"narrow, pivoted"``; ``"dense"`` without one."""
+        return f"{self.form or 'dense'}{f', {self.then.form}' if self.then else ''}"
 
     @property
     def group(self) -> str:

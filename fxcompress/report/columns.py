@@ -114,12 +114,18 @@ def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
 def ranks_text(sites: tuple[SitePlan, ...], bars: int, whole: str = "") -> str:
     """``96..208 ▄▅█▇``, ``8..12×16`` of two; no bars if there is nothing to compare.
 
+    Of a narrowed hidden value with another form the width stands first: ``1024, then 96..208``.
+
     Args:
         sites: that are alike.
         bars: at most.
         whole: stands between both, `` of 576``.
     """
     axes = ranks_of(sites)
+    after = [site.then.ranks for site in sites if site.then is not None]
+    if after:
+        then = "×".join(span(axis, "{:.0f}".format) for axis in zip(*after, strict=True))
+        return f"{span(axes[0], '{:.0f}'.format)}{whole}, then {then}"
     text = "×".join(span(axis, "{:.0f}".format) for axis in axes) + whole
     first = axes[0]
     return text if min(first) == max(first) else f"{text} {sparkline(first, bars)}"
@@ -129,7 +135,11 @@ def _rank_below(entry: Entry) -> str:
     if len(entry.sites) > 1:
         return f"mean {100 * _rank_share(entry):.0f}%"
     (site,) = entry.sites
-    return " / ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+    text = " / ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+    if site.then is None:
+        return text
+    ranks, full = ("×".join(map(str, each)) for each in (site.then.ranks, site.then.full_ranks))
+    return f"{text}, then {ranks} / {full}"
 
 
 def _rank_share(entry: Entry) -> float:
@@ -140,7 +150,7 @@ def _form_below(entry: Entry) -> str:
     rewritten = [site for site in entry.sites if site.form is not None]
     if len(entry.sites) > 1:
         return f"{len(rewritten)} of {len(entry.sites)}"
-    return entry.sites[0].form or "dense"
+    return entry.sites[0].form_text
 
 
 def _predicted(entry: Entry) -> float:
@@ -161,7 +171,7 @@ def measured_text(entry: Entry) -> str:
 
 OPERATOR = Column("operator", alike=lambda entry: entry.sites[0].operator, width=17)
 FORM = Column(
-    "form", alike=lambda entry: str(entry.sites[0].form), below=_form_below, width=9, left=True
+    "form", alike=lambda entry: entry.sites[0].form_text, below=_form_below, width=9, left=True
 )
 KEPT = Column(
     "parameters kept",

@@ -169,7 +169,12 @@ def _group_lines(group: BlockGroup, plan: Plan, measured: Mapping[str, MeasuredS
 def _ranks_text(row: Row) -> str:
     """``r 96..208 of 576 ▄▅█▇``, ``r 8..12×16 of 32×64`` of a form that has two ranks."""
     whole = "×".join(str(full) for full in row.sites[0].full_ranks)
-    return f"r {columns.ranks_text(row.sites, WIDEST, f' of {whole}')}"
+    return f"{_letter(row.sites[0])} {columns.ranks_text(row.sites, WIDEST, f' of {whole}')}"
+
+
+def _letter(site: SitePlan) -> str:
+    """What stands for the rank: k where it is a number of channels and ranks follow it."""
+    return "r" if site.then is None else "k"
 
 
 def _together(one: Row, other: Row) -> bool:
@@ -211,7 +216,7 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]
     cells: dict[int, tuple[str, ...]] = {last: (after, losses)}
-    if not site.bundle or site.parts[first].path.startswith(SHARED):
+    if not site.bundle or site.then or site.parts[first].path.startswith(SHARED):
         ranks = _ranks_text(row)
         cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
@@ -240,20 +245,24 @@ def part_text(row: Row, index: int) -> str:
     axes, widths = columns.ranks_of(row.sites), [site.out_features for site in row.sites]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
     kernel = "×".join(map(str, parts[0].kernel))
-    text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"
+    sizes = [_features(end, axes, widths, _letter(row.sites[0])) for end in ends]
+    text = f"{parts[0].op} {'→'.join(sizes)} {kernel}"
     return text.rstrip()
 
 
 def _features(
-    sizes: Sequence[int | None], axes: Sequence[Sequence[int]], widths: Sequence[int]
+    sizes: Sequence[int | None],
+    axes: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    letter: str,
 ) -> str:
     if len(set(sizes)) == 1:
         return str(sizes[0])
     for axis, ranks in enumerate(axes):
         if list(sizes) == list(ranks):
-            return "r" if len(axes) == 1 else f"r{axis + 1}"
+            return letter if len(axes) == 1 else f"{letter}{axis + 1}"
         if list(sizes) == [m - r for m, r in zip(widths, ranks, strict=True)]:
-            return f"{widths[0]}-r"
+            return f"{widths[0]}-{letter}"
     return span((size or 0 for size in sizes), "{:.0f}".format)
 
 

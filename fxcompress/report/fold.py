@@ -105,7 +105,7 @@ def _kind(site: SitePlan) -> tuple[object, ...]:
         site.operator,
         site.bias,
         site.dtype,
-        site.form,
+        site.form and site.form_text,
         site.rule,
         site.location,
     )
