@@ -228,8 +228,9 @@ def _site_plan(
 ) -> SitePlan:
     site, choice = chosen.site, chosen.choice
     dense = choice.form is None
-    view = "matrix" if choice.form is None else chosen.group.forms[choice.form].form.view
-    sigma = analysis.decomposed.groups[chosen.group.name].target.truncations(view).sigma
+    target = analysis.decomposed.groups[chosen.group.name].target
+    found = None if choice.form is None else chosen.group.forms[choice.form].form
+    sigma = (target.truncations() if found is None else found.truncations(target)).sigma
     squares = sigma.square()
     whole = 0.5 * float(squares.sum())
     lost = whole and float(choice.loss) / whole

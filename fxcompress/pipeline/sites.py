@@ -22,7 +22,7 @@ from fxcompress.forms import (
     fit,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.forms.words import BUILT_IN
+from fxcompress.forms.words import hidden_forms
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
@@ -214,7 +214,7 @@ def gather_sites(
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if not HIDDEN.isdisjoint(match.forms):
+        if wanted := hidden_forms(match.forms):
             found = hidden_value(recording, consumer)
             producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
             reason = found if isinstance(found, str) else None
@@ -229,7 +229,7 @@ def gather_sites(
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
             if reason is not None:
-                refused[match.weight] = f"{_listed(match)}: {reason}"
+                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
             for producer in producers:
                 alone = replace(match, weight=str(producer.weight), forms=(), group=None)
@@ -250,14 +250,6 @@ def gather_sites(
         ),
     ]
     return sites, tuple(groups), refused
-
-
-def _listed(match: Match) -> str:
-    return ", ".join(form for form in match.forms if form in HIDDEN)
-
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
 
 
 def _add_site(
@@ -287,6 +279,7 @@ def _group(
 ) -> Group:
     """Sites with the forms that a match offers them."""
     shapes = [site.shape for site in sites]
-    names = [each for each in match.forms if (each in HIDDEN) == hidden]
+    channels = hidden_forms(match.forms)
+    names = channels if hidden else [each for each in match.forms if each not in channels]
     forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
     return Group(name, sites, forms, match, hidden)
