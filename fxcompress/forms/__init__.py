@@ -37,7 +37,10 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.forms.narrow": ("Narrow",),
         "fxcompress.forms.registry": ("find_form", "register_form"),
         "fxcompress.forms.graph": ("template_form",),
-        "fxcompress.forms.target": ("Channels", "Rank", "Spectrum", "Target", "Truncations", "View"),
+        "fxcompress.forms.target": (
+            *("Channels", "Rank", "Spectrum"),
+            *("Target", "Truncations", "View"),
+        ),
         "fxcompress.forms.template": ("Template",),
         "fxcompress.forms.words": ("form_words",),
         "fxcompress.operators.convolution": ("ConvShape",),

@@ -30,7 +30,9 @@ def register_form(form: Form | JointForm) -> None:
     if not isinstance(form, Form | JointForm):
         raise TypeError(f"an instance of Form or JointForm is registered, not {form!r}")
     if isinstance(form, JointForm) and form.hidden and not isinstance(form, Narrow):
-        raise TypeError(f"{form.name}: a form for hidden values derives from fxcompress.forms.Narrow")
+        raise TypeError(
+            f"{form.name}: a form for hidden values derives from fxcompress.forms.Narrow"
+        )
     add_word(_word_of(form))
     _FORMS.update({(form.name, op): form for op in form.operators})
 
