@@ -278,7 +278,8 @@ def _dense_reason(
     if not forms:
         return f"no form fits: {analysis.refused.get(site.weight, 'its rule offers none for it')}"
     single = analysis.group(site.name).forms.values()
-    misfits = [reason for form in single if (reason := form.misfit())]
+    offered = [form for group in analysis.groups_of(site.name) for form in group.forms.values()]
+    misfits = [reason for form in offered if (reason := form.misfit())]
     if misfits and len(misfits) == len(forms):
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):
