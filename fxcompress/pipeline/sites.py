@@ -196,7 +196,8 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done.
+    weights that a rule would narrow the input of why that cannot be done, but for those whose
+    output is narrowed.
 
     Args:
         model: the working copy.
@@ -249,7 +250,8 @@ def gather_sites(
             for name, weights, match in hidden
         ),
     ]
-    return sites, tuple(groups), refused
+    makers = {weight for _, weights, _ in hidden for weight in weights}
+    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in makers}
 
 
 def _add_site(

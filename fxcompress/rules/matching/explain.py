@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from fxcompress.forms.words import hidden_forms
 from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.folding import fold_numbers, fold_paths, words_of
 from fxcompress.rules.matching.result import Funnel, Instance, MatchResult
@@ -65,6 +66,7 @@ class RuleExplanation:
         funnel: sites left after every step.
         near: what got furthest and was lost all the same.
         rejected: everything else, the furthest first.
+        without: sites that the rule has, and for which it has one form less.
         matched: what a rule about several operators has; empty for other rules.
     """
 
@@ -73,6 +75,7 @@ class RuleExplanation:
     funnel: Funnel
     near: tuple[LostSites, ...]
     rejected: tuple[LostSites, ...]
+    without: tuple[LostSites, ...] = ()
     matched: tuple[Matched, ...] = ()
 
 
@@ -105,7 +108,7 @@ class Explanation:
                 418"``). Matched weights without an entry count as rewritten. None: there is
                 no plan, and the funnel ends with what was matched.
             rule: explain this rule only.
-            refused: weight -> why one of the forms that its rule offers cannot rewrite it.
+            refused: weight -> why the forms for hidden values that its rule offers cannot have it.
 
         Raises:
             KeyError: there is no rule of that id.
@@ -129,6 +132,7 @@ class Explanation:
                 **_matched_json(item),
                 "near_misses": [_group_json(group) for group in item.near],
                 "rejected": [_group_json(group) for group in item.rejected],
+                **({"left_out": [*map(_group_json, item.without)]} if item.without else {}),
             }
             for item in self.rules
         ]
@@ -147,11 +151,15 @@ def _explain(
         for miss in result.misses_of(rule_id)
     ]
     won = [match for match in result.matches if match.rule_id == rule_id]
-    losses += [
-        ("legal", refused[m.weight], m.location, m.path or m.operators[0])
-        for m in won
-        if m.weight in refused
-    ]
+    fewer: list[tuple[str, str, str, str]] = []
+    lost: set[str] = set()
+    for m in won:
+        if m.weight in refused:
+            rest = set(m.forms).difference(hidden_forms(m.forms))
+            row = ("legal", refused[m.weight], m.location, m.path or m.operators[0])
+            (fewer if rest else losses).append(row)
+            lost |= set() if rest else {m.weight}
+    funnel = _without(funnel, lost, result.instances.get(rule_id))
     if outcomes is not None:
         dense = [match for match in won if match.weight in outcomes]
         losses += [
@@ -172,7 +180,19 @@ def _explain(
     near = tuple(g for g in folded if _DEPTHS[g.step] == furthest and furthest > 0)
     rejected = tuple(folded[len(near) :])
     matched = _matched(result.instances.get(rule_id, ()))
-    return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
+    without = tuple(_grouped(fewer, {*refused.values()}))
+    return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, without, matched)
+
+
+def _without(funnel: Funnel, lost: Collection[str], instances: Sequence[Instance] | None) -> Funnel:
+    """A funnel that does not count matches of which nothing can be rewritten."""
+    gone = len(lost)
+    if instances is not None:
+        gone = sum(one.counted for one in instances if lost and lost.issuperset(one.claimed))
+    if not gone:
+        return funnel
+    last = {step: count - gone for step, count in funnel.steps if step in ("legal", "kept")}
+    return replace(funnel, steps=tuple((step, last.get(step, n)) for step, n in funnel.steps))
 
 
 def _grouped(
@@ -215,6 +235,7 @@ def _matched(instances: Sequence[Instance]) -> tuple[Matched, ...]:
 
 def _rule_text(item: RuleExplanation) -> str:
     rows = [("near miss", *row) for group in item.near for row in _rows(group)]
+    rows += [("left out", *row) for group in item.without for row in _rows(group)]
     rows += [("rejected", *row) for group in item.rejected for row in _rows(group)]
     widths = [
         min(_WIDEST, max((len(row[column]) for row in rows), default=0)) for column in range(3)
