@@ -28,7 +28,7 @@ from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
-from fxcompress.plans.plan import Size, total_size
+from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
 
@@ -236,7 +236,7 @@ def gather_sites(
                 alone = replace(match, weight=str(producer.weight), forms=(), group=None)
                 _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
             weights = (*(str(each.weight) for each in producers), match.weight)
-            hidden.append((f"{consumer.path} and its input", weights, match))
+            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [

@@ -157,6 +157,10 @@ class Part(_Frozen):
     kernel: tuple[Whole, ...] = ()
 
 
+AND_INPUT = " and its input"
+"""Ends the name of a bundle that is a hidden value, after the path of what reads it."""
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -232,6 +236,11 @@ class SitePlan(_Frozen):
         assert self.form is not None
         assert self.rank is not None
         return self.form, self.rank
+
+    @property
+    def reader(self) -> str:
+        """Path of what reads the hidden value that its bundle is; empty if it is none."""
+        return self.bundle.removesuffix(AND_INPUT) if self.bundle.endswith(AND_INPUT) else ""
 
     @property
     def group(self) -> str:

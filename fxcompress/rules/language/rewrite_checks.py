@@ -133,7 +133,7 @@ class _Forms:
     def check_hidden(self, form: str) -> None:
         """A form for a hidden value needs an operator that reads it alone."""
         if self.pattern.kind == "group":
-            message = f"{form} is for a value that one operator reads; those of a group share theirs"
+            message = f"{form} is for a value that one operator reads; a group shares its value"
             self.misfit(form, message, f"match what reads the value: {_READER}")
 
     def check_alone(self, forms: tuple[str, ...]) -> None:
