@@ -21,7 +21,7 @@ from fxcompress.forms import Body, JointForm, LinearShape, Narrow, Target, regis
 from fxcompress.metric.elementwise import Elementwise
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.whiten import whitener
-from tests.documents import ROOT
+from tests.documents import ROOT, Document
 from tests.made_up_times import made_up_times
 from tests.metric.test_channels import Own
 from tests.test_narrow import HIDDEN, Leaking, N, data, network, rules
@@ -123,6 +123,29 @@ def test_whole_blocks_are_kept(blocks: Any, metric: str) -> None:
     torch.testing.assert_close(small(x), wide(x), rtol=1e-12, atol=1e-12)
 
 
+def test_the_form_of_the_page(blocks: Any) -> None:
+    """Channels by the sizes of their weights, refitted: never better than those of the metric."""
+    (block,) = Document("docs/hidden-values.md").of("python")
+    names: dict[str, Any] = {}
+    exec(block.text, names)
+    fxcompress.register_form(names["Largest"]())
+    model = network("plain")
+    try:
+        lost = {
+            form: fxcompress.plan(model, rules(0.6, form), data()).budget.fitted
+            for form in ("narrow", "largest")
+        }
+        small = fxcompress.compile(model, rules(0.6, "largest"), data())
+    finally:
+        registry._FORMS.pop(("largest", "linear"))
+        words._WORDS.pop("largest")
+    assert lost["narrow"] < lost["largest"]
+    up, down = model[0].up.weight, model[0].down.weight
+    sizes = up.norm(dim=1) * down.norm(dim=0)
+    kept = sizes.argsort(descending=True)[: small[0].down.in_features].sort().values
+    assert torch.equal(small[0].up.weight, up[kept])
+
+
 def test_it_stands_beside_the_forms_of_the_package(blocks: Any) -> None:
     """The solver takes what loses less: free channels never lose more than blocks of them."""
     lost = {
@@ -153,7 +176,7 @@ def test_saved_loaded_and_shown(blocks: Any, tmp_path: Path) -> None:
     assert torch.equal(again(x), small(x))
     assert "blocks4" in str(fxcompress.plan_of(again))
     diff = fxcompress.diff(model, small)
-    assert f"of {HIDDEN}" in str(diff)
+    assert f"  up: {HIDDEN} → " in str(diff)
     assert "blocks4" in diff.to_html()
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     text = json.dumps(plan).replace("blocks4", "blocks5")
