@@ -209,7 +209,7 @@ def _with_makers(match: Match, makers: Mapping[str, str]) -> tuple[str, str, str
     return "legal", reason, match.location, match.path
 
 
-def _without(funnel: Funnel, lost: Collection[str], instances: Sequence[Instance] | None) -> Funnel:
+def _without(funnel: Funnel, lost: set[str], instances: Sequence[Instance] | None) -> Funnel:
     """A funnel that does not count matches of which nothing can be rewritten."""
     gone = len(lost)
     if instances is not None:
