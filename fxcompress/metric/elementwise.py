@@ -88,10 +88,10 @@ class Elementwise(QuadraticForm):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return _Iterated(w, f, view == "tucker2", weight.dim() == 2, dtype, self.unit)
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Fewer channels, each of which loses its own entries: nothing makes up for them."""
         whitened = self.entries.sqrt() * weight.detach().to(torch.float64).flatten(1)
-        return independent(weight, whitened * self.unit)
+        return independent(weight, whitened * self.unit, order)
 
     def restricted(self, rows: Tensor | None = None, inputs: Tensor | None = None) -> Elementwise:
         """The weights of some entries of a matrix."""

@@ -79,15 +79,19 @@ class QuadraticForm(ABC):
             gradient: with respect to the weight (canonical layout).
         """
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Approximations of a weight (canonical layout) by fewer channels of its input.
 
         This one asks for nothing but losses, 2n of them: nothing is refitted.
 
+        Args:
+            weight: W.
+            order: in which channels are taken (n), int64; the metric chooses if it is None.
+
         Raises:
             ValueError: the weight is not finite.
         """
-        return zeroed(weight, self.loss)
+        return zeroed(weight, self.loss, order)
 
     def restricted(
         self, rows: Tensor | None = None, inputs: Tensor | None = None
@@ -200,10 +204,10 @@ class Grouped(QuadraticForm):
         parts = zip(self.groups, weight, strict=True)
         return GroupedTruncations(tuple(group.truncations(part, view) for group, part in parts))
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Fewer channels of the one group that there is; of several, none are chosen."""
         if len(self.groups) == 1:
-            return replace(self.groups[0].channels(weight[0]), weight=weight, axis=2)
+            return replace(self.groups[0].channels(weight[0], order), weight=weight, axis=2)
         return refused(weight, "each group of the convolution reads channels of its own")
 
     def solve(self, gradient: Tensor) -> Tensor:

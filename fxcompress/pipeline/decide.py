@@ -267,8 +267,9 @@ def _site_plan(
 ) -> SitePlan:
     site, choice = chosen.site, chosen.choice
     dense = choice.form is None
-    view = "matrix" if choice.form is None else chosen.group.forms[choice.form].form.view
-    sigma = analysis.decomposed.groups[chosen.group.name].target.truncations(view).sigma
+    target = analysis.decomposed.groups[chosen.group.name].target
+    found = None if choice.form is None else chosen.group.forms[choice.form].form
+    sigma = (target.truncations() if found is None else found.truncations(target)).sigma
     squares = sigma.square()
     whole = 0.5 * float(squares.sum())
     lost = whole and float(choice.loss) / whole
@@ -317,7 +318,8 @@ def _dense_reason(
     if not forms:
         return f"no form fits: {analysis.refused.get(site.weight, 'its rule offers none for it')}"
     single = analysis.group(site.name).forms.values()
-    misfits = [reason for form in single if (reason := form.misfit())]
+    offered = [form for group in analysis.groups_of(site.name) for form in group.forms.values()]
+    misfits = [reason for form in offered if (reason := form.misfit())]
     if misfits and len(misfits) == len(forms):
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,11 +178,11 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
     if group.hidden:
         *producers, weight = weights
         target = Target(weight, metric, producers=tuple(producers))
-        losses = {name: f.losses(target, group.ranks(name)) for name, f in group.forms.items()}
+        losses = _losses(group, target)
         of_last = torch.tensor([*(0.0 for _ in producers), 1.0], dtype=torch.float64)
         return Decomposed(target.without_metric(), losses, lambda rank: of_last)
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
-    losses = {name: form.losses(target, group.ranks(name)) for name, form in group.forms.items()}
+    losses = _losses(group, target)
     whole = target.truncations()  # for reports, whatever view the forms have
     parts = metric.shares(target.weight, whole, group.rows) if len(weights) > 1 else None
     again = any(form.projects for form in group.forms.values())
@@ -218,7 +219,7 @@ def decompose_narrowed(
             if own is None or not group.forms:
                 continue
             target = Target(weight, own)
-            losses = {n: f.losses(target, group.ranks(n)) for n, f in group.forms.items()}
+            losses = _losses(group, target)
             if not any(form.projects for form in group.forms.values()):
                 again = partial(
                     _narrowed_weight, hidden, decomposed.target, to.form, to.width, member
@@ -307,6 +308,15 @@ def _halved(target: Target, weight: Callable[[], Tensor]) -> dict[View, Truncati
     return {
         view: Halved.of(found, weight) if isinstance(found, Spectrum) else found
         for view, found in target.views.items()
+    }
+
+
+def _losses(group: Group, target: Target) -> dict[str, Losses]:
+    """What every form loses at its ranks; one that has none is not asked."""
+    ranks = {name: group.ranks(name) for name in group.forms}
+    return {
+        name: form.losses(target, ranks[name]) if len(ranks[name]) else np.empty(0)
+        for name, form in group.forms.items()
     }
 
 

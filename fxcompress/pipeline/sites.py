@@ -22,13 +22,13 @@ from fxcompress.forms import (
     fit,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.forms.words import BUILT_IN, forms_for
+from fxcompress.forms.words import forms_for, hidden_forms
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
-from fxcompress.plans.plan import Size, total_size
+from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
 
@@ -223,7 +223,8 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done.
+    weights that a rule would narrow the input of why that cannot be done, but for those whose
+    output is narrowed.
 
     Args:
         model: the working copy.
@@ -241,7 +242,7 @@ def gather_sites(
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if not HIDDEN.isdisjoint(match.forms):
+        if wanted := hidden_forms(match.forms):
             found = hidden_value(recording, consumer)
             producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
             reason = found if isinstance(found, str) else None
@@ -256,13 +257,13 @@ def gather_sites(
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
             if reason is not None:
-                refused[match.weight] = f"{_listed(match)}: {reason}"
+                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
             for producer in producers:
                 alone = replace(match, weight=str(producer.weight), forms=(), group=None)
                 _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
             weights = (*(str(each.weight) for each in producers), match.weight)
-            hidden.append((f"{consumer.path} and its input", weights, match))
+            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -276,15 +277,8 @@ def gather_sites(
             for name, weights, match in hidden
         ),
     ]
-    return sites, tuple(groups), refused
-
-
-def _listed(match: Match) -> str:
-    return ", ".join(form for form in match.forms if form in HIDDEN)
-
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
+    makers = {weight for _, weights, _ in hidden for weight in weights}
+    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in makers}
 
 
 def _add_site(
@@ -314,7 +308,8 @@ def _group(
 ) -> Group:
     """Sites with the forms that a match offers them."""
     shapes = [site.shape for site in sites]
-    names = [each for each in match.forms if (each in HIDDEN) == hidden]
+    channels = hidden_forms(match.forms)
+    names = channels if hidden else [each for each in match.forms if each not in channels]
     forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
     group = Group(name, sites, forms, match, hidden)
     if not hidden or isinstance(match, Bundle) or not match.then:

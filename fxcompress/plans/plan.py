@@ -187,6 +187,10 @@ class Then(_Frozen):
         return _as_tuple(self.full_rank)
 
 
+AND_INPUT = " and its input"
+"""Ends the name of a bundle that is a hidden value, after the path of what reads it."""
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -278,6 +282,11 @@ class SitePlan(_Frozen):
     def form_text(self) -> str:
         """The form, and what it is followed by: ``"narrow, pivoted"``; ``"dense"`` without one."""
         return f"{self.form or 'dense'}{f', {self.then.form}' if self.then else ''}"
+
+    @property
+    def reader(self) -> str:
+        """Path of what reads the hidden value that its bundle is; empty if it is none."""
+        return self.bundle.removesuffix(AND_INPUT) if self.bundle.endswith(AND_INPUT) else ""
 
     @property
     def group(self) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fxcompress.forms.template import JOINT, Template, TemplateErrors, build_template
-from fxcompress.forms.words import form_words, forms_for
+from fxcompress.forms.words import form_words, forms_for, hidden_forms
 from fxcompress.rules.language.diagnostics import choices, suggest
 from fxcompress.rules.language.document import KeyPath
 from fxcompress.rules.language.expressions import (
@@ -109,6 +109,9 @@ def _check_nodes(
     return frozenset(rewrite.nodes) & bound.keys()
 
 
+_READER = 'node: {op: linear, name: "*.down_proj"}'
+
+
 class _Forms:
     """The forms of a rewrite, for one pattern.
 
@@ -135,6 +138,8 @@ class _Forms:
         alone = tuple(form for form in rewrite.forms if not words[form].joint)
         for form in joint:
             self.check_joint(form)
+        for form in hidden_forms(alone):
+            self.check_hidden(form)
         if joint and rewrite.group is not None:
             message = f"'group' asks for equal ranks, and {joint[0]} has one rank anyway"
             place = (*path, "group")
@@ -145,6 +150,12 @@ class _Forms:
     def misfit(self, form: str, message: str, hint: str) -> None:
         place = self.places[form]
         self.findings.report(place, "form-does-not-apply", message, hint, value=True)
+
+    def check_hidden(self, form: str) -> None:
+        """A form for a hidden value needs an operator that reads it alone."""
+        if self.pattern.kind == "group":
+            message = f"{form} is for a value that one operator reads; a group shares its value"
+            self.misfit(form, message, f"match what reads the value: {_READER}")
 
     def check_alone(self, forms: tuple[str, ...]) -> None:
         words, named = form_words(), " and ".join(forms)
