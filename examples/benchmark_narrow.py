@@ -30,7 +30,7 @@ defaults: {tied: skip, min_saving: 0.05, multiple_of: 8}
 rules:
   - id: hidden
     match: {node: {op: linear, name: "*.down_proj"}}
-    rewrite: {any_of: [narrow, pivoted]}
+    rewrite: {any_of: [narrow, pivoted], then: pivoted}
   - id: others
     match: {node: {op: linear, name: "*.layers.*"}}
     rewrite: {form: pivoted}
@@ -39,6 +39,7 @@ ROWS = {
     "pivoted": "`pivoted` everywhere",
     "narrow": "feed-forward blocks narrowed, attention `pivoted`",
     "both": "each block narrowed or `pivoted`",
+    "then": "the same, and `pivoted` on what is left of a narrowed block",
     "free": "blocks narrowed, attention dense",
     "equal": "blocks narrowed to one width, attention dense (a plain checkpoint)",
 }
@@ -54,6 +55,8 @@ def restricted(found: Analysis, row: str, rules: LoadedRules) -> Analysis:
     if row == "equal":  # as a rule with {form: narrow, group: widths} has it
         equal = [replace(g, match=replace(g.match, group="widths")) for g in groups if g.hidden]
         groups = [*(g for g in groups if not g.hidden), *equal]
+    if row != "then":
+        groups = [replace(group, narrowed=()) for group in groups]
     return replace(found, groups=tuple(groups), rules=rules)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body
 from fxcompress.forms.form import Counts, JointForm, assign
-from fxcompress.forms.target import Ranks, Target
+from fxcompress.forms.target import Ranks, Target, Truncations
 from fxcompress.operators.modules import shape_of
 from fxcompress.operators.shape import Shape
 from fxcompress.operators.words import operators_of
@@ -72,12 +72,33 @@ class Narrow(JointForm):
         found: Counts = ranks * (sum(shape.macs for shape in shapes) // self.full_rank(shapes))
         return found
 
+    def truncations(self, target: Target) -> Truncations:
+        """What :meth:`channels` says, asked once."""
+        if self.name not in target.chosen:
+            target.chosen[self.name] = self.channels(target)
+        return target.chosen[self.name]
+
+    def channels(self, target: Target) -> Truncations:
+        """The channels that are kept at each width, and the weight that then reads them.
+
+        A form of one's own says here what else it keeps: ``target.channels(order)`` takes channels
+        in another order and refits W to them.  It is asked once for every hidden value.
+
+        Args:
+            target: the consumer's weight with its metric, and the weights of the producers.
+        """
+        return target.channels()
+
     def factors(self, target: Target, rank: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The channels that are kept (k), W', and of what makes channels these (k x ...)."""
-        found = target.truncations(self.view)
+        found = self.truncations(target)
         kept, refitted = found.factors(rank)
         n = len(found.sigma)
         return kept, refitted, *(w[rows_of(kept, len(w), n)] for w in target.producers)
+
+    def left(self, shapes: Any, rank: int) -> tuple[Shape, ...]:
+        """The operators with k channels between them."""
+        return narrowed(shapes, rank)
 
     def products(self, shapes: Any, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The consumer with zeros for channels that go; all others could stay as they are."""

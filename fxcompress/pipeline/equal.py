@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from fxcompress.forms.words import BUILT_IN
+from fxcompress.forms.words import hidden_forms
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.rules import Match, MatchResult
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,11 @@ class HiddenSites:
     held: tuple[PerChannel, ...]
     paths: tuple[str, ...]
     sized: bool
+
+    @property
+    def forms(self) -> str:
+        """The names of the forms that narrow it."""
+        return listed(self.match)
 
 
 def all_rigid(hidden: Sequence[HiddenSites]) -> list[tuple[HiddenSites, str]]:
@@ -64,7 +66,7 @@ def equal_widths(
     unequal: dict[str, str] = {}
     for name in dict.fromkeys(each.match.group for each in hidden if each.match.group is not None):
         members = [match for match in matched.matches if match.group == name]
-        able = [match for match in members if not HIDDEN.isdisjoint(match.forms)]
+        able = [match for match in members if hidden_forms(match.forms)]
         why = {m.path: refused[m.weight].partition(": ")[2] for m in able if m.weight in refused}
         why |= {m.path: "its rule does not offer it" for m in members if m not in able}
         if not why:
@@ -89,4 +91,4 @@ def equal_widths(
 
 def listed(match: Match) -> str:
     """The forms of a match that narrow."""
-    return ", ".join(form for form in match.forms if form in HIDDEN)
+    return ", ".join(hidden_forms(match.forms))

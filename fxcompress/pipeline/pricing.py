@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +14,9 @@ from numpy.typing import NDArray
 
 from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
-from fxcompress.pipeline.decomposition import Decomposition
+from fxcompress.pipeline.decomposition import Decomposition, narrowing_loss
 from fxcompress.pipeline.latency import Table, Timing, entries_for, interpolated
-from fxcompress.pipeline.sites import Group, encoded
+from fxcompress.pipeline.sites import Group, encoded, with_narrowed
 from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Bundle, Match
 
@@ -78,7 +80,7 @@ def timed(
         tick: called as the measurement goes on.
     """
     entries: list[Timing] = []
-    for group in groups:
+    for group in with_narrowed(groups):
         entries += [Timing((shape,)) for shape in group.shapes]
         for name, form in group.forms.items():
             if len(ranks := group.ranks(name)):
@@ -94,9 +96,9 @@ def problems(
 ) -> list[tuple[Entity, ...]]:
     """What the solver is to choose, with costs in each of several units.
 
-    Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
-    forms, which has the name of their group.  Hidden values of equal widths are alternatives
-    together: of all sites of all of them, by themselves, or one candidate for each value.
+    Several sites are alternatives of modes: all by themselves, one candidate with the joint forms,
+    which has the name of their group, or a hidden value of some width and what that leaves.
+    Hidden values of equal widths are alternatives together.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -112,54 +114,104 @@ def problems(
     def measured(group: Group) -> bool:
         return group.name not in idle or group.sites[0].match.limits.unmeasured
 
-    offered = []
-    for group in groups:
+    def offers(group: Group) -> list[list[Option]]:
+        """Every form that is worth it, at its ranks in every unit."""
+        found = []
         dense = [pricing.dense(group) for pricing in pricings]
-        offers = []
-        for form in group.forms if measured(group) else ():
+        for form in group.forms if measured(group) and group.name in decomposed.groups else ():
             if form not in excluded.get(group.name, ()):
                 ranks = group.ranks(form)
                 costs = [pricing.at(group, form, ranks) for pricing in pricings]
                 loss = decomposed.groups[group.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, group.match))
-        offered.append((group, dense, offers))
+                if options := _options(form, ranks, loss, costs, dense, group.match):
+                    found.append(options)
+        return found
+
+    offered = {each.name: offers(each) for each in with_narrowed(groups)}
+
+    def candidate(group: Group, at: int) -> Candidate:
+        options = tuple(offer[at] for offer in offered[group.name])
+        if len(group.sites) > 1:
+            return Candidate(group.name, None, options, group.equal)
+        equal = group.equal if measured(group) and not group.narrowing else None
+        return Candidate(group.name, pricings[at].dense(group), options, equal)
+
+    def ways(whole: _Whole, at: int) -> list[Mode]:
+        """Several sites as one, or what is left of them at widths of a hidden value."""
+        found = [Mode(whole.name, tuple(candidate(group, at) for group in whole.groups))]
+        for form, width, left in whole.narrowed():
+            each = [
+                narrowing_loss(group, decomposed.groups[group.name], form, width)
+                for group in whole.groups
+            ]
+            given_up = any(form in excluded.get(group.name, ()) for group in whole.groups)
+            if any(offered[one.name] for one in left) and np.isfinite(each).all() and not given_up:
+                members = tuple(candidate(one, at) for one in left)
+                found.append(Mode(f"{whole.name}, {form} {width}", members, math.fsum(each)))
+        return found
+
+    together: dict[str, list[Group]] = {}
+    for group in groups:
+        if len(group.sites) > 1:
+            name = group.name if group.equal is None else f"group {group.equal}"
+            together.setdefault(name, []).append(group)
+    wholes = [
+        _Whole(name, tuple(several))
+        for name, several in together.items()
+        if all(offered[group.name] for group in several)
+    ]
     return [
         tuple(
             _entities(
-                {
-                    group.name: Candidate(
-                        group.name,
-                        dense[at],
-                        _taken(offers, at),
-                        group.equal if measured(group) else None,
-                    )
-                    for group, dense, offers in offered
-                    if len(group.sites) == 1
-                },
-                [
-                    (group, _taken(offers, at))
-                    for group, _, offers in offered
-                    if len(group.sites) > 1
-                ],
+                {g.name: candidate(g, at) for g in groups if len(g.sites) == 1},
+                [(whole, ways(whole, at)) for whole in wholes],
             )
         )
         for at in range(len(pricings))
     ]
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """Sites that are rewritten together or not at all: a group, or all values of one width."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of all of them."""
+        return [site.name for group in self.groups for site in group.sites]
+
+    def narrowed(self) -> Iterator[tuple[str, int, tuple[Group, ...]]]:
+        """Forms and widths that all hidden values may have, and what is then left of all sites."""
+        found: list[dict[tuple[str, int], tuple[Group, ...]]] = []
+        for group in self.groups:
+            places = ((left[0].narrowing, left) for left in group.narrowed)
+            found.append({(to.form, to.width): left for to, left in places if to is not None})
+        for form, width in found[0]:
+            if all((form, width) in each for each in found):
+                yield form, width, tuple(one for each in found for one in each[form, width])
+
+
 def _entities(
-    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, tuple[Option, ...]]]
+    candidates: Mapping[str, Candidate], several: Sequence[tuple[_Whole, Sequence[Mode]]]
 ) -> Iterator[Entity]:
-    """Sites by themselves, and sites that are in groups of several as alternatives."""
+    """Sites by themselves, and sites that are in groups of several as alternatives.
+
+    Args:
+        candidates: of the sites.
+        several: each with what may be chosen for it instead of its sites by themselves.
+    """
     import networkx as nx  # takes a while, and most uses of the package do without
 
     links = nx.Graph()
     links.add_nodes_from(candidates)
-    wholes = list(_wholes(several))
-    for whole in wholes:
+    for whole, _ in several:
         nx.add_path(links, whole.sites)
+    ways = {whole.name: found for whole, found in several}
     for names in nx.connected_components(links):
-        own = [whole for whole in wholes if whole.sites[0] in names]
+        own = [whole for whole, _ in several if whole.sites[0] in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
         if not own:
             yield from members
@@ -167,39 +219,12 @@ def _entities(
         modes = []
         for chosen in _disjoint(own):
             taken = {site for whole in chosen for site in whole.sites}
-            rest = (member for member in members if member.name not in taken)
-            name = " + ".join(whole.name for whole in chosen) or "single"
-            together = (candidate for whole in chosen for candidate in whole.candidates)
-            modes.append(Mode(name, (*rest, *together)))
+            rest = tuple(member for member in members if member.name not in taken)
+            for way in product(*(ways[whole.name] for whole in chosen)):
+                name = " + ".join(mode.name for mode in way) or "single"
+                inside = (*rest, *(member for mode in way for member in mode.members))
+                modes.append(Mode(name, inside, sum(mode.loss for mode in way)))
         yield Alternatives(" | ".join(whole.name for whole in own), tuple(modes))
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """Sites that are rewritten together or not at all: a group, or all hidden values of one width.
-
-    Attributes:
-        candidates: one for each group.
-    """
-
-    name: str
-    sites: tuple[str, ...]
-    candidates: tuple[Candidate, ...]
-
-
-def _wholes(several: Sequence[tuple[Group, tuple[Option, ...]]]) -> Iterator[_Whole]:
-    """Groups of several sites that have options; those of equal widths only if all have."""
-    together: dict[str, list[tuple[Group, tuple[Option, ...]]]] = {}
-    for group, options in several:
-        key = group.name if group.equal is None else f"group {group.equal}"
-        together.setdefault(key, []).append((group, options))
-    for name, groups in together.items():
-        if all(options for _, options in groups):
-            yield _Whole(
-                name,
-                tuple(site.name for group, _ in groups for site in group.sites),
-                tuple(Candidate(g.name, None, options, g.equal) for g, options in groups),
-            )
 
 
 def _disjoint(wholes: Sequence[_Whole]) -> Iterator[tuple[_Whole, ...]]:
@@ -213,11 +238,6 @@ def _disjoint(wholes: Sequence[_Whole]) -> Iterator[tuple[_Whole, ...]]:
     for rest in _disjoint(others):
         if {*first.sites}.isdisjoint(site for whole in rest for site in whole.sites):
             yield (first, *rest)
-
-
-def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:
-    """The options in one unit; a form without a rank that is worth it offers none."""
-    return tuple(offer[at] for offer in offers if offer)
 
 
 def _options(

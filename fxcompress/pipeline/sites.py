@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from fxcompress.forms import (
 )
 from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
+from fxcompress.forms.words import forms_for, hidden_forms
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
@@ -30,8 +31,8 @@ from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
-from fxcompress.pipeline.equal import HIDDEN, HiddenSites, all_rigid, equal_widths, listed
-from fxcompress.plans.plan import Size, total_size
+from fxcompress.pipeline.equal import HiddenSites, all_rigid, equal_widths
+from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
 
@@ -72,6 +73,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """Where an operator stands that a narrowed hidden value leaves.
+
+    Attributes:
+        hidden: name of the group that is narrowed.
+        form: by which.
+        width: channels that are kept.
+        member: place in that group.
+    """
+
+    hidden: str
+    form: str
+    width: int
+    member: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Sites that forms rewrite together: a single one, or several on one input.
 
@@ -82,6 +100,9 @@ class Group:
         match: rule id, location and bounds on the rank.
         hidden: whether the last site reads what the others produce.
         held: of a hidden value, what else has entries of its channels.
+        narrowed: of a hidden value, what is left of its sites at several widths: of each site a
+            group of one, with forms to choose from beside the narrowing.
+        narrowing: of such a group of one, what it is left of.
     """
 
     name: str
@@ -90,6 +111,13 @@ class Group:
     match: Match | Bundle
     hidden: bool = False
     held: tuple[PerChannel, ...] = ()
+    narrowed: tuple[tuple[Group, ...], ...] = ()
+    narrowing: Narrowing | None = None
+
+    def left_of(self, form: str, width: int, member: int) -> Group:
+        """What a hidden value with fewer channels leaves of one of the sites."""
+        place = Narrowing(self.name, form, width, member)
+        return next(each for left in self.narrowed for each in left if each.narrowing == place)
 
     @property
     def equal(self) -> str | None:
@@ -219,7 +247,8 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done.
+    weights that a rule would narrow the input of why that cannot be done, but for those whose
+    output is narrowed.
 
     Args:
         model: the working copy.
@@ -238,7 +267,7 @@ def gather_sites(
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if not HIDDEN.isdisjoint(match.forms):
+        if wanted := hidden_forms(match.forms):
             found = hidden_value(model, recording, consumer)
             makers = [] if isinstance(found, str) else [operators[n] for n in found.weighted]
             reason = found if isinstance(found, str) else None
@@ -253,14 +282,14 @@ def gather_sites(
                 elif obstacle := resize_obstacle(model, each.path):
                     reason = reason or obstacle
             if isinstance(found, str) or reason is not None:
-                refused[match.weight] = f"{listed(match)}: {reason}"
+                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
             weights = (*(str(each.weight) for each in makers), match.weight)
-            name = f"{consumer.path} and its input"
+            name = f"{consumer.path}{AND_INPUT}"
             paths = (*(each.path for each in makers), consumer.path)
             hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
     for value, why in rigid(hidden):
-        refused[value.match.weight] = f"{listed(value.match)}: {why}"
+        refused[value.match.weight] = f"{value.forms}: {why}"
     hidden = [value for value in hidden if value.match.weight not in refused]
     equal, unequal = equal_widths(hidden, matched, refused)
     refused |= unequal
@@ -284,7 +313,9 @@ def gather_sites(
             for h in hidden
         ),
     ]
-    return sites, tuple(groups), refused
+    makes = {weight for value in hidden for weight in value.weights}
+    told = {w: why for w, why in refused.items() if w not in makes or w in unequal}
+    return sites, tuple(groups), told
 
 
 def _add_site(
@@ -321,8 +352,47 @@ def _group(
         templates: by the names of the forms that they stand for.
         held: of a hidden value, as of :class:`Group`; None for any other sites.
     """
-    shapes, hidden = [site.shape for site in sites], held is not None
-    names = [each for each in match.forms if (each in HIDDEN) == hidden]
-    op = sites[0].op
+    shapes, op, hidden = [site.shape for site in sites], sites[0].op, held is not None
+    channels = hidden_forms(match.forms)
+    names = channels if hidden else [each for each in match.forms if each not in channels]
     forms = {each: fit(find_form(each, op, templates), shapes, held or ()) for each in names}
-    return Group(name, sites, forms, match, hidden, held or ())
+    group = Group(name, sites, forms, match, hidden, held or ())
+    linear = not held and all(site.op == "linear" for site in sites)
+    if not hidden or not linear or isinstance(match, Bundle) or not match.then:
+        return group
+    return replace(group, narrowed=tuple(_narrowed(group, match, templates)))
+
+
+WIDTHS = 8
+"""Widths of a hidden value at which other forms are offered for what is left."""
+
+
+def _narrowed(
+    group: Group, match: Match, templates: Mapping[str, Template]
+) -> Iterator[tuple[Group, ...]]:
+    """What is left of the operators around a hidden value, at some widths."""
+    for name, form in group.forms.items():
+        permitted, full = group.ranks(name), form.full_rank()
+        assert isinstance(full, int)
+        grid = np.linspace(0, full, WIDTHS + 2)[1:-1] if len(permitted) else ()
+        for width in sorted({int(permitted[np.abs(permitted - at).argmin()]) for at in grid}):
+            left = []
+            for member, (site, shape) in enumerate(zip(group.sites, form.left(width), strict=True)):
+                offered = forms_for(site.op, match.then)
+                forms = {
+                    each: fit(find_form(each, site.op, templates), [shape]) for each in offered
+                }
+                place = Narrowing(group.name, name, width, member)
+                own = replace(site, shape=shape)
+                left.append(
+                    Group(f"{site.name}, {name} {width}", (own,), forms, match, narrowing=place)
+                )
+            yield tuple(left)
+
+
+def with_narrowed(groups: Iterable[Group]) -> Iterator[Group]:
+    """Groups, each followed by what is left of it where it is a hidden value that is narrowed."""
+    for group in groups:
+        yield group
+        for left in group.narrowed:
+            yield from left
