@@ -88,7 +88,11 @@ class Table:
                 self._all = {}  # a table that cannot be read is measured again
 
     def measure(
-        self, entries: Iterable[Timing], device: torch.device, tick: Callable[[], None]
+        self,
+        entries: Iterable[Timing],
+        device: torch.device,
+        tick: Callable[[], None],
+        rounds: int = ROUNDS,
     ) -> Mapping[str, float]:
         """Seconds of each entry, by its key; those that are not in the table are measured.
 
@@ -96,11 +100,12 @@ class Table:
             entries: to look up.
             device: that they run on.
             tick: called after every round.
+            rounds: times that each is measured.
         """
         known = self._all.setdefault(machine(device), {})
         missing = {entry.key: entry for entry in entries if entry.key not in known}
         if missing:
-            known.update(_measured(missing, device, tick))
+            known.update(_measured(missing, device, tick, rounds))
             if self.path is not None:
                 self._keep(self.path)
         return known
@@ -199,11 +204,11 @@ def _rank(row: Any) -> Rank:
 
 @torch.inference_mode()
 def _measured(
-    entries: Mapping[str, Timing], device: torch.device, tick: Callable[[], None]
+    entries: Mapping[str, Timing], device: torch.device, tick: Callable[[], None], rounds: int
 ) -> dict[str, float]:
     least: dict[str, float] = {}
     numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for key, entry in entries.items():
             module, inputs = _built(entry, device, numbers)
             seconds = sum(_time(module, each, device) for each in inputs)
@@ -247,19 +252,21 @@ def _built(
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:
-    """Seconds of one call; the fastest of three measurements of at least :data:`LEAST`."""
+    """Seconds of one call, from as many as take :data:`LEAST`."""
     calls = 1
     while True:
-        start = _now(device)
+        start = now(device)
         for _ in range(calls):
             module(inputs)
-        seconds = _now(device) - start
+        seconds = now(device) - start
         if seconds >= LEAST:
             return seconds / calls
         calls = max(2 * calls, int(1.2 * calls * LEAST / max(seconds, 1e-9)))
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now(*devices: torch.device) -> float:
+    """What a clock shows, in seconds, once devices have done all that they were given."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return time.perf_counter()
