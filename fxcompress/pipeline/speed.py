@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -22,7 +21,8 @@ from fxcompress.graph.inputs import run_model, to_device
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.latency import Table, Timing, machine, now
 from fxcompress.pipeline.request import Request
-from fxcompress.plans.plan import NOTICED, Batch, Plan, Speed
+from fxcompress.plans.plan import NOT_TIMED, NOTICED, Batch, Plan, Speed
+from fxcompress.processes import several
 from fxcompress.report.quantities import duration
 from fxcompress.rewrite import skeleton
 from fxcompress.rules.matching.folding import fold
@@ -85,7 +85,7 @@ def measured_speed(
     try:
         speed = time_models(dense, rewritten, analysis.examples, analysis.request)
     except Exception as error:  # whatever a model does that is run once more
-        return None, [f"the forward time was not measured: {type(error).__name__}: {error}"]
+        return None, [f"{NOT_TIMED}{type(error).__name__}: {error}"]
     if speed is None or not speed.slower:
         return speed, []
     return speed, [_warning(speed, planned, _slower(planned, analysis))]
@@ -111,7 +111,7 @@ def time_models(
     if not tensors or torch.device("meta") in devices:
         return None
     limit = min(LONGEST, SHARE * sum(request.show.seconds.values()))
-    if dist.is_available() and dist.is_initialized():
+    if several():
         limit = 0.0  # as many passes in all processes: a forward may wait for the others
     tick = request.show.stage("speed", None)
     small = skeleton(rewritten)

@@ -436,6 +436,10 @@ NOTICED = 0.97
 """Models that are this many times as fast or faster are not called slower."""
 
 
+NOT_TIMED = "the forward time was not measured: "
+"""What the warning of a model that could not be timed begins with."""
+
+
 class Speed(_Frozen):
     """Forward passes over the recorded batch, by the dense and the compressed model in turns.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fxcompress.plans.plan import BudgetOutcome, HeldBack, Limit, Plan, Speed, total_size
+from fxcompress.plans.plan import NOT_TIMED, BudgetOutcome, HeldBack, Limit, Plan, Speed, total_size
 from fxcompress.plans.units import UNITS, Unit
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
@@ -176,9 +176,13 @@ def speed_json(plan: Plan) -> dict[str, Any] | None:
 
 def not_timed(plan: Plan) -> str:
     """Why the forward pass was not timed."""
-    if plan.after and plan.rewritten:
-        return "a warning of the plan may say why"
-    return "nothing is rewritten" if plan.after else "nothing is rewritten yet"
+    if not plan.after:
+        return "nothing is rewritten yet"
+    if not plan.rewritten:
+        return "nothing is rewritten"
+    if any(warning.startswith(NOT_TIMED) for warning in plan.warnings):
+        return "a warning says why"
+    return "nor was it when the model was compressed"
 
 
 def not_held_back(plan: Plan) -> str:
