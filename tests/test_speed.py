@@ -116,6 +116,14 @@ def test_slower_is_beyond_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not timed(monkeypatch, [1, 1, 1, 1], [1, 0.5, 0.5, 0.5])[0].slower
 
 
+def test_what_would_be_warned_of_is_looked_at_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = timed(monkeypatch, [0.1], [0.1, 0.2, 0.2, 0.2, 0.2, 0.1], spent=0.0)
+    assert not found.slower
+    assert found.pairs > FEWEST
+    assert timed(monkeypatch, [0.1], [0.1], spent=0.0)[0].pairs == FEWEST
+    assert timed(monkeypatch, [100.0], [200.0], spent=0.0)[0].pairs == FEWEST
+
+
 def test_all_recorded_batches_are_one_pass() -> None:
     seen: list[int] = []
 
@@ -364,7 +372,7 @@ def test_plans_of_before_are_read() -> None:
     plain = json.loads(plan_of(fxcompress.compile(net(), rules(), data())).model_dump_json())
     del plain["speed"], plain["batch"]
     old = Plan.model_validate(plain)
-    assert "forward pass: not measured (nor was it when the model was compressed)" in str(old)
+    assert "forward pass: not measured (no time was taken when it was compressed)" in str(old)
     assert "MACs per batch" in str(old)
     for wrong in ({"before": 0.0}, {"pairs": 0}):
         speed_of = {**_speed().model_dump(), **wrong}

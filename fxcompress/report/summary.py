@@ -182,7 +182,7 @@ def not_timed(plan: Plan) -> str:
         return "nothing is rewritten"
     if any(warning.startswith(NOT_TIMED) for warning in plan.warnings):
         return "a warning says why"
-    return "nor was it when the model was compressed"
+    return "no time was taken when it was compressed"
 
 
 def not_held_back(plan: Plan) -> str:
