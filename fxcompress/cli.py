@@ -106,7 +106,7 @@ def compile(
     length: Length = 512,
 ) -> None:
     """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
-    from fxcompress.report.summary import held_back_line
+    from fxcompress.report.summary import held_back_line, speed_line
     from fxcompress.saved.save import check_directory
 
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -135,7 +135,7 @@ def compile(
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
     _copy_tokenizer(model, out)
     typer.echo(str(difference))
-    typer.echo(f"\n{held_back_line(difference.plan)}")
+    typer.echo(f"\n{held_back_line(difference.plan)}\n{speed_line(difference.plan)}")
     typer.echo(f"saved to {out}; load it with fxcompress.load({str(out)!r})")
 
 

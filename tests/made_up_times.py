@@ -22,9 +22,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
     """
     asked: list[str] = []
 
-    def measured(
-        entries: dict[str, Timing], device: object, tick: object, rounds: int
-    ) -> dict[str, float]:
+    def measured(entries: dict[str, Timing], device: object, tick: object) -> dict[str, float]:
         asked.extend(entries)
         out = {}
         for key, entry in entries.items():

@@ -376,7 +376,7 @@ def test_plans_of_before_are_read() -> None:
     assert "MACs per batch" in str(old)
     for wrong in ({"before": 0.0}, {"pairs": 0}):
         speed_of = {**_speed().model_dump(), **wrong}
-        with pytest.raises(ValueError, match="greater than"):
+        with pytest.raises(ValueError, match="greater than or equal"):
             Speed.model_validate(speed_of)
 
 

@@ -88,11 +88,7 @@ class Table:
                 self._all = {}  # a table that cannot be read is measured again
 
     def measure(
-        self,
-        entries: Iterable[Timing],
-        device: torch.device,
-        tick: Callable[[], None],
-        rounds: int = ROUNDS,
+        self, entries: Iterable[Timing], device: torch.device, tick: Callable[[], None]
     ) -> Mapping[str, float]:
         """Seconds of each entry, by its key; those that are not in the table are measured.
 
@@ -100,12 +96,11 @@ class Table:
             entries: to look up.
             device: that they run on.
             tick: called after every round.
-            rounds: times that each is measured.
         """
         known = self._all.setdefault(machine(device), {})
         missing = {entry.key: entry for entry in entries if entry.key not in known}
         if missing:
-            known.update(_measured(missing, device, tick, rounds))
+            known.update(_measured(missing, device, tick))
             if self.path is not None:
                 self._keep(self.path)
         return known
@@ -204,11 +199,11 @@ def _rank(row: Any) -> Rank:
 
 @torch.inference_mode()
 def _measured(
-    entries: Mapping[str, Timing], device: torch.device, tick: Callable[[], None], rounds: int
+    entries: Mapping[str, Timing], device: torch.device, tick: Callable[[], None]
 ) -> dict[str, float]:
     least: dict[str, float] = {}
     numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for key, entry in entries.items():
             module, inputs = _built(entry, device, numbers)
             seconds = sum(_time(module, each, device) for each in inputs)

@@ -42,9 +42,6 @@ LONGEST = 3.0
 NAMED = 3
 """Kinds of operators that a warning names."""
 
-ROUNDS = 3
-"""Times that each operator is measured."""
-
 
 def batch_of(examples: Sequence[Any]) -> Batch:
     """How many samples the recorded batches hold, and the shapes of their tensors.
@@ -206,7 +203,7 @@ def _slower(planned: Plan, analysis: Analysis) -> list[_Kind]:
         fitted = analysis.group(name).forms[form]
         dense = [Timing((shape,)) for shape in fitted.shapes]
         body = Timing(fitted.shapes, fitted.form, rank)
-        times = table.measure([*dense, body], device, tick, ROUNDS)
+        times = table.measure([*dense, body], device, tick)
         before, after = sum(times[each.key] for each in dense), times[body.key]
         if after * NOTICED > before:
             key = (form, *map(str, fitted.shapes))

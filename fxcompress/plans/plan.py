@@ -430,7 +430,8 @@ class Batch(_Frozen):
     shapes: tuple[tuple[Whole, ...], ...] = ()
 
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+Ratio = Annotated[float, Field(gt=0, le=1e18)]
 
 NOTICED = 0.97
 """Models that are this many times as fast or faster are not called slower."""
@@ -455,7 +456,7 @@ class Speed(_Frozen):
 
     before: Seconds
     after: Seconds
-    spread: tuple[Seconds, Seconds]
+    spread: tuple[Ratio, Ratio]
     pairs: Annotated[int, Field(ge=1)]
     machine: str
     device: str

@@ -26,12 +26,12 @@ class Entry:
     Attributes:
         sites: in the terminal those that are alike, on the page all below a module; never empty.
         measured: what was measured, by the name of a site; a bundle's stands with each member.
-        batch: samples of the recorded batch, which amounts for its rows are divided by.
+        samples: of the recorded batch, which amounts for its rows are divided by.
     """
 
     sites: tuple[SitePlan, ...]
     measured: Mapping[str, MeasuredSite]
-    batch: int = 1
+    samples: int = 1
 
     @cached_property
     def before(self) -> Size:
@@ -98,7 +98,7 @@ def _size(unit: CountedUnit, when: str) -> Column:
 
     def total(entry: Entry) -> float:
         whole = (entry.before if when == "before" else entry.after)[unit.word]
-        return whole / entry.batch if unit.per_row else whole
+        return whole / entry.samples if unit.per_row else whole
 
     return Column(
         head=when,

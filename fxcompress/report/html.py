@@ -26,7 +26,7 @@ class Row:
     Attributes:
         label: path relative to the row above (``"model.layers"`` if nothing branches off).
         path: full path.
-        measured, batch: as :class:`Entry` has them.
+        measured, samples: as :class:`Entry` has them.
         site: what it is itself, None if it only holds others.
         sites: every site at or below it.
         children: by the next component of the path.
@@ -38,7 +38,7 @@ class Row:
     label: str
     path: str
     measured: Mapping[str, MeasuredSite]
-    batch: int = 1
+    samples: int = 1
     site: SitePlan | None = None
     sites: list[SitePlan] = field(default_factory=list)
     children: dict[str, Row] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Row:
     @cached_property
     def entry(self) -> Entry:
         """What the columns are about."""
-        return Entry(tuple(self.sites), self.measured, self.batch)
+        return Entry(tuple(self.sites), self.measured, self.samples)
 
     def child(self, name: str, path: str) -> Row:
         """The row of this name, made if there is none."""
-        return self.children.setdefault(name, Row(name, path, self.measured, self.batch))
+        return self.children.setdefault(name, Row(name, path, self.measured, self.samples))
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
 
 
 def tree_rows(
-    sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite], batch: int = 1
+    sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite], samples: int = 1
 ) -> list[Row]:
     """The module tree of the sites, depth first, in graph order.
 
     It is open down to the first module that branches, so thirty blocks are thirty rows.
     """
-    root = Row("", "", measured, batch)
+    root = Row("", "", measured, samples)
     for site in sites:
         row = root
         for component in site.name.split("."):
