@@ -20,7 +20,7 @@ from fxcompress.pipeline.analysis import Analysis, analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.request import Request
 from fxcompress.progress import stages
-from fxcompress.rules import LoadedRules, parse_rules, with_keep
+from fxcompress.rules import LoadedRules, parse_rules, with_budget
 
 RULES = """
 version: 1
@@ -77,7 +77,7 @@ def main() -> None:
     for keep in given.keeps:
         for row, text in ROWS.items():
             with stages(False) as silent:
-                now = restricted(found, row, with_keep(rules, keep)).showing(silent)
+                now = restricted(found, row, with_budget(rules, keep)).showing(silent)
                 small, plan = rewrite(model, now)
             fidelity = reference.compare(small)
             after = sum(site.after.parameters for site in plan.sites)

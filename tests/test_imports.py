@@ -28,7 +28,7 @@ LAYERS = [
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {"pipeline.decomposition", "pipeline.agreement", "pipeline.influence", "pipeline.held_back"},
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
-    {"pipeline.solving", "pipeline.measure", "pipeline.unmatched"},
+    {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},

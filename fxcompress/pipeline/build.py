@@ -23,6 +23,7 @@ from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.decomposition import widened
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
+from fxcompress.pipeline.speed import measured_speed
 from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.rewrite import (
     ProjectedAttention,
@@ -44,6 +45,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
         BudgetError: the budget cannot be met.
         RewriteError: the rewritten model does not run.
     """
+    dense = skeleton(model)  # before anything is changed in place
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis)
@@ -76,12 +78,15 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(
-            f"the rewritten model does {more:,} multiply-accumulates more than its layers need: "
-            "something in its forward reads the weight of a rewritten layer, which computes it"
+            f"the rewritten model does {more:,} multiply-accumulates more than its layers need on "
+            "the recorded batch: something in its forward reads the weight of a rewritten layer, "
+            "which computes it"
         )
+    speed, slow = measured_speed(dense, rewritten, planned, analysis)
     return rewritten, planned.model_copy(
         update={
             "model_after": counted,
+            "speed": speed,
             "after": summarize(after.operators),
             "held_back": measured,
             "expanded": tuple(
@@ -89,7 +94,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
                 for name, module in rewritten.named_modules()
                 if isinstance(module, ProjectedAttention)
             ),
-            "warnings": (*analysis.notes, *notes),
+            "warnings": (*analysis.notes, *notes, *slow),
         }
     )
 

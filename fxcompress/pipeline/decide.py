@@ -20,6 +20,7 @@ from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
 from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
+from fxcompress.pipeline.speed import batch_of
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
@@ -74,6 +75,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             "seed": rules.metric.seed,
         },
         damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
+        batch=batch_of(analysis.examples),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
