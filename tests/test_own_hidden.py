@@ -41,8 +41,13 @@ def blocks() -> Iterator[Any]:
     fxcompress.register_form(module.Blocks(SIZE))
     yield module
     for name in ("blocks16", "blocks4"):
-        registry._FORMS.pop((name, "linear"))
-        words._WORDS.pop(name)
+        forget(name)
+
+
+def forget(name: str) -> None:
+    """Undo what registered a form."""
+    for op in words._WORDS.pop(name).operators:
+        registry._FORMS.pop((name, op))
 
 
 def test_the_example_is_short_and_uses_the_public_interface_only() -> None:
@@ -137,8 +142,7 @@ def test_the_form_of_the_page(blocks: Any) -> None:
         }
         small = fxcompress.compile(model, rules(0.6, "largest"), data())
     finally:
-        registry._FORMS.pop(("largest", "linear"))
-        words._WORDS.pop("largest")
+        forget("largest")
     assert lost["narrow"] < lost["largest"]
     up, down = model[0].up.weight, model[0].down.weight
     sizes = up.norm(dim=1) * down.norm(dim=0)
@@ -253,4 +257,4 @@ def test_channels_in_an_order_of_ones_own() -> None:
 def test_the_shape_is_all_that_a_body_needs(blocks: Any) -> None:
     shapes = [LinearShape(3, 8, True, torch.float32), LinearShape(8, 2, True, torch.float32)]
     body = blocks.Blocks(SIZE).empty(shapes, SIZE)
-    assert [tuple(head.linear.weight.shape) for head in body.heads] == [(4, 3), (2, 4)]
+    assert [tuple(head.layer.weight.shape) for head in body.heads] == [(4, 3), (2, 4)]

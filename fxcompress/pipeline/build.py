@@ -15,7 +15,7 @@ from fxcompress.forms import Body, Fitted, FormError, find_form, fit
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
-from fxcompress.operators.modules import canonical_weight
+from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
@@ -173,7 +173,8 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
             group = analysis.group(name)
             if body.kept is not None:
                 for site in group.sites:
-                    weight, bias = _widened(analysis, site, body.kept, operator_at(made, site.name))
+                    last = site is group.sites[-1]
+                    weight, bias = _widened(analysis, site, body.kept, made, last)
                     yield site, site.shape.stored(weight), bias
                 continue
             built = _form(group, instead[name], planned)
@@ -181,32 +182,36 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
             for site, weight, bias in found:
                 yield site, site.shape.stored(weight), bias
 
-    parts: list[nn.Module] = []
+    parameters: list[nn.Parameter] = []
     for name, body in bodies.items():
-        sites = analysis.group(name).sites if body.kept is not None else ()
-        parts += [operator_at(made, site.name) for site in sites] or body.parts
-    parameters = [parameter for part in parts for parameter in part.parameters()]
+        if body.kept is None:
+            parameters += [parameter for part in body.parts for parameter in part.parameters()]
+            continue
+        for site in analysis.group(name).sites:
+            layer = operator_at(made, site.name)
+            names = ("weight", "bias") if site.shape.bias else ("weight",)
+            parameters += [layer.get_parameter(each) for each in names]
     return Student(made, planned, parameters, weights)
 
 
 def _widened(
-    analysis: Analysis, site: Site, kept: Tensor, narrowed: nn.Module
+    analysis: Analysis, site: Site, kept: Tensor, made: nn.Module, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of all channels of a hidden value, given a layer of the channels kept.
+    """Weight and bias of all channels of a hidden value, given a model with the channels kept.
 
-    A producer has its other rows as they were; a consumer reads zeros there.
+    What makes channels has its other ones as they were; a consumer reads zeros there.
     """
+    narrowed = operator_at(made, site.name)
     weight: Tensor = canonical_weight(narrowed)
-    bias: Tensor | None = getattr(narrowed, "bias", None)
-    dense = site.weight_in(analysis.model).to(weight.dtype, copy=True)
-    if len(weight) < len(dense):
-        dense[kept] = weight
-        own = getattr(operator_at(analysis.model, site.name), "bias", None)
-        if bias is not None and own is not None:
-            bias = own.detach().index_copy(0, kept, bias)
-        return dense, bias
-    wide = torch.zeros_like(dense)
-    wide[:, kept] = weight
+    bias: Tensor | None = getattr(narrowed, "bias", None) if site.shape.bias else None
+    shape, dense = site.shape, site.weight_in(analysis.model).to(weight.dtype, copy=True)
+    if last:
+        return torch.zeros_like(dense).index_copy(shape.in_axis, kept, weight), bias
+    rows = shape_of(narrowed).by_outputs(weight)
+    wide = shape.of_outputs(shape.by_outputs(dense).index_copy(0, kept, rows))
+    own = _bias(analysis, site)
+    if bias is not None and own is not None:
+        bias = own.index_copy(0, kept, bias)
     return wide, bias
 
 
@@ -291,24 +296,34 @@ def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> 
 
 
 def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequence[Tensor]) -> None:
-    """Compare producers with their rows that are kept, and the consumer with its refitted weight.
+    """Compare what makes channels with its part that is kept, and the consumer with its new weight.
 
     Args:
         analysis: has the operators.
-        group: producers, and the consumer last.
+        group: what makes channels, and the consumer last.
         body: for them.
-        factors: the channels that are kept, the consumer's weight, and rows of every producer.
+        factors: the channels that are kept, the consumer's weight, and parts of the other weights.
     """
     kept, refitted, *rows = factors
-    for site, head, weight in zip(group.sites, body.heads, (*rows, refitted), strict=True):
-        inputs = _sample(analysis, site)
-        bias = getattr(operator_at(analysis.model, site.name), "bias", None)
-        if site is group.sites[-1]:
-            inputs = inputs[..., kept]
-        elif bias is not None:
-            bias = bias[kept]
-        exact = inputs.double() @ weight.double().T
-        verify(head, exact if bias is None else exact + bias.double(), inputs, -1)
+    for site, head, factor in zip(group.sites, body.heads, (*rows, refitted), strict=True):
+        exact = copy.deepcopy(head.get_submodule("layer")).double()
+        shape, last = shape_of(exact), site is group.sites[-1]
+        inputs, bias = _sample(analysis, site), _bias(analysis, site)
+        if last or site.shape.is_channelwise:
+            inputs = inputs.index_select(channels_of(site.shape), kept)
+        weight = factor if last else shape.of_outputs(factor)
+        with torch.no_grad():
+            exact.weight = nn.Parameter(shape.stored(weight.double()))
+            if bias is not None:
+                exact.bias = nn.Parameter((bias if last else bias[kept]).double())
+            outputs = exact(inputs.double())
+        verify(head, outputs, inputs, channels_of(site.shape))
+
+
+def _bias(analysis: Analysis, site: Site) -> Tensor | None:
+    """The bias of an operator as the model has it, detached."""
+    bias: Tensor | None = getattr(operator_at(analysis.model, site.name), "bias", None)
+    return None if bias is None else bias.detach()
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:

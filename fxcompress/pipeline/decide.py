@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
     BudgetOutcome,
+    Held,
     NodeSummary,
     Part,
     Plan,
@@ -265,7 +266,14 @@ def _site_plan(
         after=chosen.after,
         reason=_dense_reason(site, forms, out, analysis) if dense else "",
         spectrum=tuple(sigma[shown].tolist()),
+        held=_held(chosen),
     )
+
+
+def _held(chosen: _Chosen) -> tuple[Held, ...]:
+    """What goes with the channels that a site reads, if it is the last of a hidden value."""
+    last = chosen.rank is not None and chosen.site is chosen.group.sites[-1]
+    return tuple(Held(**asdict(each)) for each in chosen.group.held) if last else ()
 
 
 def _dense_reason(

@@ -161,10 +161,12 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
     """
     weights = [site.weight_in(model) for site in group.sites]
     if group.hidden:
-        *producers, weight = weights
-        target = Target(weight, metric, producers=tuple(producers))
+        *makers, weight = weights
+        pairs = zip(group.sites, makers, strict=False)
+        producers = tuple(site.shape.by_outputs(made) for site, made in pairs)
+        target = Target(weight, metric, producers=producers)
         losses = _losses(group, target)
-        of_last = torch.tensor([*(0.0 for _ in producers), 1.0], dtype=torch.float64)
+        of_last = torch.tensor([*(0.0 for _ in makers), 1.0], dtype=torch.float64)
         return Decomposed(target.without_metric(), losses, lambda rank: of_last)
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
     losses = _losses(group, target)

@@ -17,9 +17,10 @@ import torch
 
 from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
+from fxcompress.operators.per_channel import PerChannel
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import layers
-from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
+from fxcompress.plans.plan import Fidelity, Held, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
 Flaw = tuple[str, str]
@@ -117,6 +118,8 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
+    if site.held and not site.bundle:
+        yield "held", "it is for the last site of a bundle"
     yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
     if site.form is None:
         yield from _dense_problems(site, shape)
@@ -188,10 +191,13 @@ def _size_problems(
             yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+def _fitted(
+    form: str, op: str, plan: Plan, shapes: Sequence[Shape], held: Sequence[Held] = ()
+) -> Fitted | None:
     """A form for operators; None if there is none of that name for them."""
+    known = [PerChannel(each.name, each.parameters, each.bytes) for each in held]
     try:
-        return fit(find_form(form, op, plan.templates), shapes)
+        return fit(find_form(form, op, plan.templates), shapes, known)
     except (KeyError, ValueError):
         return None
 
@@ -204,12 +210,12 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _fitted(form, "linear", plan, own)
+    found = _fitted(form, first.op, plan, own, sites[-1].held)
     if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
         return
     if found is None or not isinstance(rank, int):
-        yield "op", f"{form} is for linear operators, and has one rank"
+        yield "op", f"{form} is for other operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
@@ -242,7 +248,10 @@ def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
         return "its sites differ in type or input"
     if isinstance(found.form, JointForm) and found.form.hidden:
         widths = {shape.out_features for shape in shapes[:-1]}
-        return None if widths == {shapes[-1].in_features} else "its last site reads other channels"
+        if widths != {shapes[-1].in_features}:
+            return "its last site reads other channels"
+        grouped = any(s.matrix[0] > 1 and not s.is_channelwise for s in shapes[:-1])
+        return "its sites have groups of channels" if grouped or shapes[-1].matrix[0] > 1 else None
     alike = len({shape.in_features for shape in shapes}) == 1
     return None if alike else "its sites differ in type or input"
 

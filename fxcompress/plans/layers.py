@@ -15,7 +15,7 @@ def layers(body: Body) -> list[tuple[Part, ...]]:
     What is shared stands with the first, its paths below ``shared``.
     """
     if body.kept is not None:  # smaller layers of the same kind, in the places of these
-        return [(_layer("", head.get_submodule("linear")),) for head in body.heads]
+        return [(_layer("", head.get_submodule("layer")),) for head in body.heads]
     shared = () if body.shared is None else _parts(body.shared, "shared.")
     heads = [_parts(head) for head in body.heads]
     return [(*shared, *heads[0]), *heads[1:]]

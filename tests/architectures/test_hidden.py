@@ -7,6 +7,7 @@ the same: whatever the graph between is, and in whichever order rows and columns
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 
 from fxcompress.forms import find_form, fit
 from fxcompress.graph.eligible import obstacle
+from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.sites import Group, gather_sites
-from fxcompress.rewrite import Factorized, apply_plan, own_parameters, prepared, skeleton
-from fxcompress.rewrite.applied import record_operators
+from fxcompress.plans.plan import Held
+from fxcompress.rewrite import (
+    Factorized,
+    apply_plan,
+    own_parameters,
+    planned_weight,
+    prepared,
+    record_operators,
+    skeleton,
+)
 from fxcompress.rules import match_rules, parse_rules
 from tests.architectures.test_every_operator import run
 from tests.full_rank import entry, plan_for
@@ -28,7 +38,7 @@ version: 1
 budget: {keep: 1.0}
 rules:
   - id: every
-    match: {node: {op: linear}}
+    match: {node: {op: [linear, conv1d, conv2d]}}
     rewrite: {form: narrow}
 """
 NARROWED = {
@@ -69,24 +79,27 @@ def test_as_with_columns_of_zeros(name: str, share: float) -> None:
     dense = dict(prepared(reference).named_parameters())
     bodies, entries = {}, []
     for group in groups:
-        form = fit(find_form("narrow"), group.shapes)
-        weights = [site.weight_in(work) for site in group.sites]
-        n = weights[-1].shape[1]
+        form = fit(find_form("narrow"), group.shapes, group.held)
+        *makers, consumer = group.sites
+        weight, axis, n = consumer.weight_in(work), consumer.shape.in_axis, consumer.in_features
         rank = max(1, int(share * n))
         kept = torch.randperm(n)[:rank].sort().values
-        refitted = torch.randn_like(weights[-1][:, kept]) if share < 1 else weights[-1]
+        own = weight.index_select(axis, kept)
+        refitted = torch.randn_like(own) if share < 1 else own
         body = form.empty(rank)
-        biases = [getattr(work.get_submodule(site.name), "bias", None) for site in group.sites]
-        form.fill(body, [kept, refitted, *(w[kept] for w in weights[:-1])], biases)
+        biases = [getattr(operator_at(work, site.name), "bias", None) for site in group.sites]
+        rows = [site.shape.by_outputs(site.weight_in(work))[kept] for site in makers]
+        form.fill(body, [kept, refitted, *rows], biases)
         bodies[group.name] = body
         for member, site in enumerate(group.sites):
             made = entry(site, "narrow", rank, n, group.name)
-            entries.append(made.model_copy(update={"member": member}))
-        consumer = group.sites[-1]
-        wide: Tensor = torch.zeros_like(weights[-1])
-        wide[:, kept] = refitted
+            name, applied = planned_weight(work, site.weight)
+            held = [Held(**asdict(each)) for each in group.held] if site is consumer else []
+            more = {"member": member, "weight": name, "applied": applied, "held": tuple(held)}
+            entries.append(made.model_copy(update=more))
+        wide: Tensor = torch.zeros_like(weight).index_copy(axis, kept, refitted)
         with torch.no_grad():
-            dense[consumer.weight].copy_(consumer.shape.stored(wide))
+            dense[planned_weight(work, consumer.weight)[0]].copy_(consumer.shape.stored(wide))
     small = skeleton(model)
     apply_plan(small, plan_for(entries), bodies)
     small = own_parameters(small, model)
