@@ -262,11 +262,12 @@ def _argument(asked: Question, place: int, keyword: str) -> object:
 
 
 def _table() -> dict[str, Rule]:
+    # A sequential that is one operator has nothing in it.
     entrywise = (
         "abs add celu clamp clone contiguous cos detach div dropout dropout1d dropout2d dropout3d "
         "elu exp float gelu hardsigmoid hardswish hardtanh identity leaky_relu log logsigmoid mish "
-        "mul neg pow quick_gelu relu relu6 relu_squared rrelu rsqrt selu sigmoid silu sin softplus "
-        "softsign sqrt sub tanh to"
+        "mul neg pow quick_gelu relu relu6 relu_squared rrelu rsqrt selu sequential sigmoid silu "
+        "sin softplus softsign sqrt sub tanh to"
     )
     over_positions = (
         "max_pool avg_pool lp_pool adaptive_avg_pool adaptive_max_pool zero_pad constant_pad "

@@ -73,7 +73,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         return f"{named(consumer)} reads no channels"
     inside: dict[str, Operator] = {}
     reads: dict[str, tuple[str, ...]] = {}
-    held: dict[str, PerChannel] = {}
+    held: dict[PerChannel, Operator] = {}
     waiting = [(consumer.inputs[0], channel_axis(consumer))]
     while waiting:
         name, axis = waiting.pop()
@@ -85,7 +85,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
             return passed
         inside[name] = found
         reads[name] = tuple(read for read, _ in passed.inputs)
-        held.update({each.name: each for each in passed.held})
+        held.update(dict.fromkeys(passed.held, found))
         waiting += passed.inputs
     if reason := _read_elsewhere(recording, inside, consumer):
         return reason
@@ -100,7 +100,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         producers,
         tuple(name for name in weighted if reads[name]),
         tuple(name for name in order if inside[name].op not in OPERATORS),
-        tuple(held.values()),
+        tuple(held),
         consumer.name,
     )
 
@@ -138,7 +138,7 @@ def _leads_to(recording: Recording, start: str, goals: Collection[str], end: int
 def _shared(
     recording: Recording,
     inside: Mapping[str, Operator],
-    held: Collection[str],
+    held: Mapping[PerChannel, Operator],
     consumer: Operator,
 ) -> str | None:
     """What is used more than once, or not of the consumer's type."""
@@ -151,14 +151,17 @@ def _shared(
             return f"the weight of {named(each)} is tied"
         if (facts.dtype, facts.device) != (own.dtype, own.device):
             return f"the weight of {named(each)} has another type or is on another device"
-    for name in held:
-        calls = [o for o in recording.operators if o.path == name and o.op not in OPERATORS]
-        if len(calls) > 1:
-            return f"{named(calls[0])} is called several times"
+    for entries, holder in held.items():
+        name = entries.name
+        if sum((o.path, o.op) == (name, holder.op) for o in recording.operators) > 1:
+            return f"{named(holder)} is called several times"
+        readers = {recording.operators[recording.places[user]].scope for user in holder.users}
         for facts in recording.weights.values():
-            if facts.name == name or facts.name.rpartition(".")[0] == name:
-                if len(facts.aliases) > 1:
-                    return f"the parameter {facts.name} is tied"
-                if facts.strangers:
-                    return f"the parameter {facts.name} is also read elsewhere"
+            if name not in (facts.name, facts.name.rpartition(".")[0]):
+                continue
+            if len(facts.aliases) > 1:
+                return f"the parameter {facts.name} is tied"
+            strangers = {*facts.strangers} - (readers if facts.name == name else set())
+            if strangers:
+                return f"the parameter {facts.name} is also read elsewhere"
     return None
