@@ -24,7 +24,7 @@ from fxcompress.forms import (
 from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.forms.words import hidden_forms
-from fxcompress.graph.hidden import hidden_value
+from fxcompress.graph.hidden import hidden_value, reader_of
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at
@@ -213,8 +213,7 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done, but for those whose
-    output is narrowed.
+    weights that a rule would narrow the input of why that cannot be done.
 
     Args:
         model: the working copy.
@@ -268,7 +267,10 @@ def gather_sites(
         ),
     ]
     inside = {weight for _, weights, *_ in hidden for weight in weights}
-    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in inside}
+    for weight in refused.keys() - inside:
+        if reader := reader_of(model, recording, operators[matches[weight].operators[0]]):
+            refused[weight] += f"; what it makes is read by {reader}: match that one"
+    return sites, tuple(groups), refused
 
 
 def _add_site(
