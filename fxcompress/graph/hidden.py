@@ -100,7 +100,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         producers,
         tuple(name for name in weighted if reads[name]),
         tuple(name for name in order if inside[name].op not in OPERATORS),
-        tuple(held),
+        tuple(sorted(held, key=lambda each: recording.places[held[each].name])),
         consumer.name,
     )
 

@@ -6,14 +6,14 @@ It is computed from the plan, the record of the rewrite, never by comparing grap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from fxcompress.forms import find_form
-from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import columns, summary
-from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
+from fxcompress.report.columns import MEASURED, PREDICTED, Entry, beside, measured_sites
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import BlockGroup, Row, fold_blocks
 from fxcompress.report.quantities import WIDEST, count, counts, loss_label, short, span, sparkline
@@ -202,9 +202,37 @@ def _chain_lines(
     if len({*widths}) > 1:
         channels += f" {sparkline(widths)}"
     lines = [f"  {made}: {channels}, read by {reader.label}  {losses}"]
-    for row in chain:
+    lines += _row_lines(_alone(chain[0], reader), "", (), plan)
+    lines += _held_lines(reader)
+    for row in chain[1:]:
         lines += _row_lines(row, "refitted" if row is reader else "", (), plan)
     return [*lines, f"  {site.form}, rule {site.rule} ({site.location})"]
+
+
+def _held_lines(reader: Row) -> list[str]:
+    """What batch norms, scales and the like have of each channel, in alike blocks."""
+    lines = []
+    for each in zip(*(site.held for site in reader.sites), strict=True):
+        if not each[0].parameters:
+            continue
+        pairs = [*zip(each, reader.sites, strict=True)]
+        name = beside(each[0].name, reader.sites[0].name)
+        dense = counts(held.parameters * int(site.full_ranks[0]) for held, site in pairs)
+        left = counts(held.parameters * int(site.ranks[0]) for held, site in pairs)
+        lines.append(_line("-", name, "entries of channels", dense))
+        lines.append(_line("+", name, "entries of channels", left))
+    return lines
+
+
+def _alone(row: Row, reader: Row) -> Row:
+    """A layer without what is counted with it: entries that others have of channels that go."""
+    sites = []
+    for site, last in zip(row.sites, reader.sites, strict=True):
+        gone = int(last.full_ranks[0]) - int(last.ranks[0])
+        more = gone * sum(held.parameters for held in last.held)
+        after = Size({**site.after.root, "parameters": site.after.parameters + more})
+        sites.append(site.model_copy(update={"after": after}))
+    return replace(row, sites=tuple(sites))
 
 
 def _ranks_text(row: Row) -> str:
