@@ -122,8 +122,39 @@ class Leaking(Gated):
 def test_a_rule_about_what_makes_the_value_is_told_what_to_match() -> None:
     for match in ('{node: {op: linear, name: "*.gate"}}', '{node: {op: linear, name: "*.up"}}'):
         text = told(rules(f"  - {{id: a, match: {match}, rewrite: {{form: narrow}}}}\n"))
-        assert "what it makes is read by {0..1}.down: match that one" in text
+        assert "its output can be narrowed: match {0..1}.down, which reads it" in text
         assert "2 where → 0 legal → 0 kept" in text
+
+
+class Returned(Gated):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h = F.silu(self.gate(x)) * self.up(x)
+        return self.down(h), h
+
+
+class SpeltOut(Gated):
+    """Leaky, in functions that compare and choose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(torch.where(h > 0, h, torch.maximum(h * 0.1, h.square())))
+
+
+def test_a_value_that_the_model_returns_stays() -> None:
+    given = rules(READER.replace('"*.down"', '"down"'))
+    assert "the model returns the value of mul" in told(given, Returned().double())
+
+
+def test_functions_that_compare_and_choose_are_entrywise() -> None:
+    model = nn.Sequential(SpeltOut(), nn.Linear(N, N)).double().eval()
+    small = fxcompress.compile(model, rules(READER), data())
+    assert small[0].down.in_features < HIDDEN
+    kept = [int((model[0].up.weight - row).abs().sum(1).argmin()) for row in small[0].up.weight]
+    wide = torch.zeros_like(model[0].down.weight)
+    wide[:, kept] = small[0].down.weight
+    model[0].down.weight = nn.Parameter(wide)
+    x = data(1)[0]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_tie_and_another_type_are_named() -> None:

@@ -113,8 +113,10 @@ def _read_elsewhere(
         others = [user for user in found.users if user not in inside and user != consumer.name]
         if not others:
             continue
-        why = f"{named(recording.operators[recording.places[others[0]]])} reads the value of "
-        why += f"{named(found)}, too, and needs its channels"
+        other = recording.operators[recording.places[others[0]]]
+        if other.op == "output":
+            return f"the model returns the value of {named(found)}"
+        why = f"{named(other)} reads the value of {named(found)}, too, and needs its channels"
         gates = {user for user in found.users if user in inside and inside[user].op == "mul"}
         if gates and _leads_to(recording, others[0], gates, recording.places[consumer.name]):
             why += ": each is weighted by all of them (squeeze and excitation)"

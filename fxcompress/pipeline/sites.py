@@ -269,7 +269,7 @@ def gather_sites(
     inside = {weight for _, weights, *_ in hidden for weight in weights}
     for weight in refused.keys() - inside:
         if reader := reader_of(model, recording, operators[matches[weight].operators[0]]):
-            refused[weight] += f"; what it makes is read by {reader}: match that one"
+            refused[weight] += f"; its output can be narrowed: match {reader}, which reads it"
     return sites, tuple(groups), refused
 
 
