@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
     BudgetOutcome,
+    Held,
     NodeSummary,
     Part,
     Plan,
@@ -256,7 +257,8 @@ def _narrowed(left: Group, place: Narrowing, analysis: Analysis, choice: Choice)
         full = own.full_rank()
         then = Then(form=choice.form, rank=decoded(full, choice.rank), full_rank=full)
         inside = on_meta(own).empty(then.rank)
-        (after,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        (own_size,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        after = after - left.sites[0].dense_size() + own_size
     narrow = replace(choice, form=place.form, rank=place.width, loss=loss)
     return _Chosen(
         group.sites[place.member], group, narrow, predicted, after, form.full_rank(), place.width,
@@ -307,7 +309,14 @@ def _site_plan(
         after=chosen.after,
         reason=_dense_reason(site, forms, out, analysis) if dense else "",
         spectrum=tuple(sigma[shown].tolist()),
+        held=_held(chosen),
     )
+
+
+def _held(chosen: _Chosen) -> tuple[Held, ...]:
+    """What goes with the channels that a site reads, if it is the last of a hidden value."""
+    last = chosen.rank is not None and chosen.site is chosen.group.sites[-1]
+    return tuple(Held(**asdict(each)) for each in chosen.group.held) if last else ()
 
 
 def _dense_reason(

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxcompress.forms import Body, Fitted, Form, JointForm, Shape, fit
+from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Rank, Ranks
 
 ROUNDS = 7
@@ -205,8 +206,8 @@ def _measured(
     numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
     for _ in range(ROUNDS):
         for key, entry in entries.items():
-            module, inputs = _built(entry, device, numbers)
-            seconds = sum(_time(module, each, device) for each in inputs)
+            built = _built(entry, device, numbers)
+            seconds = sum(_time(module, each, device) for module, each in built)
             least[key] = min(seconds, least.get(key, seconds))
         tick()
     return least
@@ -219,12 +220,8 @@ class _Together(nn.Module):
         super().__init__()
         self.shared = body.shared
         self.heads = nn.ModuleList(body.heads)
-        self.chained = body.kept is not None
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if self.chained:
-            produced = [head(x) for head in self.heads[:-1]]
-            return [self.heads[-1](produced[0])]
         values = () if self.shared is None else self.shared(x)
         return [head(x, *values) for head in self.heads]
 
@@ -232,18 +229,30 @@ class _Together(nn.Module):
 @torch.no_grad()
 def _built(
     entry: Timing, device: torch.device, numbers: torch.Generator
-) -> tuple[nn.Module, Sequence[Tensor]]:
+) -> list[tuple[nn.Module, Tensor]]:
+    """Modules to be timed, each with an input."""
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
     if entry.form is not None:
         assert entry.rank is not None
-        module = _Together(fit(entry.form, shapes).empty(entry.rank))
+        body = fit(entry.form, shapes).empty(entry.rank)
+        if body.kept is not None:  # one after the other, each with inputs of its own
+            assert isinstance(entry.rank, int)
+            pairs = zip(body.heads, narrowed(shapes, entry.rank), strict=True)
+            built = [(head, each) for head, s in pairs for each in s.examples(numbers)]
+            return [(_ready(head, numbers), each) for head, each in built]
+        module = _Together(body)
     else:
         module = shape.bare()
+    module = _ready(module, numbers)
+    return [(module, each) for each in shape.examples(numbers)]
+
+
+def _ready(module: nn.Module, numbers: torch.Generator) -> nn.Module:
     for parameter in module.parameters():
         parameter.normal_(std=0.02, generator=numbers)
-    return module.eval(), shape.examples(numbers)
+    return module.eval()
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:

@@ -191,6 +191,19 @@ AND_INPUT = " and its input"
 """Ends the name of a bundle that is a hidden value, after the path of what reads it."""
 
 
+class Held(_Frozen):
+    """What a module, or a parameter by itself, has of every channel of a narrowed hidden value.
+
+    Attributes:
+        name: of the module or of the parameter.
+        parameters, bytes: of one channel.
+    """
+
+    name: str
+    parameters: Whole
+    bytes: Whole
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -224,6 +237,7 @@ class SitePlan(_Frozen):
         reason: why it stays dense; empty if it was rewritten.
         spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
             to the last.
+        held: of the last site of a narrowed hidden value, what else goes with its channels.
     """
 
     name: str
@@ -253,6 +267,7 @@ class SitePlan(_Frozen):
     reason: str = ""
     spectrum: tuple[float, ...] = ()
     applied: Literal["", "as stored", "transposed"] = ""
+    held: tuple[Held, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -176,14 +176,14 @@ def _predicted(entry: Entry) -> float:
 def _elsewhere(entry: Entry) -> str:
     """``with down_proj`` where the loss of a hidden value stands beside what reads it."""
     names = {
-        "" if site.then or site.reader in ("", site.name) else _beside(site.reader, site.name)
+        "" if site.then or site.reader in ("", site.name) else beside(site.reader, site.name)
         for site in entry.sites
     }
     first = names.pop()
     return f"with {first}" if first and not names else ""
 
 
-def _beside(path: str, other: str) -> str:
+def beside(path: str, other: str) -> str:
     """A path as it is within the innermost module around two operators."""
     return below(path, common(parent(path), parent(other)))
 

@@ -6,14 +6,14 @@ It is computed from the plan, the record of the rewrite, never by comparing grap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from fxcompress.forms import find_form
-from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import columns, summary
-from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
+from fxcompress.report.columns import MEASURED, PREDICTED, Entry, beside, measured_sites
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import BlockGroup, Row, fold_blocks
 from fxcompress.report.quantities import (
@@ -224,8 +224,37 @@ def _chain_lines(
             own = "×".join(span(axis, count) for axis in columns.ranks_of_then(row.sites))
             alone = "" if row is reader else f"  {loss_label(plan.loss_unit)} {_predicted(row)}"
             notes.append(f"then {then.form}, r {own}{alone}")
-        lines += _row_lines(row, ", ".join(notes), (), plan)
+        shown = _alone(row, reader) if row is chain[0] else row
+        lines += _row_lines(shown, ", ".join(notes), (), plan)
+        if row is chain[0]:
+            lines += _held_lines(reader)
     return [*lines, f"  {site.form}, rule {site.rule} ({site.location})"]
+
+
+def _held_lines(reader: Row) -> list[str]:
+    """What batch norms, scales and the like have of each channel, in alike blocks."""
+    lines = []
+    for each in zip(*(site.held for site in reader.sites), strict=True):
+        if not each[0].parameters:
+            continue
+        pairs = [*zip(each, reader.sites, strict=True)]
+        name = beside(each[0].name, reader.sites[0].name)
+        dense = counts(held.parameters * int(site.full_ranks[0]) for held, site in pairs)
+        left = counts(held.parameters * int(site.ranks[0]) for held, site in pairs)
+        lines.append(_line("-", name, "entries of channels", dense))
+        lines.append(_line("+", name, "entries of channels", left))
+    return lines
+
+
+def _alone(row: Row, reader: Row) -> Row:
+    """A layer without what is counted with it: entries that others have of channels that go."""
+    sites = []
+    for site, last in zip(row.sites, reader.sites, strict=True):
+        gone = int(last.full_ranks[0]) - int(last.ranks[0])
+        more = gone * sum(held.parameters for held in last.held)
+        after = Size({**site.after.root, "parameters": site.after.parameters + more})
+        sites.append(site.model_copy(update={"after": after}))
+    return replace(row, sites=tuple(sites))
 
 
 def _ranks_text(row: Row) -> str:
