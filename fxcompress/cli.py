@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxcompress
-from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
+from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError, SaveError
 from fxcompress.files import try_directory
 from fxcompress.plans.units import UNITS
 from fxcompress.rules import (
@@ -102,17 +102,23 @@ def compile(
         Path | None,
         typer.Option(help="directory for the state between rounds: a run that was cut off goes on"),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="save it as an ordinary Hugging Face model, without a plan"),
+    ] = False,
     sequences: Sequences = 64,
     length: Length = 512,
 ) -> None:
     """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
     from fxcompress.report.summary import held_back_line, speed_line
+    from fxcompress.saved.plain import check_plain_directory
     from fxcompress.saved.save import check_directory
 
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
-    check_directory(out)  # not after hours of work
+    check = check_plain_directory if plain else check_directory
+    check(out)  # not after hours of work
     if checkpoint is not None:
         try_directory(checkpoint)
     dense = load_model(model)
@@ -125,18 +131,30 @@ def compile(
         progress=True,
         checkpoint=checkpoint,
     )
-    fxcompress.save(small, out)
+    _save(small, out, plain=plain)
     if held_out is not None:
         batches = load_data(held_out, model, sequences, length)
         fxcompress.measure(dense, small, batches or (), progress=True)
-        fxcompress.save(small, out)  # again, with what was measured
+        _save(small, out, plain=plain)  # again, with what was measured
     difference = fxcompress.diff(dense, small)
     (out / "diff.txt").write_text(f"{difference}\n", encoding="utf-8")
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
     _copy_tokenizer(model, out)
     typer.echo(str(difference))
     typer.echo(f"\n{held_back_line(difference.plan)}\n{speed_line(difference.plan)}")
-    typer.echo(f"saved to {out}; load it with fxcompress.load({str(out)!r})")
+    loader = f"{type(small).__name__}.from_pretrained" if plain else "fxcompress.load"
+    typer.echo(f"saved to {out}; load it with {loader}({str(out)!r})")
+
+
+def _save(model: nn.Module, out: Path, *, plain: bool) -> None:
+    """Save a model; one that cannot be a plain checkpoint is not lost."""
+    try:
+        fxcompress.save(model, out, plain=plain)
+    except SaveError as error:
+        if not plain:
+            raise
+        instead = fxcompress.save(model, out / "with-plan")
+        raise SaveError(f"{error}. It was saved to {instead}, with its plan") from error
 
 
 @app.command()

@@ -117,6 +117,34 @@ TEXT = ("--model", "llama", "--data", "text.txt", "--length", "20")
 # ---- verbs ----------------------------------------------------------------------------
 
 
+WIDTHS = """
+budget: {{keep: 0.8}}
+metric: {{kind: activation}}
+rules:
+  - id: hidden
+    match: {{node: {{op: linear, name: "*.down_proj"}}}}
+    rewrite: {{form: narrow{}}}
+"""
+
+
+def test_compile_to_a_plain_checkpoint(run: _Run, tmp_path: Path) -> None:
+    (tmp_path / "equal.yaml").write_text(WIDTHS.format(", group: widths"))
+    out, _ = run("compile", tmp_path / "equal.yaml", *TEXT, "--plain", "--out", tmp_path / "o")
+    assert "load it with LlamaForCausalLM.from_pretrained(" in out
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert made.config.intermediate_size == made.model.layers[0].mlp.up_proj.out_features
+    assert made.config.intermediate_size < DECODER["intermediate_size"]
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "o")
+    assert {"diff.txt", "diff.html"} <= {path.name for path in (tmp_path / "o").iterdir()}
+    _, err = run("compile", "rules.yaml", *LLAMA, "--plain", "--out", tmp_path / "p", code=1)
+    assert "has layers that no config of its class has" in err
+    assert "with-plan, with its plan" in err
+    assert fxcompress.load(tmp_path / "p" / "with-plan") is not None
+    run("compile", "rules.yaml", *LLAMA, "--out", tmp_path / "q")
+    refused = run.fails("compile", "rules.yaml", *LLAMA, "--plain", "--out", tmp_path / "q")
+    assert "holds plan.json of a compressed model" in refused
+
+
 @pytest.mark.parametrize("arguments", [NET, LLAMA, TEXT])
 def test_compile_and_what_it_writes(run: _Run, tmp_path: Path, arguments: Any) -> None:
     out, err = run("compile", "rules.yaml", *arguments, "--out", tmp_path / "o")

@@ -321,15 +321,6 @@ def test_a_producer_that_cannot_be_rewritten_stays() -> None:
     assert small[1].down.in_features < HIDDEN
 
 
-def test_equal_ranks_are_not_for_widths() -> None:
-    text = TEXT.format(keep=0.8, form="narrow, pivoted", more="", metric="kfac")
-    given = parse_rules(text.rstrip()[:-1] + ", group: all}\n", "r.yaml")
-    told = str(fxcompress.explain(network(), given, data()[0]))
-    assert "is in a group of equal ranks" in told
-    plan = fxcompress.plan(network(), given, data())
-    assert {site.form for site in plan.sites} <= {"pivoted", None}
-
-
 class Functional(Gated):
     def forward(self, x: Tensor) -> Tensor:
         return x + F.linear(F.silu(self.gate(x)) * self.up(x), self.down.weight)

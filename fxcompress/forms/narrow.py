@@ -64,7 +64,7 @@ class Narrow(JointForm):
     def parameters(self, shapes: Any, ranks: Ranks) -> Counts:
         """Weight entries at each width; biases of channels that go are taken off."""
         n = self.full_rank(shapes)
-        gone = sum(shape.bias for shape in shapes[:-1]) * (n - ranks)
+        gone = sum(shape.bias * shape.out_features // n for shape in shapes[:-1]) * (n - ranks)
         found: Counts = ranks * (sum(shape.weights for shape in shapes) // n) - gone
         return found
 
@@ -91,8 +91,10 @@ class Narrow(JointForm):
 
     def factors(self, target: Target, rank: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The channels that are kept (k), W', and of what makes channels these (k x ...)."""
-        kept, refitted = self.truncations(target).factors(rank)
-        return kept, refitted, *(weight[kept] for weight in target.producers)
+        found = self.truncations(target)
+        kept, refitted = found.factors(rank)
+        n = len(found.sigma)
+        return kept, refitted, *(w[rows_of(kept, len(w), n)] for w in target.producers)
 
     def products(self, shapes: Any, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The consumer with zeros for channels that go; all others could stay as they are."""
@@ -131,7 +133,8 @@ class Narrow(JointForm):
             weight = factor if last else shape.of_outputs(factor)
             assign(layer.get_parameter("weight"), shape.stored(weight))
             if bias is not None:
-                assign(layer.get_parameter("bias"), bias if last else bias[kept])
+                rows_kept = rows_of(kept, len(bias), self.full_rank(shapes))
+                assign(layer.get_parameter("bias"), bias if last else bias[rows_kept])
 
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         found: Tensor | None = head.get_submodule("layer")._parameters["bias"]
@@ -141,10 +144,29 @@ class Narrow(JointForm):
 def narrowed(shapes: Shapes, rank: int) -> tuple[Shape, ...]:
     """Operators of a hidden value with k channels; the consumer stands last."""
     *makers, consumer = shapes
+    n = consumer.in_features
     return (
-        *(s.resized(rank if s.is_channelwise else s.in_features, rank) for s in makers),
+        *(
+            s.resized(rank if s.is_channelwise else s.in_features, s.out_features // n * rank)
+            for s in makers
+        ),
         consumer.resized(rank, consumer.out_features),
     )
+
+
+def rows_of(kept: Tensor, outputs: int, channels: int) -> Tensor:
+    """The outputs of an operator that belong to channels, of each of the parts that it makes.
+
+    >>> rows_of(torch.tensor([0, 2]), 6, 3)
+    tensor([0, 2, 3, 5])
+
+    Args:
+        kept: the channels (k).
+        outputs: of the operator, one part after the other.
+        channels: n, of each part.
+    """
+    parts = torch.arange(outputs // channels, device=kept.device)
+    return (parts[:, None] * channels + kept.to(torch.int64)).flatten()
 
 
 NARROW = Narrow()

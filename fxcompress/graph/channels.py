@@ -9,6 +9,8 @@ these values, and the operator stays what it is, but for what it holds of every 
     batch_norm, prelu, ...        entrywise            one entry a channel, of a module
     parameter                     a scale or a shift   one entry a channel, itself
     conv2d of n groups            over positions       one kernel a channel
+    transpose, view, ...          other places         nothing is held
+    chunk, glu                    p blocks of channels of a value with p times as many
 
 :data:`RULES` has them all.  A rule tells which values an operator reads, with the axis of the
 channels in each, or the reason why channels do not stay apart.
@@ -39,10 +41,14 @@ class Through:
         inputs: names of the values whose channels it reads, each with the axis that counts them,
             from 0; none for an operator that makes channels anew, or holds them.
         held: what it has of every channel.
+        parts: of how many blocks of such channels, one after the other, these values consist.
+        sized: whether it may have been given the number of channels, and insist on it.
     """
 
     inputs: tuple[tuple[str, int], ...]
     held: tuple[PerChannel, ...] = ()
+    parts: int = 1
+    sized: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Question:
         recording: of it.
         operator: of the recording.
         axis: of its output, from 0.
-        channels: n.
+        channels: along it, n for each part.
+        parts: blocks of n channels that the output consists of.
     """
 
     model: nn.Module
@@ -62,6 +69,7 @@ class Question:
     operator: Operator
     axis: int
     channels: int
+    parts: int = 1
 
     def read(self, place: int = 0) -> Operator:
         """What produces an operand."""
@@ -79,6 +87,8 @@ class Question:
             name: of the module or of the parameter that has them.
             inputs: as of :class:`Through`.
         """
+        if self.parts > 1:
+            return f"{self.named} on the way to it has entries of {self.parts} parts"
         found = per_channel(self.model, name, self.channels)
         if isinstance(found, str):
             return f"{self.named} on the way to it does not stay apart by channels: {found}"
@@ -96,7 +106,9 @@ def through(asked: Question) -> Through | str:
     if rule is None:
         return f"its input comes from {asked.named}, which is not entrywise"
     shape = asked.operator.shape
-    if shape is None or asked.axis >= len(shape) or shape[asked.axis] != asked.channels:
+    if rule is not _parted and (
+        shape is None or asked.axis >= len(shape) or shape[asked.axis] != asked.channels
+    ):
         return f"{asked.named} on the way to it has other channels"
     return rule(asked)
 
@@ -198,23 +210,97 @@ def _parameter(asked: Question) -> Through | str:
 
 
 def _view(asked: Question) -> Through | str:
-    """A parameter in the shape of what it is added to, or a value of one position without it."""
+    """Another shape in which the channels are one axis still, or a parameter for what it meets."""
     source, shape = asked.read(), asked.operator.shape or ()
     before = source.shape or ()
+    if source.op in PARTED and asked.operator.op == "getitem":
+        return Through(((source.name, asked.axis),))
     if source.op == "parameter" and asked.channels in before:
         axis = tuple(before).index(asked.channels)
-    elif (
-        before[: asked.axis + 1] == shape[: asked.axis + 1]
-        and math.prod((*before[asked.axis + 1 :], *shape[asked.axis + 1 :])) == 1
-    ):
-        axis = asked.axis
     else:
-        return f"its input comes from {asked.named}, which is not entrywise"
+        ends = math.prod(shape[: asked.axis]), math.prod(shape[asked.axis + 1 :])
+        axis = next(
+            (
+                axis
+                for axis, size in enumerate(before)
+                if size == asked.channels
+                and (math.prod(before[:axis]), math.prod(before[axis + 1 :])) == ends
+            ),
+            -1,
+        )
     node = _node(asked)
-    numbers = [] if node is None else [*node.args[1:], *node.kwargs.values()]
-    if node is None or asked.channels in tree_leaves(numbers):
-        return f"{asked.named} on the way to it is given the number of channels"
-    return Through(((source.name, axis),))
+    numbers = [] if node is None else tree_leaves([node.args[1:], node.kwargs])
+    whole = all(each in (None, ..., slice(None)) or type(each) is int for each in numbers)
+    if asked.operator.op == "getitem" and not whole:
+        return _block(asked)
+    if axis < 0:
+        return f"its input comes from {asked.named}, which is not entrywise"
+    if node is None:
+        return f"{asked.named} on the way to it is not in every example"
+    # Where there are several positions, what comes after may need their shape again.
+    one = math.prod((*before[axis + 1 :], *shape[asked.axis + 1 :])) == 1
+    known = source.op == "parameter" or (one and before[:axis] == shape[: asked.axis])
+    return Through(((source.name, axis),), sized=asked.channels in numbers or not known)
+
+
+def _block(asked: Question) -> Through | str:
+    """One of several equal parts: ``x[..., :n]``."""
+    source, node = asked.read(), _node(asked)
+    before = source.shape or ()
+    index: Any = () if node is None else node.args[1]
+    entries = [*index] if isinstance(index, tuple) else [index]
+    if entries.count(...) == 1:
+        at = entries.index(...)
+        entries[at : at + 1] = [slice(None)] * (len(before) - len(entries) + 1)
+    entries += [slice(None)] * (len(before) - len(entries))
+    size, n = (*before, 0)[asked.axis], asked.channels
+    if len(entries) == len(before) and size % n == 0:
+        own = entries[asked.axis]
+        others = [each for axis, each in enumerate(entries) if axis != asked.axis]
+        blocks = [range(size)[at : at + n] for at in range(0, size, n)]
+        known = isinstance(own, slice) and all(
+            type(each) in (int, type(None)) for each in (own.start, own.stop, own.step)
+        )
+        if known and range(size)[own] in blocks and all(each == slice(None) for each in others):
+            return Through(((source.name, asked.axis),), parts=size // n, sized=True)
+    return f"its input comes from {asked.named}, which is not entrywise"
+
+
+def _parted(asked: Question) -> Through | str:
+    """Equal parts of a value along its channels; they are read one by one."""
+    source = asked.read()
+    shape = source.shape or ()
+    dim = asked.operator.attributes.get("dim")
+    if not isinstance(dim, int) or not shape or dim % len(shape) != asked.axis:
+        return f"its input comes from {asked.named}, which is along another dimension"
+    parts, rest = divmod(shape[asked.axis], asked.channels)
+    if rest:
+        return f"the parts of {asked.named} differ in size"
+    if asked.operator.op == "chunk" and asked.operator.attributes.get("chunks") != parts:
+        return f"{asked.named} makes {parts} parts, and not of every width"
+    sized = asked.operator.op == "split"
+    return Through(((source.name, asked.axis),), parts=parts, sized=sized)
+
+
+def _glu(asked: Question) -> Through | str:
+    """One half of the channels times the sigmoid of the other."""
+    return _parted(asked)
+
+
+def _moved(asked: Question) -> Through | str:
+    """Dimensions in another order."""
+    source, dims = asked.read(), len(asked.operator.shape or ())
+    order = [*range(dims)]
+    if asked.operator.op == "transpose":
+        one, other = (int(asked.operator.attributes[name]) for name in ("dim0", "dim1"))  # type: ignore[arg-type]
+        order[one], order[other] = order[other], order[one]
+    else:
+        node = _node(asked)
+        given = [] if node is None else tree_leaves([node.args[1:], node.kwargs])
+        order = [dim % dims for dim in given if type(dim) is int]
+    if sorted(order) != [*range(dims)] or len(source.shape or ()) != dims:
+        return f"{asked.named} on the way to it moves unknown dimensions"
+    return Through(((source.name, order[asked.axis]),))
 
 
 def _reduced(asked: Question) -> Through | str:
@@ -238,6 +324,8 @@ def _weighted(asked: Question) -> Through | str:
         return f"the channels of {asked.named} are not those of its input"
     if groups == 1:
         return Through(())
+    if groups == n == m and asked.parts > 1:
+        return f"{asked.named} has kernels of {asked.parts} parts"
     if groups == n == m:
         return Through(((operator.inputs[0], asked.axis),))
     if groups == n:
@@ -263,6 +351,13 @@ def _argument(asked: Question, place: int, keyword: str) -> object:
     return node.args[place] if len(node.args) > place else node.kwargs.get(keyword)
 
 
+VIEWS = ("reshape", "view", "unsqueeze", "getitem", "flatten", "unflatten", "squeeze")
+"""Operators that give the same entries another shape, or some of them."""
+
+PARTED = ("chunk", "split")
+"""Operators that make several values of one."""
+
+
 def _table() -> dict[str, Rule]:
     # A sequential that is one operator has nothing in it.
     entrywise = (
@@ -284,8 +379,10 @@ def _table() -> dict[str, Rule]:
         **{f"{op}{d}d": _over_positions for op in over_positions.split() for d in (1, 2, 3)},
         **dict.fromkeys(over_all_positions.split(), _over_positions),
         **dict.fromkeys(layer_scales.split(), _layer_scale),
-        **dict.fromkeys(["reshape", "view", "unsqueeze", "getitem", "flatten", "squeeze"], _view),
+        **dict.fromkeys(VIEWS, _view),
         **dict.fromkeys(["mean", "sum", "amax", "amin"], _reduced),
+        **dict.fromkeys(["transpose", "permute"], _moved),
+        **dict.fromkeys(PARTED, _parted),
         **dict.fromkeys(OPERATORS, _weighted),
         "batch_norm": _norm_of_channels,
         "instance_norm": _norm_of_channels,
@@ -293,6 +390,7 @@ def _table() -> dict[str, Rule]:
         "prelu": _prelu,
         "pad": _pad,
         "parameter": _parameter,
+        "glu": _glu,
     }
 
 

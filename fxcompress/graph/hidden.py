@@ -10,6 +10,9 @@
     h = relu(batch_norm(h))                  # every channel for itself, with entries of its own
     y = conv2d(h)                            # the consumer
 
+    gate, up = linear(x).chunk(2, -1)        # a producer of two parts: 2n channels
+    y = linear(mul(silu(gate), up))          # the consumer
+
 Such a value can do with fewer channels: rows of the producers and columns of the consumer go, and
 what is between stays, but for what it has of each channel (:mod:`fxcompress.graph.channels`).  That
 holds only if nothing else reads any of these values.
@@ -39,6 +42,7 @@ class HiddenValue:
         between: names of the other operators on the way.
         held: what these have of every channel.
         consumer: name of the operator that reads it.
+        sized: whether something on the way was given the number of channels, and may insist on it.
     """
 
     producers: tuple[str, ...]
@@ -46,6 +50,7 @@ class HiddenValue:
     between: tuple[str, ...]
     held: tuple[PerChannel, ...]
     consumer: str
+    sized: bool = False
 
     @property
     def weighted(self) -> tuple[str, ...]:
@@ -72,21 +77,26 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
     if words.takes == "indices" or not consumer.inputs:
         return f"{named(consumer)} reads no channels"
     inside: dict[str, Operator] = {}
+    places: dict[str, tuple[int, int]] = {}
     reads: dict[str, tuple[str, ...]] = {}
     held: dict[PerChannel, Operator] = {}
-    waiting = [(consumer.inputs[0], channel_axis(consumer))]
+    sized = False
+    waiting = [(consumer.inputs[0], channel_axis(consumer), 1)]
     while waiting:
-        name, axis = waiting.pop()
+        name, axis, parts = waiting.pop()
         found = at(name)
+        if places.setdefault(name, (axis, parts)) != (axis, parts):
+            return f"the channels of {named(found)} are read in two ways"
         if name in inside:
             continue
-        passed = through(Question(model, recording, found, axis, channels))
+        passed = through(Question(model, recording, found, axis, channels * parts, parts))
         if isinstance(passed, str):
             return passed
         inside[name] = found
+        sized |= passed.sized
         reads[name] = tuple(read for read, _ in passed.inputs)
         held.update(dict.fromkeys(passed.held, found))
-        waiting += passed.inputs
+        waiting += [(read, place, parts * passed.parts) for read, place in passed.inputs]
     if reason := _read_elsewhere(recording, inside, consumer):
         return reason
     if reason := _shared(recording, inside, held, consumer):
@@ -102,6 +112,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         tuple(name for name in order if inside[name].op not in OPERATORS),
         tuple(sorted(held, key=lambda each: recording.places[held[each].name])),
         consumer.name,
+        sized,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, Rank, find_form, fit
+from fxcompress.forms.narrow import rows_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
@@ -242,7 +243,10 @@ def _widened(
     wide, own = widened(group, member, kept, weight, site.weight_in(analysis.model)), None
     if site is not group.sites[-1]:
         own = _bias(analysis, site)
-    return wide, bias if bias is None or own is None else own.index_copy(0, kept, bias)
+    if bias is None or own is None:
+        return wide, bias
+    places = rows_of(kept, site.out_features, group.sites[-1].in_features)
+    return wide, own.index_copy(0, places, bias)
 
 
 def _form(group: Group, name: str, planned: Plan) -> Fitted:
@@ -355,10 +359,11 @@ def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequen
         if last or site.shape.is_channelwise:
             inputs = inputs.index_select(channels_of(site.shape), kept)
         weight = factor if last else shape.of_outputs(factor)
+        places = rows_of(kept, site.out_features, group.sites[-1].in_features)
         with torch.no_grad():
             exact.weight = nn.Parameter(shape.stored(weight.double()))
             if bias is not None:
-                exact.bias = nn.Parameter((bias if last else bias[kept]).double())
+                exact.bias = nn.Parameter((bias if last else bias[places]).double())
             outputs = exact(inputs.double())
         verify(head, outputs, inputs, channels_of(site.shape))
 

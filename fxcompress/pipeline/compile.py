@@ -24,6 +24,7 @@ from fxcompress.pipeline.analysis import analyse, legality_in, match_model, work
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
@@ -166,8 +167,9 @@ def explain(
         matched = match_model(work, loaded, recording)
         templates = {template.name: template for template in loaded.templates.values()}
         _, groups, refused = gather_sites(
-            work, recording, matched, templates, legality_in(work, recording)
-        )
+            work, recording, matched, templates, legality_in(work, recording),
+            rigid_in(work, [example], forward),
+        )  # fmt: skip
         return Explanation.of(matched, rule=rule, refused=refused, hidden=_hidden(groups))
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Shape, Target
-from fxcompress.forms.narrow import narrowed
+from fxcompress.forms.narrow import narrowed, rows_of
 from fxcompress.forms.target import (
     Components,
     Halved,
@@ -113,7 +113,8 @@ def decompose_groups(
             idle.append(site.name)
         if site.name in producers:
             around[site.name] = own
-        if (value := hidden.get(site.name)) is not None:
+        value = hidden.get(site.name)
+        if value is not None and (not own.null or value.match.limits.unmeasured):
             found[value.name] = decompose(model, value, own)
             if value.narrowed:
                 metrics = [around.pop(each.name) for each in value.sites[:-1]]
@@ -219,8 +220,10 @@ def decompose_narrowed(
         kept, weights = narrowed_weights(hidden, decomposed.target, to.form, to.width)
         for member, (group, metric, weight) in enumerate(zip(left, metrics, weights, strict=True)):
             last = member == len(left) - 1
-            patches = _patches(kept, hidden.shapes[member])
-            own = metric.restricted(inputs=patches) if last else metric.restricted(rows=kept)
+            shape = hidden.shapes[member]
+            rows = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+            inputs = _patches(kept, shape)
+            own = metric.restricted(inputs=inputs) if last else metric.restricted(rows=rows)
             if own is None or not group.forms:
                 continue
             target = Target(weight, own)
@@ -270,7 +273,8 @@ def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Ten
     if member == len(hidden.sites) - 1:
         return torch.zeros_like(wide).index_copy(shape.in_axis, kept, weight)
     rows = narrowed(hidden.shapes, len(kept))[member].by_outputs(weight)
-    return shape.of_outputs(shape.by_outputs(wide).index_copy(0, kept, rows))
+    places = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+    return shape.of_outputs(shape.by_outputs(wide).index_copy(0, places, rows))
 
 
 def weight_left(

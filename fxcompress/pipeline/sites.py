@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +31,7 @@ from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
+from fxcompress.pipeline.equal import HiddenSites, all_rigid, equal_widths, listed
 from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
@@ -118,6 +119,11 @@ class Group:
         return next(each for left in self.narrowed for each in left if each.narrowing == place)
 
     held: tuple[PerChannel, ...] = ()
+
+    @property
+    def equal(self) -> str | None:
+        """The name that a rule gives to groups of one form and one rank; None without one."""
+        return self.match.group if isinstance(self.match, Match) else None
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -237,6 +243,7 @@ def gather_sites(
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
     legality: Callable[[Operator], str | None] = lambda operator: None,
+    rigid: Callable[[Sequence[HiddenSites]], Iterable[tuple[HiddenSites, str]]] = all_rigid,
 ) -> tuple[tuple[Site, ...], tuple[Group, ...], dict[str, str]]:
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
@@ -249,10 +256,11 @@ def gather_sites(
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
         legality: why an operator cannot be rewritten; None if it can.
+        rigid: which hidden values cannot have fewer channels, though by the graph they can.
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
-    hidden: list[tuple[str, tuple[str, ...], Match, tuple[PerChannel, ...]]] = []
+    hidden: list[HiddenSites] = []
     refused: dict[str, str] = {}
     protected = {match.weight: match.rule_id for match in matched.protected}
     matches = {match.weight: match for match in matched.matches}
@@ -269,18 +277,28 @@ def gather_sites(
                     reason = f"{each.path} is kept dense by rule {protected[str(each.weight)]}"
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
-                elif own is not None and own.group is not None:
+                elif own is not None and own is not match and own.group is not None:
                     reason = reason or f"{each.path} is in a group of equal ranks"
                 elif obstacle := resize_obstacle(model, each.path):
                     reason = reason or obstacle
             if isinstance(found, str) or reason is not None:
                 refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
-            for maker in makers:
-                alone = replace(match, weight=str(maker.weight), forms=(), group=None)
-                _add_site(by_weight, model, recording, maker, matches.get(alone.weight, alone))
             weights = (*(str(each.weight) for each in makers), match.weight)
-            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match, found.held))
+            name = f"{consumer.path}{AND_INPUT}"
+            paths = (*(each.path for each in makers), consumer.path)
+            hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
+    for value, why in rigid(hidden):
+        refused[value.match.weight] = f"{listed(value.match)}: {why}"
+    hidden = [value for value in hidden if value.match.weight not in refused]
+    equal, unequal = equal_widths(hidden, matched, refused)
+    refused |= unequal
+    hidden = [value for value in hidden if value.match.weight not in refused]
+    first = {str(operator.weight): operator for operator in reversed(recording.operators)}
+    for value in hidden:
+        for weight in value.weights[:-1]:
+            alone = replace(value.match, weight=weight, forms=(), group=None)
+            _add_site(by_weight, model, recording, first[weight], matches.get(weight, alone))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -288,13 +306,14 @@ def gather_sites(
         *(
             _group(b.name, tuple(by_weight[weight] for weight in b.members), b, templates)
             for b in matched.bundles
+            if equal.isdisjoint(b.members)
         ),
         *(
-            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, held)
-            for name, weights, match, held in hidden
+            _group(h.name, tuple(map(by_weight.__getitem__, h.weights)), h.match, templates, h.held)
+            for h in hidden
         ),
     ]
-    inside = {weight for _, weights, *_ in hidden for weight in weights}
+    inside = {weight for value in hidden for weight in value.weights}
     for weight in refused.keys() - inside:
         if reader := reader_of(model, recording, operators[matches[weight].operators[0]]):
             refused[weight] += f"; its output can be narrowed: match {reader}, which reads it"

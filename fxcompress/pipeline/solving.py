@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,7 +136,10 @@ def _demand(
             for site in analysis.sites
             if site.name in analysis.decomposed.idle
         )
-        raise BudgetError(_impossible(budget, whole, rest + least) + _unmeasured(kept))
+        reasons = [*dict.fromkeys(analysis.refused.values())]
+        raise BudgetError(
+            _impossible(budget, whole, rest + least) + _unmeasured(kept) + _refused(reasons)
+        )
     return _Demand(
         Limit(
             keep=budget.keep, of=budget.of, unit=budget.unit, limit=limit, cost=dense,
@@ -169,6 +172,13 @@ def _unmeasured(count: int) -> str:
         f"; {count} of the matched operators stay dense, as no influence of them on the output was "
         "measured (the warnings of a plan with a higher keep name them)"
     )
+
+
+def _refused(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f" (explain tells {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+    return f"; not every form is a choice: {reasons[0]}{more}"
 
 
 def _rule_demand(

@@ -271,8 +271,7 @@ def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
     if len({shape.dtype for shape in shapes}) > 1:
         return "its sites differ in type or input"
     if isinstance(found.form, JointForm) and found.form.hidden:
-        widths = {shape.out_features for shape in shapes[:-1]}
-        if widths != {shapes[-1].in_features}:
+        if any(shape.out_features % shapes[-1].in_features for shape in shapes[:-1]):
             return "its last site reads other channels"
         grouped = any(s.matrix[0] > 1 and not s.is_channelwise for s in shapes[:-1])
         return "its sites have groups of channels" if grouped or shapes[-1].matrix[0] > 1 else None
