@@ -30,9 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress.forms.target import Target
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
-from fxcompress.isvt.threshold import Metrics
+from fxcompress.isvt.threshold import Metrics, Thresholded
+from fxcompress.metric.channels import ChannelTruncations
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.masks import input_mask
 from fxcompress.metric.scaled import normalized, times_power
@@ -40,7 +42,7 @@ from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site
+from fxcompress.pipeline.sites import Site, decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +60,17 @@ class Crossed:
     roots: Mapping[InputKey, Whitener]
 
 
-def correctable(
-    sites: Sequence[Site], ranks: Mapping[str, int | None], metrics: Metrics
-) -> list[Site]:
-    """The linear sites that are cut in a metric that is a Kronecker product.
+def correctable(sites: Sequence[Site], metrics: Metrics) -> list[Site]:
+    """The linear sites whose metric is a Kronecker product.
 
     Args:
         sites: the matched ones.
-        ranks: of every site; None if it is not cut.
         metrics: by site name.
     """
     return [
         site
         for site in sites
         if site.shape.takes == "rows"
-        and ranks.get(site.name) is not None
         and metrics[site.name].factors is not None
         and not metrics[site.name].null
     ]
@@ -134,39 +132,70 @@ def cross_moments(
 def fitted(
     dense: nn.Module,
     model: nn.Module,
-    ranks: Mapping[str, int | None],
     sites: Sequence[Site],
     metrics: Metrics,
     moments: Crossed,
     share: float = 1.0,
-) -> Iterator[tuple[Site, Tensor]]:
-    """New weights (m x n) of sites.
+) -> dict[str, tuple[Tensor, Kronecker]]:
+    """Weights (m x n) that fit, of full rank, and the metric ``A' ⊗ G`` to cut each in.
 
     Args:
         dense: the dense model, with a module for every site.
         model: the same with the weights as they are now.
-        ranks: of every site.
         sites: the :func:`correctable` ones.
         metrics: by site name; their output factor is used.
         moments: of the inputs.
-        share: of the way from the weight as it is to the one that fits, which is cut then.
+        share: of the way from the weight as it is to the one that fits.
     """
+    found = {}
     for site in sites:
-        key, rank = input_key(site), ranks[site.name]
-        assert rank is not None
+        key = input_key(site)
         inputs = moments.roots[key]
-        if inputs.null:
+        factors = metrics[site.name].factors
+        if inputs.null or factors is None:
             continue
         old = canonical_weight(operator_at(dense, site.name)).double()
         now = canonical_weight(operator_at(model, site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
         target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
-        factors = metrics[site.name].factors
-        assert factors is not None
-        metric = Kronecker(inputs, factors.outputs)
-        left, right = metric.truncations(target, "matrix").factors(rank)
-        yield site, left.double() @ right.double()
+        found[site.name] = (target, Kronecker(inputs, factors.outputs))
+    return found
+
+
+@torch.no_grad()
+def cut_again(
+    cut: Thresholded, found: Mapping[str, tuple[Tensor, Kronecker]]
+) -> Iterator[tuple[Site, Tensor]]:
+    """Weights that fit, in the forms and at the ranks of a thresholding.
+
+    Hidden values keep their channels, and their producers are fitted whole.  What is not rewritten
+    stays as it is.
+
+    Args:
+        cut: the thresholding.
+        found: by site name, as of :func:`fitted`; groups that are not there in full stay.
+    """
+    for group, choice in cut.solution.decided(cut.analysis.groups):
+        parts = [found[site.name] for site in group.sites if site.name in found]
+        if choice.form is None or choice.rank is None or len(parts) < len(group.sites):
+            continue
+        *others, (last, metric) = parts
+        if group.hidden:
+            old = cut.analysis.decomposed.groups[group.name].target.truncations("channels")
+            assert isinstance(old, ChannelTruncations)
+            kept = replace(old, weight=last, inputs=metric.inputs)
+            weights = tuple(weight for weight, _ in others)
+            target = Target(last, metric, {"channels": kept}, weights)
+        elif others:
+            whole = metric.stacked([each for _, each in parts], group.rows)
+            target = Target(torch.cat([weight for weight, _ in parts]), whole)
+        else:
+            target = Target(last, metric)
+        form = group.forms[choice.form]
+        factors = form.factors(target, decoded(form.full_rank(), choice.rank))
+        for site, (full, _), weight in zip(group.sites, parts, form.products(factors), strict=True):
+            yield site, full if weight is None else weight
 
 
 @contextmanager
