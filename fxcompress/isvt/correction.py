@@ -5,8 +5,10 @@ to the dense layer's outputs on x' is, with ``C = E[x x'ᵀ]`` and ``A' = E[x' x
 
     Z = argmin E ‖W x - Z x'‖²  =  W C A'⁻¹,
 
-and the best one of rank r its truncation in A' ⊗ G (AA-SVD and SAES have it for G = 1).  A' is
-damped towards the weight as it is, so that directions without data stay.
+and the best one of rank r its truncation in A' ⊗ G (AA-SVD and SAES have it for G = 1), as is that
+of any other form.  A' is damped towards the weight as it is, so that directions without data stay.
+A weight that reads k channels of a narrowed value is fitted to these; the weights that produce the
+value have no fewer inputs than before, so that theirs fit as they are.
 
 All layers are fitted at once, each to inputs from before the correction.  That counts errors twice:
 a layer makes up for those of the layers before it, which are about to make up for them
