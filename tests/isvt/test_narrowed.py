@@ -33,14 +33,14 @@ def test_what_was_narrowed_keeps_its_channels() -> None:
     with torch.no_grad():
         for name in ("0.down", "1.down"):
             weight = case.weight(name)
-            weight *= 1 + 0.3 * torch.randn_like(weight)
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
     wanted = {name: case.weight(name).detach().clone() for name in ("0.down", "1.down")}
     again = case.threshold()
     assert again.predicted == 0
     assert again.ranks()["0.down"] == len(read(wanted["0.down"])) < 24
     put(case, again)
-    for name, weight in wanted.items():
-        torch.testing.assert_close(case.weight(name), weight, rtol=1e-9, atol=1e-9)
+    for name, before in wanted.items():
+        torch.testing.assert_close(case.weight(name), before, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["narrow", "joint"])
