@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxcompress
 from fxcompress.isvt.correction import correctable, cross_moments, cut_again, fitted
 from fxcompress.isvt.threshold import Thresholded
 from tests.isvt import problems
@@ -71,6 +72,18 @@ def test_the_correction_keeps_the_form(form: str) -> None:
         before, after = (_inputs(each, f"{name}.up") for each in (dense, case.found.model))
         direct = torch.linalg.lstsq(after, before @ _weight(dense, f"{name}.up").T).solution.T
         torch.testing.assert_close(weights[f"{name}.up"], direct, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["gated with biases", "plain"])
+def test_in_place(block: str) -> None:
+    """A narrowed layer has a weight of the same name as before, and of another size."""
+    loaded = rules(0.5, more="solver: {rounds: 2, steps: 3, correct: true}")
+    model = network(block)
+    made = fxcompress.compile(network(block), loaded, data(8))
+    assert fxcompress.compile(model, loaded, data(8), inplace=True) is model
+    with torch.no_grad():
+        for batch in data(2):
+            assert torch.equal(model(batch), made(batch))
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
