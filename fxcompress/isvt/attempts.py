@@ -96,9 +96,14 @@ def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[
 
 
 def _rewritten(cut: Thresholded) -> list[Site]:
-    """Sites that a thresholding gives another form."""
-    decided = cut.solution.decided(cut.analysis.groups)
-    return [site for group, choice in decided if choice.form is not None for site in group.sites]
+    """Sites that a thresholding gives another form, as they are without it."""
+    sites = {}
+    for group, choice in cut.solution.decided(cut.analysis.groups):
+        place = group.narrowing
+        whole = cut.analysis.group(place.hidden) if place else group
+        if place or choice.form is not None:
+            sites |= {site.name: site for site in whole.sites}
+    return [*sites.values()]
 
 
 def trained(task: Task, state: State, cut: Thresholded, number: int) -> State:

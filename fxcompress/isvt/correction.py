@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms.target import Target
+from fxcompress.forms.narrow import Narrow
+from fxcompress.forms.target import Channels, Target, Truncations
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
 from fxcompress.isvt.threshold import Metrics, Thresholded
-from fxcompress.metric.channels import ChannelTruncations
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.masks import input_mask
 from fxcompress.metric.scaled import normalized, times_power
@@ -44,7 +44,8 @@ from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site, decoded
+from fxcompress.pipeline.decomposition import Decomposition, narrowed_weights
+from fxcompress.pipeline.sites import Group, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,33 +172,69 @@ def cut_again(
 ) -> Iterator[tuple[Site, Tensor]]:
     """Weights that fit, in the forms and at the ranks of a thresholding.
 
-    Hidden values keep their channels, and their producers are fitted whole.  What is not rewritten
-    stays as it is.
+    Hidden values keep their channels; producers that have fewer rows and no other form fit whole.
 
     Args:
         cut: the thresholding.
-        found: by site name, as of :func:`fitted`; groups that are not there in full stay.
+        found: by site name, as of :func:`fitted`; of groups that are not there in full the weights
+            are those of the thresholding.
     """
-    for group, choice in cut.solution.decided(cut.analysis.groups):
-        parts = [found[site.name] for site in group.sites if site.name in found]
-        if choice.form is None or choice.rank is None or len(parts) < len(group.sites):
+    analysis = cut.analysis
+    groups = dict(analysis.decomposed.groups)
+    narrowed: dict[str, Target | None] = {}
+    for group, choice in cut.solution.decided(analysis.groups):
+        place = group.narrowing
+        whole = analysis.group(place.hidden) if place else group
+        parts = [found[site.name] for site in whole.sites if site.name in found]
+        form = place.form if place else choice.form
+        if form is None or len(parts) < len(whole.sites):
             continue
-        *others, (last, metric) = parts
-        if group.hidden:
-            old = cut.analysis.decomposed.groups[group.name].target.truncations("channels")
-            assert isinstance(old, ChannelTruncations)
-            kept = replace(old, weight=last, inputs=metric.inputs)
-            weights = tuple(weight for weight, _ in others)
-            target = Target(last, metric, {"channels": kept}, weights)
-        elif others:
-            whole = metric.stacked([each for _, each in parts], group.rows)
-            target = Target(torch.cat([weight for weight, _ in parts]), whole)
-        else:
-            target = Target(last, metric)
-        form = group.forms[choice.form]
-        factors = form.factors(target, decoded(form.full_rank(), choice.rank))
-        for site, (full, _), weight in zip(group.sites, parts, form.products(factors), strict=True):
-            yield site, full if weight is None else weight
+        if not whole.hidden:
+            groups[group.name] = replace(groups[group.name], target=_together(group, parts))
+            continue
+        if whole.name not in narrowed:
+            old = analysis.decomposed.groups[whole.name].target
+            narrowed[whole.name] = _narrowed(whole, form, old, parts)
+        target = narrowed[whole.name]
+        if target is None:
+            continue
+        groups[whole.name] = replace(groups[whole.name], target=target)
+        last = len(parts) - 1
+        if place and choice.form is not None:
+            kept, weights = narrowed_weights(whole, target, form, place.width)
+            own = parts[place.member][1].restricted(
+                **{"inputs" if place.member == last else "rows": kept}
+            )
+            left = Target(weights[place.member], own)
+            groups[group.name] = replace(groups[group.name], target=left)
+            continue
+        for member in [place.member] if place else range(last):
+            if member < last:
+                yield whole.sites[member], parts[member][0]
+    fitting = Decomposition(groups, analysis.decomposed.idle)
+    yield from replace(cut, analysis=replace(analysis, decomposed=fitting)).weights()
+
+
+def _together(group: Group, parts: Sequence[tuple[Tensor, Kronecker]]) -> Target:
+    """Weights that fit, stacked if they are several, and their metric."""
+    weights, metrics = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return Target(weights[0], metrics[0])
+    return Target(torch.cat(weights), Kronecker.stacked(metrics, group.rows))
+
+
+def _narrowed(
+    group: Group, name: str, old: Target, parts: Sequence[tuple[Tensor, Kronecker]]
+) -> Target | None:
+    """Weights that fit around a hidden value, which keeps the channels that a form chose of it."""
+    form = group.forms[name].form
+    assert isinstance(form, Narrow)
+    channels = form.truncations(old)
+    if not isinstance(channels, Channels):
+        return None
+    *producers, (weight, metric) = parts
+    kept: dict[str, Truncations] = {form.name: metric.channels(weight, channels.order)}
+    return Target(weight, metric, producers=tuple(one for one, _ in producers), chosen=kept)
 
 
 @contextmanager

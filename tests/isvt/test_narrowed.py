@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.isvt.correction import correctable, cross_moments, cut_again, fitted
 from fxcompress.isvt.threshold import Thresholded
+from fxcompress.rules import LoadedRules
 from tests.isvt import problems
 from tests.isvt.problems import Problem
 from tests.test_narrow import data, network, rules
+from tests.test_narrow_then import rules as then_rules
 
 
 def put(case: Problem, cut: Thresholded) -> None:
@@ -75,15 +78,37 @@ def test_the_correction_keeps_the_form(form: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["gated with biases", "plain"])
-def test_in_place(block: str) -> None:
+@pytest.mark.parametrize("made_by", [rules, then_rules], ids=["narrow", "then"])
+def test_in_place(block: str, made_by: Callable[..., LoadedRules]) -> None:
     """A narrowed layer has a weight of the same name as before, and of another size."""
-    loaded = rules(0.5, more="solver: {rounds: 2, steps: 3, correct: true}")
+    loaded = made_by(0.4, more="solver: {rounds: 2, steps: 3, correct: true}")
     model = network(block)
     made = fxcompress.compile(network(block), loaded, data(8))
     assert fxcompress.compile(model, loaded, data(8), inplace=True) is model
     with torch.no_grad():
         for batch in data(2):
             assert torch.equal(model(batch), made(batch))
+
+
+def test_the_correction_keeps_what_is_left() -> None:
+    """Ranks within narrowed blocks; a thresholding of the outcome takes nothing away."""
+    case = Problem.of(network("gated with biases"), then_rules(0.35), data(8))
+    dense = copy.deepcopy(case.found.model)
+    cut = case.threshold()
+    decided = [*cut.solution.decided(cut.analysis.groups)]
+    left = [group for group, choice in decided if group.narrowing and choice.form]
+    assert left
+    put(case, cut)
+    sites = correctable([*case.found.sites], case.metrics)
+    moments = cross_moments(dense, case.found.model, sites, data(8), 1e-9, None, lambda: None)
+    found = fitted(dense, case.found.model, sites, case.metrics, moments)
+    again = {site.name: weight for site, weight in cut_again(cut, found)}
+    assert not torch.allclose(again["1.down"], case.weight("1.down"), rtol=1e-3)
+    with torch.no_grad():
+        for name, weight in again.items():
+            case.weight(name).copy_(weight)
+    assert case.threshold().ranks() == cut.ranks()
+    assert case.threshold().predicted < 1e-9 * cut.predicted
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
