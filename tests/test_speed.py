@@ -361,6 +361,16 @@ def test_where_no_operator_is_to_blame_it_says_so(
     assert "unit: latency" in note
 
 
+def test_operators_that_cannot_be_timed_are_not_told(
+    slow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("fxcompress.pipeline.latency._measured", fails)
+    assert "no operator that was timed" in slow(rules(0.85, rewrite=LOW_RANK))
+
+
 def test_a_budget_of_time_is_not_advised_twice(slow: Any) -> None:
     note = slow(rules(0.9, unit="latency", rewrite=LOW_RANK))
     assert "unit: latency" not in note

@@ -86,7 +86,11 @@ def measured_speed(
         return None, [f"{NOT_TIMED}{type(error).__name__}: {error}"]
     if speed is None or not speed.slower:
         return speed, []
-    return speed, [_warning(speed, planned, _slower(planned, analysis))]
+    try:
+        kinds = _slower(planned, analysis)
+    except RuntimeError:  # out of memory, say: no reason to lose a model that is done
+        kinds = []
+    return speed, [_warning(speed, planned, kinds)]
 
 
 @torch.no_grad()
