@@ -22,6 +22,7 @@ import fxcompress
 from fxcompress import FxcompressWarning, plan_of
 from fxcompress.graph.inputs import Forward
 from fxcompress.pipeline import speed
+from fxcompress.pipeline.latency import Timing
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.speed import FEWEST, MOST, batch_of, time_models
 from fxcompress.plans.plan import Batch, Plan, Speed
@@ -31,6 +32,9 @@ from fxcompress.rewrite import Factorized
 from fxcompress.rules.matching.folding import fold
 from tests.made_up_times import made_up_times
 from tests.small import data, net, rules
+from tests.test_narrow import data as blocks
+from tests.test_narrow import network
+from tests.test_narrow_then import rules as narrow_then
 
 
 class Clock:
@@ -319,6 +323,32 @@ def test_sites_of_one_kind_are_told_together(slow: Any) -> None:
     assert f"{names} (low_rank) {duration(before)} → {duration(after)}" in note
 
 
+def test_what_is_left_of_a_narrowed_value_is_timed_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that are factorized beside a narrowing, and those that are only narrower."""
+    asked: list[Timing] = []
+
+    def measured(entries: Mapping[str, Timing], *rest: Any) -> dict[str, float]:
+        asked.extend(entries.values())
+        return {key: 2.0 if entry.form else 1.0 for key, entry in entries.items()}
+
+    monkeypatch.setattr("fxcompress.pipeline.latency._measured", measured)
+    clock = Clock([1.0], [1.25])
+    monkeypatch.setattr(speed, "now", clock.now)
+    model = network("gated")
+    with warned() as notes:
+        small = fxcompress.compile(
+            model, narrow_then(0.35, forms="narrow"), blocks(), forward=clock.forward
+        )
+    factorized = [site for site in plan_of(small).sites if site.then is not None]
+    assert factorized
+    (note,) = [note for note in notes if "slower" in note]
+    assert "(narrow, pivoted)" in note
+    timed_as = {(each.form.name, each.rank) for each in asked if each.form is not None}
+    assert timed_as == {(site.then.form, site.then.rank) for site in factorized if site.then}
+
+
 def test_where_no_operator_is_to_blame_it_says_so(
     slow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +359,16 @@ def test_where_no_operator_is_to_blame_it_says_so(
     note = slow(rules(0.5, rewrite=LOW_RANK))
     assert "no operator that was timed takes longer by itself" in note
     assert "unit: latency" in note
+
+
+def test_operators_that_cannot_be_timed_are_not_told(
+    slow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("fxcompress.pipeline.latency._measured", fails)
+    assert "no operator that was timed" in slow(rules(0.85, rewrite=LOW_RANK))
 
 
 def test_a_budget_of_time_is_not_advised_twice(slow: Any) -> None:

@@ -21,7 +21,8 @@ from fxcompress.graph.inputs import run_model, to_device
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.latency import Table, Timing, machine, now
 from fxcompress.pipeline.request import Request
-from fxcompress.plans.plan import NOT_TIMED, NOTICED, Batch, Plan, Speed
+from fxcompress.pipeline.sites import Group
+from fxcompress.plans.plan import NOT_TIMED, NOTICED, Batch, Plan, SitePlan, Speed
 from fxcompress.processes import several
 from fxcompress.report.quantities import duration
 from fxcompress.rewrite import skeleton
@@ -85,7 +86,11 @@ def measured_speed(
         return None, [f"{NOT_TIMED}{type(error).__name__}: {error}"]
     if speed is None or not speed.slower:
         return speed, []
-    return speed, [_warning(speed, planned, _slower(planned, analysis))]
+    try:
+        kinds = _slower(planned, analysis)
+    except RuntimeError:  # out of memory, say: no reason to lose a model that is done
+        kinds = []
+    return speed, [_warning(speed, planned, kinds)]
 
 
 @torch.no_grad()
@@ -199,18 +204,33 @@ def _slower(planned: Plan, analysis: Analysis) -> list[_Kind]:
     for name, entries in sorted(planned.groups.items(), key=lambda item: -item[1][0].rank_share):
         if now() - begun > LONGEST:
             break
-        form, rank = entries[0].choice
-        fitted = analysis.group(name).forms[form]
-        dense = [Timing((shape,)) for shape in fitted.shapes]
-        body = Timing(fitted.shapes, fitted.form, rank)
-        times = table.measure([*dense, body], device, tick)
-        before, after = sum(times[each.key] for each in dense), times[body.key]
+        group = analysis.group(name)
+        dense = [Timing((shape,)) for shape in group.shapes]
+        bodies = _bodies(group, entries)
+        times = table.measure([*dense, *bodies], device, tick)
+        before, after = (sum(times[each.key] for each in those) for those in (dense, bodies))
         if after * NOTICED > before:
-            key = (form, *map(str, fitted.shapes))
+            form = max((entry.form_text for entry in entries), key=len)
+            key = (form, *map(str, group.shapes))
             kind = found.get(key, _Kind((), form, 0.0, 0.0))
             names = (*kind.names, *(entry.name for entry in entries))
             found[key] = _Kind(names, form, kind.before + before, kind.after + after)
     return sorted(found.values(), key=lambda kind: kind.before - kind.after)
+
+
+def _bodies(group: Group, entries: Sequence[SitePlan]) -> list[Timing]:
+    """What stands where the operators of a group stood."""
+    if all(entry.then is None for entry in entries):
+        form, rank = entries[0].choice
+        return [Timing(group.shapes, group.forms[form].form, rank)]
+    found = []
+    for entry in entries:
+        left = group.left_of(*entry.narrowing)
+        if entry.then is None:
+            found.append(Timing(left.shapes))
+        else:
+            found.append(Timing(left.shapes, left.forms[entry.then.form].form, entry.then.rank))
+    return found
 
 
 def _warning(speed: Speed, planned: Plan, kinds: Sequence[_Kind]) -> str:
