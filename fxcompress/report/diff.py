@@ -193,7 +193,7 @@ def _chain_lines(
         + down_proj           linear k→576            516k..691k    refitted
           narrow, rule mlp (decoder.yaml:22)
     """
-    *producers, reader = chain
+    *producers, reader = chain = [_alone(chain[0], chain[-1]), *chain[1:]]
     site = reader.sites[0]
     losses = _losses_text(Entry(reader.sites, measured), plan)
     made = ", ".join(row.label for row in producers)
@@ -202,10 +202,9 @@ def _chain_lines(
     if len({*widths}) > 1:
         channels += f" {sparkline(widths)}"
     lines = [f"  {made}: {channels}, read by {reader.label}  {losses}"]
-    lines += _row_lines(_alone(chain[0], reader), "", (), plan)
-    lines += _held_lines(reader)
-    for row in chain[1:]:
+    for row in chain:
         lines += _row_lines(row, "refitted" if row is reader else "", (), plan)
+    lines += _held_lines(reader)
     return [*lines, f"  {site.form}, rule {site.rule} ({site.location})"]
 
 
