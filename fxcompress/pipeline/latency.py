@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -206,8 +206,8 @@ def _measured(
     numbers = torch.Generator(device).manual_seed(0)  # torch's global one stays as it is
     for _ in range(ROUNDS):
         for key, entry in entries.items():
-            built = _built(entry, device, numbers)
-            seconds = sum(_time(module, each, device) for module, each in built)
+            module, inputs = _built(entry, device, numbers)
+            seconds = sum(_time(module, each, device) for each in inputs)
             least[key] = min(seconds, least.get(key, seconds))
         tick()
     return least
@@ -226,33 +226,40 @@ class _Together(nn.Module):
         return [head(x, *values) for head in self.heads]
 
 
+class _OneByOne(nn.Module):
+    """The operators of a narrowed body, each with inputs of its own."""
+
+    def __init__(self, body: Body, inputs: Sequence[Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(body.heads)
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pairs = zip(self.heads, self.inputs, strict=True)
+        return [head(each) for head, inputs in pairs for each in inputs]
+
+
 @torch.no_grad()
 def _built(
     entry: Timing, device: torch.device, numbers: torch.Generator
-) -> list[tuple[nn.Module, Tensor]]:
-    """Modules to be timed, each with an input."""
+) -> tuple[nn.Module, Sequence[Tensor]]:
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
+    given: Sequence[Tensor] = []
     if entry.form is not None:
         assert entry.rank is not None
         body = fit(entry.form, shapes).empty(entry.rank)
-        if body.kept is not None:  # one after the other, each with inputs of its own
-            assert isinstance(entry.rank, int)
-            pairs = zip(body.heads, narrowed(shapes, entry.rank), strict=True)
-            built = [(head, each) for head, s in pairs for each in s.examples(numbers)]
-            return [(_ready(head, numbers), each) for head, each in built]
         module = _Together(body)
+        if body.kept is not None:
+            assert isinstance(entry.rank, int)
+            inputs = [each.examples(numbers) for each in narrowed(shapes, entry.rank)]
+            module, given = _OneByOne(body, inputs), inputs[0][:1]
     else:
         module = shape.bare()
-    module = _ready(module, numbers)
-    return [(module, each) for each in shape.examples(numbers)]
-
-
-def _ready(module: nn.Module, numbers: torch.Generator) -> nn.Module:
     for parameter in module.parameters():
         parameter.normal_(std=0.02, generator=numbers)
-    return module.eval()
+    return module.eval(), given or shape.examples(numbers)
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:
