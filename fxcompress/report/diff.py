@@ -209,7 +209,7 @@ def _chain_lines(
         + down_proj           linear k→576            516k..691k    refitted
           narrow, rule mlp (decoder.yaml:22)
     """
-    *producers, reader = chain
+    *producers, reader = chain = [_alone(chain[0], chain[-1]), *chain[1:]]
     site = reader.sites[0]
     losses = _losses_text(Entry(reader.sites, measured), plan)
     made = ", ".join(row.label for row in producers)
@@ -224,10 +224,8 @@ def _chain_lines(
             own = "×".join(span(axis, count) for axis in columns.ranks_of_then(row.sites))
             alone = "" if row is reader else f"  {loss_label(plan.loss_unit)} {_predicted(row)}"
             notes.append(f"then {then.form}, r {own}{alone}")
-        shown = _alone(row, reader) if row is chain[0] else row
-        lines += _row_lines(shown, ", ".join(notes), (), plan)
-        if row is chain[0]:
-            lines += _held_lines(reader)
+        lines += _row_lines(row, ", ".join(notes), (), plan)
+    lines += _held_lines(reader)
     return [*lines, f"  {site.form}, rule {site.rule} ({site.location})"]
 
 

@@ -129,9 +129,10 @@ def test_what_else_has_entries_of_channels_has_lines_of_its_own() -> None:
     assert (
         "- 0                   linear 576→1536         884,736\n"
         "+ 0                   linear 576→1024         589,824\n"
+        "- 3                   linear 1536→576         884,736\n"
+        "+ 3                   linear 1024→576         589,824       refitted\n"
         "- 1                   entries of channels     6,144\n"
         "+ 1                   entries of channels     4,096\n"
-        "- 3                   linear 1536→576         884,736\n"
     ) in text
     assert (
         "entries of the channels that go, of net.1<" in diff_plan(plan([first, reader])).to_html()
