@@ -56,7 +56,7 @@ class Method:
 
     Attributes:
         metric, allocation: as in a rule file.
-        form: of the linear layers.
+        form: of the linear layers; several, between which the budget chooses, with commas.
         known: name of the algorithm of others that this is.
         words: whether the word embedding is compressed, too (form ``embedding``).
         relative: whether the solver is told shares of every layer's energy (BALF).
@@ -68,6 +68,11 @@ class Method:
     known: str = ""
     words: bool = False
     relative: bool = False
+
+    @property
+    def forms(self) -> list[str]:
+        """Of the linear layers."""
+        return self.form.split(", ")
 
 
 METHODS = (
@@ -83,6 +88,7 @@ METHODS = (
     Method("kfac", "uniform", "low_rank"),
     Method("kfac", "global", "low_rank"),
     Method("kfac", "global", "pivoted"),
+    Method("kfac", "global", "narrow, pivoted"),
     Method("ekfac", "uniform", "low_rank"),
     Method("ekfac", "global", "low_rank"),
     Method("ekfac", "global", "pivoted"),
@@ -90,6 +96,7 @@ METHODS = (
     Method("activation", "global", "low_rank", "BALF", words=True, relative=True),
     Method("kfac", "global", "low_rank", words=True),
     Method("kfac", "global", "pivoted", words=True),
+    Method("kfac", "global", "narrow, pivoted", words=True),
 )
 
 
@@ -137,7 +144,7 @@ def compress(
     model: nn.Module, analysis: Analysis, method: Method, keep: float
 ) -> tuple[nn.Module, Plan]:
     """What ``compile`` does with :func:`rules`, from an analysis that offers more forms."""
-    offered = {method.form, "embedding"}
+    offered = {*method.forms, "embedding"}
     groups = tuple(
         replace(group, forms={name: form for name, form in group.forms.items() if name in offered})
         for group in analysis.groups
@@ -145,7 +152,7 @@ def compress(
     found = analysis.decomposed
     analysis = replace(
         analysis,
-        rules=rules(method, keep, [method.form]),
+        rules=rules(method, keep, method.forms),
         groups=groups,
         decomposed=relative(found) if method.relative else found,
     )
@@ -166,7 +173,7 @@ def measure(
     for method in methods:
         key = (method.metric, method.words)
         if key not in analysis:
-            forms = sorted({m.form for m in methods if (m.metric, m.words) == key})
+            forms = sorted({f for m in methods if (m.metric, m.words) == key for f in m.forms})
             with stages(True) as show:
                 found = analyse(
                     model, rules(method, 1.0, forms), Request(show, data, forward=embed)

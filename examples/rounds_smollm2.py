@@ -3,6 +3,7 @@
     $ python examples/rounds_smollm2.py              # writes examples/results/rounds.md
     $ python examples/rounds_smollm2.py --keeps 0.6 --seeds 0 1 --schedules soft hard --baseline
     $ python examples/rounds_smollm2.py --schedules hard --steps 0 --correct    # nothing is trained
+    $ python examples/rounds_smollm2.py --keeps 0.8 0.6 --schedules hard soft --forms narrow+pivoted
 
 Trained and calibrated on Moby Dick, measured on Alice's Adventures in Wonderland.  The baseline is
 what one would write by hand: the one-shot ranks of ``low_rank``, balanced factors, Adam (β₂ 0.99,
@@ -58,7 +59,7 @@ class Row:
 
 
 def rules(keep: float, form: str, calibrate: int, seed: int, solver: str = "{}") -> LoadedRules:
-    """All decoder linears under one budget."""
+    """All decoder linears under one budget; between forms joined by ``+`` it chooses."""
     return parse_rules(
         f"""
 budget: {{keep: {keep}, of: matched, unit: parameters}}
@@ -67,7 +68,7 @@ solver: {solver}
 rules:
   - id: decoder-linears
     match: {{node: {{op: linear, name: "model.layers.*"}}}}
-    rewrite: {{form: {form}}}
+    rewrite: {{any_of: [{", ".join(form.split("+"))}]}}
 """,
         "rounds.yaml",
     )
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="*", choices=["hard", "soft"], default=["soft"])
     parser.add_argument("--features", type=float, help="their weight, if not the default one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--forms", nargs="+", default=["pivoted"])
+    parser.add_argument("--forms", nargs="+", default=["pivoted", "narrow+pivoted"])
     parser.add_argument("--calibrate", type=int, default=64, help="sequences for the metric")
     parser.add_argument("--evaluate", type=int, default=16, help="sequences of the other book")
     parser.add_argument("--correct", action="store_true", help="the closed-form correction, too")

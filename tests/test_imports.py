@@ -31,7 +31,7 @@ LAYERS = [
         *("pipeline.held_back", "pipeline.rigid"),
     },
     {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
-    {"pipeline.solving", "pipeline.measure", "pipeline.unmatched"},
+    {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},

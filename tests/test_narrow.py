@@ -278,7 +278,7 @@ class Broadcast(Gated):
     [
         (Leaking, "reads the value of"),
         (Normed, "(layer_norm), which is not entrywise"),
-        (Residual, "its input comes from input"),
+        (Residual, "it reads what the model is given"),
         (Twice, "called several times"),
         (Softmaxed, "(softmax), which is not entrywise"),
         (Broadcast, "(mean), which is not entrywise"),

@@ -96,10 +96,6 @@ class Narrow(JointForm):
         n = len(found.sigma)
         return kept, refitted, *(w[rows_of(kept, len(w), n)] for w in target.producers)
 
-    def left(self, shapes: Any, rank: int) -> tuple[Shape, ...]:
-        """The operators with k channels between them."""
-        return narrowed(shapes, rank)
-
     def products(self, shapes: Any, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The consumer with zeros for channels that go; all others could stay as they are."""
         kept, refitted = factors[:2]

@@ -101,6 +101,8 @@ Rule = Callable[[Question], Through | str]
 def through(asked: Question) -> Through | str:
     """How channels go through an operator, or why they do not."""
     rule = RULES.get(asked.operator.op)
+    if asked.operator.op == "input":
+        return "it reads what the model is given"
     if rule is None:
         return f"its input comes from {asked.named}, which is not entrywise"
     shape = asked.operator.shape
@@ -359,10 +361,12 @@ PARTED = ("chunk", "split")
 def _table() -> dict[str, Rule]:
     # A sequential that is one operator has nothing in it.
     entrywise = (
-        "abs add celu clamp clone contiguous cos detach div dropout dropout1d dropout2d dropout3d "
-        "elu exp float gelu hardsigmoid hardswish hardtanh identity leaky_relu log logsigmoid mish "
-        "mul neg pow quick_gelu relu relu6 relu_squared rrelu rsqrt selu sequential sigmoid silu "
-        "sin softplus softsign sqrt sub tanh to"
+        "abs add bfloat16 celu clamp clone contiguous cos detach div double dropout "
+        "dropout1d dropout2d dropout3d elu eq erf exp expm1 float ge gelu gt half hardshrink "
+        "hardsigmoid hardswish hardtanh identity le leaky_relu log log1p logsigmoid lt "
+        "maximum minimum mish mul ne neg pow quick_gelu reciprocal relu relu6 relu_squared "
+        "rrelu rsqrt selu sequential sigmoid sign silu sin softplus softshrink softsign sqrt "
+        "square sub tanh tanhshrink to where"
     )
     over_positions = (
         "max_pool avg_pool lp_pool adaptive_avg_pool adaptive_max_pool zero_pad constant_pad "

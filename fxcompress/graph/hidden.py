@@ -110,7 +110,7 @@ def hidden_value(model: nn.Module, recording: Recording, consumer: Operator) -> 
         producers,
         tuple(name for name in weighted if reads[name]),
         tuple(name for name in order if inside[name].op not in OPERATORS),
-        tuple(held),
+        tuple(sorted(held, key=lambda each: recording.places[held[each].name])),
         consumer.name,
         sized,
     )
@@ -124,12 +124,30 @@ def _read_elsewhere(
         others = [user for user in found.users if user not in inside and user != consumer.name]
         if not others:
             continue
-        why = f"{named(recording.operators[recording.places[others[0]]])} reads the value of "
-        why += f"{named(found)}, too"
+        other = recording.operators[recording.places[others[0]]]
+        if other.op == "output":
+            return f"the model returns the value of {named(found)}"
+        why = f"{named(other)} reads the value of {named(found)}, too, and needs its channels"
         gates = {user for user in found.users if user in inside and inside[user].op == "mul"}
         if gates and _leads_to(recording, others[0], gates, recording.places[consumer.name]):
-            why += ", and its channels are weighted by all of them (squeeze and excitation)"
+            why += ": each is weighted by all of them (squeeze and excitation)"
         return why
+    return None
+
+
+def reader_of(model: nn.Module, recording: Recording, maker: Operator) -> str | None:
+    """Path of the operator that reads the hidden value that one makes; None if it makes none."""
+    waiting, seen = [*maker.users], {maker.name}
+    while waiting:
+        found = recording.operators[recording.places[waiting.pop()]]
+        if found.name in seen:
+            continue
+        seen.add(found.name)
+        if found.op in OPERATORS:
+            value = hidden_value(model, recording, found)
+            made = not isinstance(value, str) and maker.name in value.weighted
+            return found.path if made else None
+        waiting += found.users
     return None
 
 
@@ -156,12 +174,19 @@ def _shared(
     own = recording.weights[str(consumer.weight)]
     for each in (*(found for found in inside.values() if found.op in OPERATORS), consumer):
         facts = recording.weights[str(each.weight)]
-        if len(facts.calls) > 1:
-            return f"{named(each)} is called several times"
         if len(facts.aliases) > 1:
-            return f"the weight of {named(each)} is tied"
-        if (facts.dtype, facts.device) != (own.dtype, own.device):
-            return f"the weight of {named(each)} has another type or is on another device"
+            others = [name for name in facts.aliases if not name.startswith(f"{each.path}.")]
+            return f"the weight of {named(each)} is tied to {', '.join(others)}"
+        if len(facts.calls) > 1:
+            return f"{named(each)} is called several times, on values of its own each time"
+        for what, its, wanted in (
+            ("type", facts.dtype, own.dtype),
+            ("device", facts.device, own.device),
+        ):
+            if its != wanted:
+                return (
+                    f"the {what} of {named(each)} is {its}, that of {named(consumer)} is {wanted}"
+                )
     for entries, holder in held.items():
         name = entries.name
         if sum((o.path, o.op) == (name, holder.op) for o in recording.operators) > 1:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxcompress.isvt.correction import correctable, cross_moments, fitted
+from fxcompress.isvt.correction import correctable, cross_moments, cut_again, fitted
 from fxcompress.isvt.descent import Diverged, cosine, descend, gradient
 from fxcompress.isvt.features import Features
 from fxcompress.isvt.objective import Objective
@@ -60,9 +60,9 @@ def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[
     batches = [batch for batch in task.metric_batches if id(batch) not in held] or task.judging
     tick = task.show.stage("correct", len(batches))
     damping, _ = task.damping
-    ranks, model, before = cut.ranks(), task.found.model, state.objective
+    model, before = task.found.model, state.objective
     assert before is not None
-    sites = correctable(task.found.sites, ranks, state.metrics)
+    sites = correctable(_rewritten(cut), state.metrics)
     forward = task.found.request.forward
     moments = cross_moments(task.dense, model, sites, batches, damping, forward, tick)
     task.show.stage("correct", None)
@@ -70,7 +70,8 @@ def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[
 
     def tried(share: float) -> tuple[float, float, list[Tensor]]:
         task.reset(old)
-        task.put(fitted(task.dense, model, ranks, sites, state.metrics, moments, share))
+        found = fitted(task.dense, model, sites, state.metrics, moments, share)
+        task.put(cut_again(cut, found))
         return task.judge(model), share, task.values()
 
     best = tried(SHARE)
@@ -92,6 +93,17 @@ def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[
     # Again, for the factors; the weights have these ranks already.
     cut = threshold(task.found, state.metrics, softened(task, number), task.pricings, cut.starts)
     return replace(state, objective=after), cut
+
+
+def _rewritten(cut: Thresholded) -> list[Site]:
+    """Sites that a thresholding gives another form, as they are without it."""
+    sites: dict[str, Site] = {}
+    for group, choice in cut.solution.decided(cut.analysis.groups):
+        place = group.narrowing
+        whole = cut.analysis.group(place.hidden) if place else group
+        if place or choice.form is not None:
+            sites |= {site.name: site for site in whole.sites}
+    return [*sites.values()]
 
 
 def trained(task: Task, state: State, cut: Thresholded, number: int) -> State:

@@ -5,8 +5,10 @@ to the dense layer's outputs on x' is, with ``C = E[x x'ᵀ]`` and ``A' = E[x' x
 
     Z = argmin E ‖W x - Z x'‖²  =  W C A'⁻¹,
 
-and the best one of rank r its truncation in A' ⊗ G (AA-SVD and SAES have it for G = 1).  A' is
-damped towards the weight as it is, so that directions without data stay.
+and the best one of rank r its truncation in A' ⊗ G (AA-SVD and SAES have it for G = 1), as is that
+of any other form.  A' is damped towards the weight as it is, so that directions without data stay.
+A weight that reads k channels of a narrowed value is fitted to these; the weights that produce the
+value have no fewer inputs than before, so that theirs fit as they are.
 
 All layers are fitted at once, each to inputs from before the correction.  That counts errors twice:
 a layer makes up for those of the layers before it, which are about to make up for them
@@ -30,9 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress.forms.narrow import Narrow
+from fxcompress.forms.target import Channels, Target, Truncations
 from fxcompress.graph.inputs import Forward, run_model
 from fxcompress.graph.padding import NONE, Padding, follow_padding
-from fxcompress.isvt.threshold import Metrics
+from fxcompress.isvt.threshold import Metrics, Thresholded
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.masks import input_mask
 from fxcompress.metric.scaled import normalized, times_power
@@ -40,7 +44,8 @@ from fxcompress.metric.visitor import InputKey, input_key
 from fxcompress.metric.whiten import Whitener, whitener
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.sites import Site
+from fxcompress.pipeline.decomposition import Decomposition, narrowed_weights
+from fxcompress.pipeline.sites import Group, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +63,17 @@ class Crossed:
     roots: Mapping[InputKey, Whitener]
 
 
-def correctable(
-    sites: Sequence[Site], ranks: Mapping[str, int | None], metrics: Metrics
-) -> list[Site]:
-    """The linear sites that are cut in a metric that is a Kronecker product.
+def correctable(sites: Sequence[Site], metrics: Metrics) -> list[Site]:
+    """The linear sites whose metric is a Kronecker product.
 
     Args:
         sites: the matched ones.
-        ranks: of every site; None if it is not cut.
         metrics: by site name.
     """
     return [
         site
         for site in sites
         if site.shape.takes == "rows"
-        and ranks.get(site.name) is not None
         and metrics[site.name].factors is not None
         and not metrics[site.name].null
     ]
@@ -134,39 +135,106 @@ def cross_moments(
 def fitted(
     dense: nn.Module,
     model: nn.Module,
-    ranks: Mapping[str, int | None],
     sites: Sequence[Site],
     metrics: Metrics,
     moments: Crossed,
     share: float = 1.0,
-) -> Iterator[tuple[Site, Tensor]]:
-    """New weights (m x n) of sites.
+) -> dict[str, tuple[Tensor, Kronecker]]:
+    """Weights (m x n) that fit, of full rank, and the metric ``A' ⊗ G`` to cut each in.
 
     Args:
         dense: the dense model, with a module for every site.
         model: the same with the weights as they are now.
-        ranks: of every site.
         sites: the :func:`correctable` ones.
         metrics: by site name; their output factor is used.
         moments: of the inputs.
-        share: of the way from the weight as it is to the one that fits, which is cut then.
+        share: of the way from the weight as it is to the one that fits.
     """
+    found = {}
     for site in sites:
-        key, rank = input_key(site), ranks[site.name]
-        assert rank is not None
+        key = input_key(site)
         inputs = moments.roots[key]
-        if inputs.null:
+        factors = metrics[site.name].factors
+        if inputs.null or factors is None:
             continue
         old = canonical_weight(operator_at(dense, site.name)).double()
         now = canonical_weight(operator_at(model, site.name)).double()
         # Damped towards the weight as it is: directions without data stay.
         change = (old @ moments.crossed[key] - now @ moments.second[key]) * share
         target = now + replace(inputs, unit=1.0).solve(change.T).T  # of quotients: without units
-        factors = metrics[site.name].factors
-        assert factors is not None
-        metric = Kronecker(inputs, factors.outputs)
-        left, right = metric.truncations(target, "matrix").factors(rank)
-        yield site, left.double() @ right.double()
+        found[site.name] = (target, Kronecker(inputs, factors.outputs))
+    return found
+
+
+@torch.no_grad()
+def cut_again(
+    cut: Thresholded, found: Mapping[str, tuple[Tensor, Kronecker]]
+) -> Iterator[tuple[Site, Tensor]]:
+    """Weights that fit, in the forms and at the ranks of a thresholding.
+
+    Hidden values keep their channels; producers that have fewer rows and no other form fit whole.
+
+    Args:
+        cut: the thresholding.
+        found: by site name, as of :func:`fitted`; of groups that are not there in full the weights
+            are those of the thresholding.
+    """
+    analysis = cut.analysis
+    groups = dict(analysis.decomposed.groups)
+    narrowed: dict[str, Target | None] = {}
+    for group, choice in cut.solution.decided(analysis.groups):
+        place = group.narrowing
+        whole = analysis.group(place.hidden) if place else group
+        parts = [found[site.name] for site in whole.sites if site.name in found]
+        form = place.form if place else choice.form
+        if form is None or len(parts) < len(whole.sites):
+            continue
+        if not whole.hidden:
+            groups[group.name] = replace(groups[group.name], target=_together(group, parts))
+            continue
+        if whole.name not in narrowed:
+            old = analysis.decomposed.groups[whole.name].target
+            narrowed[whole.name] = _narrowed(whole, form, old, parts)
+        target = narrowed[whole.name]
+        if target is None:
+            continue
+        groups[whole.name] = replace(groups[whole.name], target=target)
+        last = len(parts) - 1
+        if place and choice.form is not None:
+            kept, weights = narrowed_weights(whole, target, form, place.width)
+            own = parts[place.member][1].restricted(
+                **{"inputs" if place.member == last else "rows": kept}
+            )
+            left = Target(weights[place.member], own)
+            groups[group.name] = replace(groups[group.name], target=left)
+            continue
+        for member in [place.member] if place else range(last):
+            if member < last:
+                yield whole.sites[member], parts[member][0]
+    fitting = Decomposition(groups, analysis.decomposed.idle)
+    yield from replace(cut, analysis=replace(analysis, decomposed=fitting)).weights()
+
+
+def _together(group: Group, parts: Sequence[tuple[Tensor, Kronecker]]) -> Target:
+    """Weights that fit, stacked if they are several, and their metric."""
+    weights, metrics = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return Target(weights[0], metrics[0])
+    return Target(torch.cat(weights), Kronecker.stacked(metrics, group.rows))
+
+
+def _narrowed(
+    group: Group, name: str, old: Target, parts: Sequence[tuple[Tensor, Kronecker]]
+) -> Target | None:
+    """Weights that fit around a hidden value, which keeps the channels that a form chose of it."""
+    form = group.forms[name].form
+    assert isinstance(form, Narrow)
+    channels = form.truncations(old)
+    if not isinstance(channels, Channels):
+        return None
+    *producers, (weight, metric) = parts
+    kept: dict[str, Truncations] = {form.name: metric.channels(weight, channels.order)}
+    return Target(weight, metric, producers=tuple(one for one, _ in producers), chosen=kept)
 
 
 @contextmanager

@@ -101,12 +101,13 @@ class Features:
 
         Args:
             wanted: of the dense model.
-            own: of the compressed one; layers that it runs past are left out, and padding.
+            own: of the compressed one; layers that it runs past are left out, those that make
+                fewer channels, and padding.
         """
         parts = []
         for site in self.sites:
             calls = [*zip(wanted.get(site.name, []), own.get(site.name, []), strict=False)]
-            if not calls:
+            if not calls or any(one.shape != other.shape for (one, _), (other, _) in calls):
                 continue
             rows = [
                 site.shape.output_rows(after, real) - site.shape.output_rows(before, real)

@@ -299,9 +299,12 @@ def _finish(model: M, task: Task, state: State, inplace: bool) -> tuple[M, Plan]
     held = prepared(model)
     hold_like(held, task.found.model)
     own = dict(held.named_parameters())
+    changed = {entry.name for entry in planned.rewritten}
     with torch.no_grad():
         for site in task.found.sites:  # those that stay dense learned, too
-            if site.weight in own and id(task.weight(site)) in shared:
+            if site.name in changed or site.weight not in own:
+                continue
+            if id(task.weight(site)) in shared:
                 _keep(task.dense, own[site.weight])
                 own[site.weight].copy_(task.weight(site))
     return rewritten, _measured(task, rewritten, _described(task, state, planned))

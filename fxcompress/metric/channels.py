@@ -144,12 +144,34 @@ def chosen(
         half, exponent = normalized(half)
         a, more = normalized(inputs.dense(half.shape[1]).to(half))
         if order is None:
-            order = greedy(half, a, math.prod(weight.shape[2:]))
+            order = _read_first(half, a, weight.shape[1])
         sigma = gained(half, a, order) * inputs.unit * 2.0 ** (more / 2)
         found = ChannelTruncations(weight, 1, order, times_power(sigma, exponent), inputs)
     if inputs.null or outputs.null:
         return replace(found, sigma=torch.zeros_like(found.sigma))
     return found
+
+
+def _read_first(weight: Tensor, moments: Tensor, count: int) -> Tensor:
+    """Channels in the order of :func:`greedy`; those that are not read at all come last.
+
+    So a weight that reads k channels, as one that was narrowed before, keeps these at rank k.  One
+    that it does not read may gain more than some of them when it is taken, for what it knows of
+    several others, but the loss with k of them would not be 0.
+
+    Args:
+        weight: ``L_Gᵀ W`` (m x n·t), float64.
+        moments: A (n·t x n·t).
+        count: n.
+    """
+    places = torch.arange(len(moments), device=weight.device).reshape(count, -1)
+    read = (weight != 0).any(0).reshape(count, -1).any(1)
+    at = places[read].flatten()
+    channels = torch.arange(count, device=weight.device)
+    if not len(at):
+        return channels
+    order = greedy(weight[:, at], moments[at][:, at], places.shape[1])
+    return torch.cat([channels[read][order], channels[~read]])
 
 
 def independent(

@@ -43,7 +43,7 @@ def per_channel(model: nn.Module, name: str, channels: int) -> PerChannel | str:
     try:
         held = [*_tensors(model, name)]
     except AttributeError:
-        return f"there is no {name}"
+        return f"{name} is no parameter"
     for place, key, tensor in held:
         if tensor.numel() == 1 and name != key:
             continue

@@ -24,6 +24,7 @@ from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.decomposition import widened
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
+from fxcompress.pipeline.speed import measured_speed
 from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.rewrite import (
     ProjectedAttention,
@@ -45,6 +46,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
         BudgetError: the budget cannot be met.
         RewriteError: the rewritten model does not run.
     """
+    dense = skeleton(model)  # before anything is changed in place
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis)
@@ -77,12 +79,15 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(
-            f"the rewritten model does {more:,} multiply-accumulates more than its layers need: "
-            "something in its forward reads the weight of a rewritten layer, which computes it"
+            f"the rewritten model does {more:,} multiply-accumulates more than its layers need on "
+            "the recorded batch: something in its forward reads the weight of a rewritten layer, "
+            "which computes it"
         )
+    speed, slow = measured_speed(dense, rewritten, planned, analysis)
     return rewritten, planned.model_copy(
         update={
             "model_after": counted,
+            "speed": speed,
             "after": summarize(after.operators),
             "held_back": measured,
             "expanded": tuple(
@@ -90,7 +95,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
                 for name, module in rewritten.named_modules()
                 if isinstance(module, ProjectedAttention)
             ),
-            "warnings": (*analysis.notes, *notes),
+            "warnings": (*analysis.notes, *notes, *slow),
         }
     )
 
@@ -171,36 +176,33 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
                 found = [*zip(form.weights(body), form.biases(body), strict=True)]
             else:
                 found = [
-                    _widened(analysis, group, entry.member, body.kept, narrowed(group, entry))
+                    _widened(analysis, group, entry.member, body.kept, narrow(group, entry))
                     for entry in entries
                 ]
             for site, (weight, bias) in zip(group.sites, found, strict=True):
                 yield site, site.shape.stored(weight), bias
 
-    def narrowed(group: Group, entry: SitePlan) -> tuple[Tensor, Tensor | None]:
+    def narrow(group: Group, entry: SitePlan) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of what is left of an operator."""
         if entry.then is None:
-            layer, has = operator_at(made, entry.name), group.sites[entry.member].shape.bias
-            return canonical_weight(layer), layer.get_parameter("bias") if has else None
+            layer, site = operator_at(made, entry.name), group.sites[entry.member]
+            return canonical_weight(layer), layer.bias if site.shape.bias else None  # type: ignore[return-value]
         left = group.left_of(*entry.narrowing)
         form, body = _form(left, instead[entry.name], planned), bodies[entry.name]
         (weight,), (bias,) = form.weights(body), form.biases(body)
         return weight, bias
 
     parameters: list[nn.Parameter] = []
-    for name, entries in planned.groups.items():
-        body = bodies[name]
+    for key, group, _, _ in units:
+        body = bodies[key]
         if body.kept is None:
             parameters += [parameter for part in body.parts for parameter in part.parameters()]
             continue
-        for entry in entries:
-            layer = operator_at(made, entry.name)
-            names = ("weight", "bias") if entry.bias else ("weight",)
-            parameters += (
-                [layer.get_parameter(each) for each in names]
-                if entry.then is None
-                else layer.parameters()
-            )
+        for site in group.sites:
+            if site.name not in bodies:
+                layer = operator_at(made, site.name)
+                names = ("weight", "bias") if site.shape.bias else ("weight",)
+                parameters += [layer.get_parameter(each) for each in names]
     return Student(made, planned, parameters, weights)
 
 
@@ -233,17 +235,18 @@ def _widened(
     group: Group,
     member: int,
     kept: Tensor,
-    narrowed: tuple[Tensor, Tensor | None],
+    narrow: tuple[Tensor, Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias for all channels of a hidden value, given those of the channels kept."""
-    weight, bias = narrowed
+    weight, bias = narrow
     site = group.sites[member]
-    wide = widened(group, member, kept, weight, site.weight_in(analysis.model))
-    own = _bias(analysis, site)
-    if bias is None or own is None or len(bias) == len(own):
+    wide, own = widened(group, member, kept, weight, site.weight_in(analysis.model)), None
+    if site is not group.sites[-1]:
+        own = _bias(analysis, site)
+    if bias is None or own is None:
         return wide, bias
-    rows = rows_of(kept, len(own), group.sites[-1].in_features)
-    return wide, own.index_copy(0, rows, bias)
+    places = rows_of(kept, site.out_features, group.sites[-1].in_features)
+    return wide, own.index_copy(0, places, bias)
 
 
 def _form(group: Group, name: str, planned: Plan) -> Fitted:
@@ -300,12 +303,15 @@ def _operators(analysis: Analysis, group: Group, bodies: Mapping[str, Body]) -> 
 
 def _inputs(analysis: Analysis, group: Group, index: int, bodies: Mapping[str, Body]) -> Tensor:
     """What an operator of a group was given in the recorded pass, or would be."""
-    inputs, place = _sample(analysis, group.sites[index]), group.narrowing
-    if place is None or place.member < len(analysis.group(place.hidden).sites) - 1:
-        return inputs
-    kept = bodies[place.hidden].kept
+    place = group.narrowing
+    if place is None:
+        return _sample(analysis, group.sites[index])
+    hidden, kept = analysis.group(place.hidden), bodies[place.hidden].kept
+    site, inputs = hidden.sites[place.member], _sample(analysis, hidden.sites[place.member])
     assert kept is not None
-    return inputs if inputs.shape[-1] == len(kept) else inputs[..., kept]
+    if site is hidden.sites[-1] or site.shape.is_channelwise:
+        inputs = inputs.index_select(channels_of(site.shape), kept)
+    return inputs
 
 
 def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:

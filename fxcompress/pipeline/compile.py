@@ -29,7 +29,7 @@ from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
-from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_budget
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,6 +40,7 @@ def compile(
     calibration: Iterable[Any] | None = None,
     *,
     keep: float | None = None,
+    unit: str | None = None,
     inplace: bool = False,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -59,6 +60,8 @@ def compile(
             argument), a tuple (several) or a mapping (keyword arguments).  The Fisher metric
             draws its own labels, so none are needed.
         keep: overrides ``budget.keep`` of the rules.
+        unit: overrides ``budget.unit``: ``"parameters"``, ``"macs"``, ``"bytes"`` or ``"latency"``,
+            which is of the matched operators.
         inplace: change ``model`` itself and return it.
         examples: batches to record the graph on, if the first calibration batch does not show
             all that the model can do.
@@ -82,7 +85,7 @@ def compile(
         TrainingError: ``checkpoint`` holds another run.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         if loaded.rules.solver.iterative:
@@ -104,6 +107,7 @@ def plan(
     calibration: Iterable[Any] | None = None,
     *,
     keep: float | None = None,
+    unit: str | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
@@ -114,7 +118,7 @@ def plan(
     Arguments and errors as there.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         analysis = analyse(model, loaded, request)
@@ -130,6 +134,7 @@ def explain(
     rule: str | None = None,
     calibration: Iterable[Any] | None = None,
     keep: float | None = None,
+    unit: str | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
@@ -143,14 +148,14 @@ def explain(
         rule: explain the rule with this id only.
         calibration: as in :func:`compile`.  With it the budget is solved as well, and the
             explanation tells what is left dense and why.
-        keep, loss, forward, progress: as in :func:`compile`.
+        keep, unit, loss, forward, progress: as in :func:`compile`.
 
     Raises:
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
         raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")

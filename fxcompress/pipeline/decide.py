@@ -20,6 +20,7 @@ from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
 from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
+from fxcompress.pipeline.speed import batch_of
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
@@ -75,6 +76,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             "seed": rules.metric.seed,
         },
         damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
+        batch=batch_of(analysis.examples),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
@@ -255,7 +257,8 @@ def _narrowed(left: Group, place: Narrowing, analysis: Analysis, choice: Choice)
         full = own.full_rank()
         then = Then(form=choice.form, rank=decoded(full, choice.rank), full_rank=full)
         inside = on_meta(own).empty(then.rank)
-        (after,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        (own_size,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        after = after - left.sites[0].dense_size() + own_size
     narrow = replace(choice, form=place.form, rank=place.width, loss=loss)
     return _Chosen(
         group.sites[place.member], group, narrow, predicted, after, form.full_rank(), place.width,

@@ -6,6 +6,7 @@ soon as the sites that need it are done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import Target
-from fxcompress.forms.narrow import rows_of
+from fxcompress.forms import Shape, Target
+from fxcompress.forms.narrow import narrowed, rows_of
 from fxcompress.forms.target import (
     Components,
     Halved,
@@ -112,12 +113,12 @@ def decompose_groups(
             idle.append(site.name)
         if site.name in producers:
             around[site.name] = own
-        narrowed = hidden.get(site.name)
-        if narrowed is not None and (not own.null or narrowed.match.limits.unmeasured):
-            found[narrowed.name] = decompose(model, narrowed, own)
-            if narrowed.narrowed:
-                metrics = [around.pop(each.name) for each in narrowed.sites[:-1]]
-                found |= decompose_narrowed(narrowed, found[narrowed.name], [*metrics, own])
+        value = hidden.get(site.name)
+        if value is not None and (not own.null or value.match.limits.unmeasured):
+            found[value.name] = decompose(model, value, own)
+            if value.narrowed:
+                metrics = [around.pop(each.name) for each in value.sites[:-1]]
+                found |= decompose_narrowed(value, found[value.name], [*metrics, own])
         if (joint := waiting.get(site.name)) is not None:
             parts[site.name] = own
             if all(member.name in parts for member in joint.sites):
@@ -219,8 +220,10 @@ def decompose_narrowed(
         kept, weights = narrowed_weights(hidden, decomposed.target, to.form, to.width)
         for member, (group, metric, weight) in enumerate(zip(left, metrics, weights, strict=True)):
             last = member == len(left) - 1
-            rows = rows_of(kept, hidden.sites[member].out_features, hidden.sites[-1].in_features)
-            own = metric.restricted(inputs=kept) if last else metric.restricted(rows=rows)
+            shape = hidden.shapes[member]
+            rows = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+            inputs = _patches(kept, shape)
+            own = metric.restricted(inputs=inputs) if last else metric.restricted(rows=rows)
             if own is None or not group.forms:
                 continue
             target = Target(weight, own)
@@ -234,6 +237,12 @@ def decompose_narrowed(
     return found
 
 
+def _patches(channels: Tensor, shape: Shape) -> Tensor:
+    """The places of some channels in the inputs of an operator, every tap of a convolution."""
+    taps = math.prod(shape.kernel_size)
+    return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).flatten()
+
+
 def narrowing_loss(hidden: Group, decomposed: Decomposed, form: str, width: int) -> float:
     """Predicted loss of a hidden value with one of the numbers of channels that are permitted."""
     return float(decomposed.losses[form][hidden.ranks(form).tolist().index(width)])
@@ -244,7 +253,8 @@ def narrowed_weights(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The channels of a hidden value that are kept (k), and the weights of every site for these."""
     kept, refitted, *rows = hidden.forms[form].factors(target, width)
-    return kept.to(torch.int64), (*rows, refitted)
+    smaller = zip(narrowed(hidden.shapes, width), rows, strict=False)
+    return kept.to(torch.int64), (*(shape.of_outputs(part) for shape, part in smaller), refitted)
 
 
 def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Tensor) -> Tensor:
@@ -259,12 +269,12 @@ def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Ten
         weight: of these.
         dense: with all of them.
     """
-    shape, consumer = hidden.sites[member].shape, hidden.sites[-1]
-    wide = dense.to(weight.dtype, copy=True)
+    wide, shape = dense.to(weight.dtype, copy=True), hidden.shapes[member]
     if member == len(hidden.sites) - 1:
         return torch.zeros_like(wide).index_copy(shape.in_axis, kept, weight)
-    rows = rows_of(kept, shape.out_features, consumer.in_features)
-    return shape.of_outputs(shape.by_outputs(wide).index_copy(0, rows, shape.by_outputs(weight)))
+    rows = narrowed(hidden.shapes, len(kept))[member].by_outputs(weight)
+    places = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+    return shape.of_outputs(shape.by_outputs(wide).index_copy(0, places, rows))
 
 
 def weight_left(

@@ -263,19 +263,21 @@ def _built(
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:
-    """Seconds of one call; the fastest of three measurements of at least :data:`LEAST`."""
+    """Seconds of one call, from as many as take :data:`LEAST`."""
     calls = 1
     while True:
-        start = _now(device)
+        start = now(device)
         for _ in range(calls):
             module(inputs)
-        seconds = _now(device) - start
+        seconds = now(device) - start
         if seconds >= LEAST:
             return seconds / calls
         calls = max(2 * calls, int(1.2 * calls * LEAST / max(seconds, 1e-9)))
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now(*devices: torch.device) -> float:
+    """What a clock shows, in seconds, once devices have done all that they were given."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -97,8 +96,8 @@ def problems(
     """What the solver is to choose, with costs in each of several units.
 
     Several sites are alternatives of modes: all by themselves, one candidate with the joint forms,
-    which has the name of their group, or a hidden value of some width and what that leaves.
-    Hidden values of equal widths are alternatives together.
+    which has the name of their group, or a hidden value of some width and what that leaves.  Hidden
+    values of equal widths are alternatives together, of all sites of all of them.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -136,82 +135,52 @@ def problems(
         equal = group.equal if measured(group) and not group.narrowing else None
         return Candidate(group.name, pricings[at].dense(group), options, equal)
 
-    def ways(whole: _Whole, at: int) -> list[Mode]:
+    def ways(group: Group, at: int) -> dict[str, Mode]:
         """Several sites as one, or what is left of them at widths of a hidden value."""
-        found = [Mode(whole.name, tuple(candidate(group, at) for group in whole.groups))]
-        for form, width, left in whole.narrowed():
-            each = [
-                narrowing_loss(group, decomposed.groups[group.name], form, width)
-                for group in whole.groups
-            ]
-            given_up = any(form in excluded.get(group.name, ()) for group in whole.groups)
-            if any(offered[one.name] for one in left) and np.isfinite(each).all() and not given_up:
-                members = tuple(candidate(one, at) for one in left)
-                found.append(Mode(f"{whole.name}, {form} {width}", members, math.fsum(each)))
+        if not offered[group.name]:
+            return {}
+        found = {"": Mode(group.name, (candidate(group, at),))}
+        for left in group.narrowed:
+            to = left[0].narrowing
+            assert to is not None
+            loss = narrowing_loss(group, decomposed.groups[group.name], to.form, to.width)
+            given_up = to.form in excluded.get(group.name, ())
+            if any(offered[each.name] for each in left) and np.isfinite(loss) and not given_up:
+                text = f"{to.form} {to.width}"
+                members = tuple(candidate(each, at) for each in left)
+                found[text] = Mode(f"{group.name}, {text}", members, loss)
         return found
 
-    together: dict[str, list[Group]] = {}
-    for group in groups:
-        if len(group.sites) > 1:
-            name = group.name if group.equal is None else f"group {group.equal}"
-            together.setdefault(name, []).append(group)
-    wholes = [
-        _Whole(name, tuple(several))
-        for name, several in together.items()
-        if all(offered[group.name] for group in several)
-    ]
+    several = [group for group in groups if len(group.sites) > 1]
     return [
         tuple(
             _entities(
                 {g.name: candidate(g, at) for g in groups if len(g.sites) == 1},
-                [(whole, ways(whole, at)) for whole in wholes],
+                [(group, ways(group, at)) for group in several],
             )
         )
         for at in range(len(pricings))
     ]
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """Sites that are rewritten together or not at all: a group, or all values of one width."""
-
-    name: str
-    groups: tuple[Group, ...]
-
-    @property
-    def sites(self) -> list[str]:
-        """Names of all of them."""
-        return [site.name for group in self.groups for site in group.sites]
-
-    def narrowed(self) -> Iterator[tuple[str, int, tuple[Group, ...]]]:
-        """Forms and widths that all hidden values may have, and what is then left of all sites."""
-        found: list[dict[tuple[str, int], tuple[Group, ...]]] = []
-        for group in self.groups:
-            places = ((left[0].narrowing, left) for left in group.narrowed)
-            found.append({(to.form, to.width): left for to, left in places if to is not None})
-        for form, width in found[0]:
-            if all((form, width) in each for each in found):
-                yield form, width, tuple(one for each in found for one in each[form, width])
-
-
 def _entities(
-    candidates: Mapping[str, Candidate], several: Sequence[tuple[_Whole, Sequence[Mode]]]
+    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, Mapping[str, Mode]]]
 ) -> Iterator[Entity]:
     """Sites by themselves, and sites that are in groups of several as alternatives.
 
     Args:
         candidates: of the sites.
-        several: each with what may be chosen for it instead of its sites by themselves.
+        several: groups, each with what may be chosen for it instead of its sites by themselves.
     """
     import networkx as nx  # takes a while, and most uses of the package do without
 
     links = nx.Graph()
     links.add_nodes_from(candidates)
-    for whole, _ in several:
+    wholes = list(_wholes(several))
+    for whole in wholes:
         nx.add_path(links, whole.sites)
-    ways = {whole.name: found for whole, found in several}
     for names in nx.connected_components(links):
-        own = [whole for whole, _ in several if whole.sites[0] in names]
+        own = [whole for whole in wholes if whole.sites[0] in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
         if not own:
             yield from members
@@ -220,11 +189,45 @@ def _entities(
         for chosen in _disjoint(own):
             taken = {site for whole in chosen for site in whole.sites}
             rest = tuple(member for member in members if member.name not in taken)
-            for way in product(*(ways[whole.name] for whole in chosen)):
+            for way in product(*(whole.modes for whole in chosen)):
                 name = " + ".join(mode.name for mode in way) or "single"
                 inside = (*rest, *(member for mode in way for member in mode.members))
                 modes.append(Mode(name, inside, sum(mode.loss for mode in way)))
         yield Alternatives(" | ".join(whole.name for whole in own), tuple(modes))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Sites that are rewritten together or not at all: a group, or all hidden values of one width.
+
+    Attributes:
+        modes: in which that can be done.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    modes: tuple[Mode, ...]
+
+
+def _wholes(several: Sequence[tuple[Group, Mapping[str, Mode]]]) -> Iterator[_Whole]:
+    """Groups of several sites that have modes; those of equal widths only if all have."""
+    together: dict[str, list[tuple[Group, Mapping[str, Mode]]]] = {}
+    for group, modes in several:
+        key = group.name if group.equal is None else f"group {group.equal}"
+        together.setdefault(key, []).append((group, modes))
+    for name, groups in together.items():
+        common = [key for key in groups[0][1] if all(key in modes for _, modes in groups)]
+        if not common:
+            continue
+        joined = []
+        for key in common:
+            own = [modes[key] for _, modes in groups]
+            members = tuple(member for mode in own for member in mode.members)
+            text = own[0].name if len(own) == 1 else f"{name} {key}".rstrip()
+            joined.append(Mode(text, members, sum(mode.loss for mode in own)))
+        yield _Whole(
+            name, tuple(site.name for group, _ in groups for site in group.sites), tuple(joined)
+        )
 
 
 def _disjoint(wholes: Sequence[_Whole]) -> Iterator[tuple[_Whole, ...]]:

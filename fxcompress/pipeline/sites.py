@@ -24,14 +24,14 @@ from fxcompress.forms import (
 from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.forms.words import forms_for, hidden_forms
-from fxcompress.graph.hidden import hidden_value
+from fxcompress.graph.hidden import hidden_value, reader_of
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
-from fxcompress.pipeline.equal import HiddenSites, all_rigid, equal_widths
+from fxcompress.pipeline.equal import HiddenSites, all_rigid, equal_widths, listed
 from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
@@ -99,10 +99,10 @@ class Group:
         forms: to choose from, by name.
         match: rule id, location and bounds on the rank.
         hidden: whether the last site reads what the others produce.
-        held: of a hidden value, what else has entries of its channels.
         narrowed: of a hidden value, what is left of its sites at several widths: of each site a
             group of one, with forms to choose from beside the narrowing.
         narrowing: of such a group of one, what it is left of.
+        held: of a hidden value, what else has entries of its channels.
     """
 
     name: str
@@ -110,7 +110,6 @@ class Group:
     forms: Mapping[str, Fitted]
     match: Match | Bundle
     hidden: bool = False
-    held: tuple[PerChannel, ...] = ()
     narrowed: tuple[tuple[Group, ...], ...] = ()
     narrowing: Narrowing | None = None
 
@@ -118,6 +117,8 @@ class Group:
         """What a hidden value with fewer channels leaves of one of the sites."""
         place = Narrowing(self.name, form, width, member)
         return next(each for left in self.narrowed for each in left if each.narrowing == place)
+
+    held: tuple[PerChannel, ...] = ()
 
     @property
     def equal(self) -> str | None:
@@ -247,8 +248,7 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done, but for those whose
-    output is narrowed.
+    weights that a rule would narrow the input of why that cannot be done.
 
     Args:
         model: the working copy.
@@ -289,7 +289,7 @@ def gather_sites(
             paths = (*(each.path for each in makers), consumer.path)
             hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
     for value, why in rigid(hidden):
-        refused[value.match.weight] = f"{value.forms}: {why}"
+        refused[value.match.weight] = f"{listed(value.match)}: {why}"
     hidden = [value for value in hidden if value.match.weight not in refused]
     equal, unequal = equal_widths(hidden, matched, refused)
     refused |= unequal
@@ -313,9 +313,11 @@ def gather_sites(
             for h in hidden
         ),
     ]
-    makes = {weight for value in hidden for weight in value.weights}
-    told = {w: why for w, why in refused.items() if w not in makes or w in unequal}
-    return sites, tuple(groups), told
+    inside = {weight for value in hidden for weight in value.weights}
+    for weight in refused.keys() - inside:
+        if reader := reader_of(model, recording, operators[matches[weight].operators[0]]):
+            refused[weight] += f"; its output can be narrowed: match {reader}, which reads it"
+    return sites, tuple(groups), refused
 
 
 def _add_site(
@@ -352,13 +354,13 @@ def _group(
         templates: by the names of the forms that they stand for.
         held: of a hidden value, as of :class:`Group`; None for any other sites.
     """
-    shapes, op, hidden = [site.shape for site in sites], sites[0].op, held is not None
+    shapes, hidden = [site.shape for site in sites], held is not None
     channels = hidden_forms(match.forms)
     names = channels if hidden else [each for each in match.forms if each not in channels]
+    op = sites[0].op
     forms = {each: fit(find_form(each, op, templates), shapes, held or ()) for each in names}
-    group = Group(name, sites, forms, match, hidden, held or ())
-    linear = not held and all(site.op == "linear" for site in sites)
-    if not hidden or not linear or isinstance(match, Bundle) or not match.then:
+    group = Group(name, sites, forms, match, hidden, held=held or ())
+    if not hidden or isinstance(match, Bundle) or not match.then:
         return group
     return replace(group, narrowed=tuple(_narrowed(group, match, templates)))
 
@@ -377,7 +379,8 @@ def _narrowed(
         grid = np.linspace(0, full, WIDTHS + 2)[1:-1] if len(permitted) else ()
         for width in sorted({int(permitted[np.abs(permitted - at).argmin()]) for at in grid}):
             left = []
-            for member, (site, shape) in enumerate(zip(group.sites, form.left(width), strict=True)):
+            shapes = narrowed(group.shapes, width)
+            for member, (site, shape) in enumerate(zip(group.sites, shapes, strict=True)):
                 offered = forms_for(site.op, match.then)
                 forms = {
                     each: fit(find_form(each, site.op, templates), [shape]) for each in offered

@@ -156,11 +156,12 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
     while steps / 1e4 * base < needed:  # rounding
         steps += 1
     unit = UNITS[budget.unit]
+    of_what = f" (all {unit.text} are of the recorded batch)" if unit.per_row else ""
     return (
         f"the budget cannot be met: keep {budget.keep:g} of {unit.named(base)} {of} allows "
         f"{unit.amount(budget.keep * base)}, and these rules need at least "
         f"{unit.amount(needed)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
-        "multiple_of) or match more operators"
+        f"multiple_of) or match more operators{of_what}"
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
+from fxcompress.forms.narrow import narrowed
 from fxcompress.operators.modules import parse_shape
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.pipeline.agreement import units
@@ -237,43 +238,32 @@ def _bundle_problems(
     if any(site.full_rank != full for site in sites) or len({site.rank for site in sites}) > 1:
         yield "rank", "its sites differ in rank"
         return
-    fixed = [unit for unit in first.after.units if not unit.per_row]
-    if isinstance(found.form, JointForm) and found.form.hidden:
-        for site, shape in zip(sites, found.left(rank), strict=True):
-            # What is held of channels counts for the first.
-            counted = () if site is first and sites[-1].held else fixed
-            yield from _narrowed_problems(site, shape, plan, counted)
-        if any(site.then is not None for site in sites):
-            return
-    elif any(site.then is not None for site in sites):
-        yield "then", f"{form} leaves no operators with fewer channels"
     ranks = np.array([rank], dtype=np.int64)
     after = total_size(site.after for site in sites)
-    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
+    fixed = [unit for unit in after.units if not unit.per_row]
+    expected = {unit.word: int(unit.of_form(found, ranks)[0]) for unit in fixed}
+    then = [site for site in sites if site.then is not None]
+    if then and not (isinstance(found.form, JointForm) and found.form.hidden):
+        yield "then", f"{form} leaves no operators with fewer channels"
+        return
+    for site in then:
+        assert site.then is not None
+        shape = narrowed(own, rank)[site.member]
+        beside = _fitted(site.then.form, site.op, plan, [shape])
+        if beside is None or site.op not in beside.form.operators:
+            yield "then", f"{site.then.form} is no form for one {site.op}"
+            return
+        if misfit := beside.misfit():
+            yield "then", misfit
+            return
+        if site.then.full_rank != (full := beside.full_rank()):
+            yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {full}"
+            return
+        ranks = np.array([site.then.rank], dtype=np.int64)
+        for unit in fixed:
+            expected[unit.word] += int(unit.of_form(beside, ranks)[0]) - unit.of_operator(shape)
+    if any(after[unit.word] != expected[unit.word] for unit in fixed):
         yield "after", "they are not what the form has at this rank"
-
-
-def _narrowed_problems(
-    site: SitePlan, shape: Shape, plan: Plan, fixed: Sequence[CountedUnit]
-) -> Iterator[Flaw]:
-    """Of what a narrowed hidden value leaves of a site, an operator of a shape."""
-    if site.then is None:
-        if any(site.after[unit.word] != unit.of_operator(shape) for unit in fixed):
-            yield "after", f"{site.name} is not what {site.form} leaves"
-        return
-    found = _fitted(site.then.form, site.op, plan, [shape])
-    if found is None or site.op not in found.form.operators:
-        yield "then", f"{site.then.form} is no form for one {site.op}"
-        return
-    if misfit := found.misfit():
-        yield "then", misfit
-        return
-    if site.then.full_rank != found.full_rank():
-        yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {found.full_rank()}"
-        return
-    ranks = np.array([site.then.rank], dtype=np.int64)
-    if any(site.after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
-        yield "after", f"{site.name} is not what {site.then.form} has at this rank"
 
 
 def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:

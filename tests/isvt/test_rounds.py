@@ -15,7 +15,7 @@ import fxcompress
 from fxcompress import CalibrationError, RuleError, TrainingError
 from fxcompress.isvt import attempts
 from fxcompress.isvt import rounds as module
-from fxcompress.isvt.correction import correctable, cross_moments, fitted
+from fxcompress.isvt.correction import correctable, cross_moments, cut_again, fitted
 from fxcompress.isvt.descent import gradient
 from fxcompress.isvt.objective import Objective, fitting, pieces, references
 from fxcompress.metric.output import divergence
@@ -66,7 +66,9 @@ HOW = {
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-@pytest.mark.parametrize("forms", [("low_rank",), ("low_rank", "pivoted")], ids=str)
+@pytest.mark.parametrize(
+    "forms", [("low_rank",), ("low_rank", "pivoted"), ("narrow", "low_rank")], ids=str
+)
 def test_rounds_lose_less_than_one_shot(how: dict[str, Any], forms: tuple[str, ...]) -> None:
     model = network()
     once, _ = compiled(model, rules(0.35, forms))
@@ -378,25 +380,26 @@ def test_the_correction_is_the_least_squares_fit() -> None:
         model[0].weight += 0.05 * torch.randn_like(model[0].weight)  # type: ignore[index]
     batches = [x.double() for x in DATA]
     case = Problem.of(model, rules(0.5), batches)
-    full = {"0": 16, "2": 48, "4": 7}
-    sites = correctable(case.found.sites, full, case.metrics)
+    sites = correctable(case.found.sites, case.metrics)
     moments = cross_moments(dense, case.found.model, sites, batches, 1e-12, None, lambda: None)
 
-    def corrected(rank: int, share: float = 1.0) -> Tensor:
-        ranks = {**full, "2": rank}
-        found = fitted(dense, case.found.model, ranks, sites, case.metrics, moments, share)
-        return {site.name: weight for site, weight in found}["2"]
+    cut = case.threshold()
+    found = fitted(dense, case.found.model, sites, case.metrics, moments)
+    target = found["2"][0]
 
     with torch.no_grad():
         before = torch.tanh(dense[0](X.double()))  # type: ignore[index]
         after = torch.tanh(model[0](X.double()))  # type: ignore[index]
         wanted = before @ dense[2].weight.T  # type: ignore[index]
     direct = torch.linalg.lstsq(after, wanted).solution.T
-    torch.testing.assert_close(corrected(48), direct, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(target, direct, rtol=1e-3, atol=1e-5)
     now = model[2].weight.detach()  # type: ignore[union-attr]
     quarter = now + 0.25 * (direct - now)  # type: ignore[operator]
-    torch.testing.assert_close(corrected(48, 0.25), quarter, rtol=1e-3, atol=1e-5)
-    low = corrected(9)
+    some = fitted(dense, case.found.model, sites, case.metrics, moments, 0.25)["2"][0]
+    torch.testing.assert_close(some, quarter, rtol=1e-3, atol=1e-5)
+    low = {site.name: weight for site, weight in cut_again(cut, found)}["2"]
+    rank = cut.ranks()["2"]
+    assert rank is not None
     lower_g = case.metrics["2"].outputs.lower
 
     def error(weight: Tensor) -> float:
@@ -404,10 +407,10 @@ def test_the_correction_is_the_least_squares_fit() -> None:
 
     best = error(low)
     u, s, v = torch.linalg.svd(lower_g.T @ direct @ torch.linalg.qr(after).R.T)
-    kept = torch.linalg.solve(lower_g.T, (u[:, :9] * s[:9]) @ v[:9])
+    kept = torch.linalg.solve(lower_g.T, (u[:, :rank] * s[:rank]) @ v[:rank])
     kept = torch.linalg.solve(torch.linalg.qr(after).R, kept.T).T
     assert best == pytest.approx(error(kept), rel=1e-4)
-    assert int((torch.linalg.svdvals(low) > 1e-9).sum()) == 9
+    assert int((torch.linalg.svdvals(low) > 1e-9).sum()) == rank
 
 
 class Deep(nn.Module):

@@ -162,6 +162,26 @@ def test_a_channel_that_is_always_zero_goes_first() -> None:
     assert found.losses(np.array([5]))[0] < 1e-6 * form.loss(w)
 
 
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_weight_that_reads_few_channels_keeps_these(taps: int) -> None:
+    """Even where another one gains more than each of them alone."""
+    torch.manual_seed(0)
+    m, n, k = 6, 10, 4
+    x = normal(n * taps, 60)
+    x[: 2 * taps] *= 0.3
+    x[-taps:] = x[: (n - 1) * taps].reshape(n - 1, taps, -1).sum(0)  # the last knows of all
+    form = Kronecker(whitener(x @ x.T / 60, 1e-6), whitener(spd(m), 0.1))
+    for _ in range(5):
+        read = torch.randperm(n - 1)[:k].sort().values
+        weight = torch.zeros(m, n, *([taps] if taps > 1 else []), dtype=F64)
+        weight[:, read] = 1.0 + 0.1 * torch.randn(weight[:, read].shape, dtype=F64)
+        found = form.channels(weight)
+        kept, refitted = found.factors(k)
+        assert torch.equal(kept, read)
+        torch.testing.assert_close(refitted, weight[:, read], rtol=1e-12, atol=1e-12)
+        assert (found.losses(np.arange(k, n + 1)) == 0).all()
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-150, 1e150])
 def test_whatever_its_size(scale: float) -> None:
     """A weight of any size, and moments in units far from 1."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 import fxcompress
+from fxcompress.pipeline.analysis import survey
+from fxcompress.pipeline.request import Request
+from fxcompress.progress import stages
 from fxcompress.rules import load_rules, match_rules, preset_names, run_cases
 from tests.rules.graphs import embedding, linear
 from tests.zoo import ZOO
@@ -112,9 +115,18 @@ def test_forms() -> None:
     }
     assert forms == {
         "decoder": ("narrow", "pivoted"),
-        "encoder": ("pivoted",),
+        "encoder": ("narrow", "pivoted"),
         "every-linear": ("pivoted", "low_rank"),
     }
+
+
+def test_convolutions_are_narrowed_inside_of_blocks() -> None:
+    case = ZOO["resnet"]
+    explained = fxcompress.explain(case.build(), "convolutional", case.batch())
+    lost = (each for rule in explained.rules for each in (*rule.near, *rule.rejected))
+    refused = [each for each in lost if "narrow: " in each.reason]
+    layers = {path.rpartition(".")[2] for each in refused for path, _ in each.paths}
+    assert layers == {"conv1", "0"}  # what reads the residual stream; conv2 reads a hidden value
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -152,3 +164,28 @@ def test_real_models(name: str, preset: str, counts: dict[str, int]) -> None:
     assert not explained.problems
     found = {rule.rule_id: rule.funnel["kept"] for rule in explained.rules}
     assert {rule: found[rule] for rule in counts} == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "count"),
+    [
+        ("llama", "decoder", 2),
+        ("gpt2", "decoder", 2),
+        ("bert", "encoder", 2),
+        ("roberta", "encoder", 2),
+        ("t5", "encoder", 2),
+        ("vit", "vision-transformer", 2),
+        ("swin", "vision-transformer", 4),
+        ("clip", "vision-transformer", 2),
+        ("wav2vec2", "speech", 2),
+        ("whisper", "speech", 4),
+    ],
+)
+def test_feed_forward_blocks_can_become_narrower(name: str, preset: str, count: int) -> None:
+    case = ZOO[name]
+    model = case.build().eval()
+    with stages(False) as silent:
+        found, *_ = survey(model, load_rules(preset), Request(silent, [case.batch()]))
+    hidden = [group for group in found.groups if group.hidden]
+    assert len(hidden) == count
+    assert all({*group.forms} == {"narrow"} for group in hidden)
