@@ -31,11 +31,6 @@ class HiddenSites:
     paths: tuple[str, ...]
     sized: bool
 
-    @property
-    def forms(self) -> str:
-        """The names of the forms that narrow it."""
-        return listed(self.match)
-
 
 def all_rigid(hidden: Sequence[HiddenSites]) -> list[tuple[HiddenSites, str]]:
     """Hidden values that may be given their number of channels, where none is tried."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -164,29 +163,6 @@ def problems(
     ]
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """Sites that are rewritten together or not at all: a group, or all values of one width."""
-
-    name: str
-    groups: tuple[Group, ...]
-
-    @property
-    def sites(self) -> list[str]:
-        """Names of all of them."""
-        return [site.name for group in self.groups for site in group.sites]
-
-    def narrowed(self) -> Iterator[tuple[str, int, tuple[Group, ...]]]:
-        """Forms and widths that all hidden values may have, and what is then left of all sites."""
-        found: list[dict[tuple[str, int], tuple[Group, ...]]] = []
-        for group in self.groups:
-            places = ((left[0].narrowing, left) for left in group.narrowed)
-            found.append({(to.form, to.width): left for to, left in places if to is not None})
-        for form, width in found[0]:
-            if all((form, width) in each for each in found):
-                yield form, width, tuple(one for each in found for one in each[form, width])
-
-
 def _entities(
     candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, Mapping[str, Mode]]]
 ) -> Iterator[Entity]:
@@ -194,7 +170,7 @@ def _entities(
 
     Args:
         candidates: of the sites.
-        several: each with what may be chosen for it instead of its sites by themselves.
+        several: groups, each with what may be chosen for it instead of its sites by themselves.
     """
     import networkx as nx  # takes a while, and most uses of the package do without
 
@@ -204,7 +180,7 @@ def _entities(
     for whole in wholes:
         nx.add_path(links, whole.sites)
     for names in nx.connected_components(links):
-        own = [whole for whole, _ in several if whole.sites[0] in names]
+        own = [whole for whole in wholes if whole.sites[0] in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
         if not own:
             yield from members

@@ -289,7 +289,7 @@ def gather_sites(
             paths = (*(each.path for each in makers), consumer.path)
             hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
     for value, why in rigid(hidden):
-        refused[value.match.weight] = f"{value.forms}: {why}"
+        refused[value.match.weight] = f"{listed(value.match)}: {why}"
     hidden = [value for value in hidden if value.match.weight not in refused]
     equal, unequal = equal_widths(hidden, matched, refused)
     refused |= unequal
