@@ -97,7 +97,7 @@ def corrected(task: Task, state: State, cut: Thresholded, number: int) -> tuple[
 
 def _rewritten(cut: Thresholded) -> list[Site]:
     """Sites that a thresholding gives another form, as they are without it."""
-    sites = {}
+    sites: dict[str, Site] = {}
     for group, choice in cut.solution.decided(cut.analysis.groups):
         place = group.narrowing
         whole = cut.analysis.group(place.hidden) if place else group
