@@ -44,7 +44,7 @@ figures: $(VENV)/demo $(VENV)/figures
 	$(BIN)/python examples/benchmark_fashion.py --forms
 	$(BIN)/python examples/benchmark_minilm.py
 
-# A network of ResNet type on Fashion-MNIST (apt-get install dataset-fashion-mnist) or on digits.
+# A ResNet and inverted residuals on Fashion-MNIST (apt-get install dataset-fashion-mnist) or digits.
 fashion: $(VENV)/figures
 	$(BIN)/python examples/benchmark_fashion.py --forms
 

@@ -1,12 +1,14 @@
 """Accuracy against multiply-accumulates kept, one-shot, beside the algorithms of others.
 
-    $ python examples/benchmark_fashion.py       # writes examples/results/fashion.md
+    $ python examples/benchmark_fashion.py       # writes examples/results/fashion*.md
 
-A network of ResNet type, trained here on Fashion-MNIST (``fashion.py``), is compressed without any
-fine-tuning.  Whatever needs data is given the same 2,048 training images; AIMET's greedy choice
-needs labels, and gets 2,000 images of the validation part.  Figures are of the 10,000 test images,
-and nothing was chosen by one of them (``--validation`` prints the table for the validation part; on
-it other dampings, 1e-3 to 1e-2 and 1e-3 to 1e-1, made no difference that counts).
+A network of ResNet type, and one of inverted residuals whose convolutions have a forward of their
+own, both trained here on Fashion-MNIST (``fashion.py``), are compressed without any fine-tuning.
+The algorithms of others are for the first one: they know plain convolutions.  Whatever needs data is
+given the same 2,048 training images; AIMET's greedy choice needs labels, and gets 2,000 images of
+the validation part.  Figures are of the 10,000 test images, and nothing was chosen by one of them
+(``--validation`` prints the table for the validation part; on it other dampings, 1e-3 to 1e-2 and
+1e-3 to 1e-1, made no difference that counts).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import peers
 import torch
-from fashion import Images, accuracy, divergence, load_data, load_model, logits
+from fashion import NETWORKS, Data, Images, accuracy, divergence, load_data, load_model, logits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +32,8 @@ from fxcompress.rules import RuleSet
 
 HERE = Path(__file__).parent
 KEEPS = (0.75, 0.5, 0.35, 0.25)
+FACTORS = ("channel", "channel_input", "spatial", "tucker2", "pivoted")
+"""Forms that put several layers in the place of one."""
 CALIBRATION = 2048
 
 
@@ -70,6 +74,8 @@ def rules(metric: str, allocation: str, forms: Sequence[str] | None = None) -> R
     plain["solver"] = {"allocation": allocation}
     if forms:
         plain["rules"][0]["rewrite"]["any_of"] = list(forms)
+        if "narrow" not in forms:
+            plain["rules"][1]["rewrite"] = {"form": "pivoted"}
     return RuleSet.model_validate(plain)
 
 
@@ -82,11 +88,22 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--forms", action="store_true", help="one form at a time, too")
     parser.add_argument("--validation", action="store_true", help="figures of the validation part")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "fashion.md")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()
 
     data = load_data()
-    model = load_model(data)
+    for network in given.networks:
+        table = _measured(network, data, given)
+        print("\n" + table)
+        if not given.validation:
+            name = "fashion.md" if network == "resnet" else f"fashion-{network}.md"
+            (given.out / name).write_text(table, encoding="utf-8")
+
+
+def _measured(network: str, data: Data, given: argparse.Namespace) -> str:
+    """The table of one network."""
+    model = load_model(data, network)
     shown = data.validation if given.validation else data.test
     batches = data.train.first(CALIBRATION).batches(256)
     dense_logits, dense_macs = logits(model, shown), macs(model, shown)
@@ -104,8 +121,9 @@ def main() -> None:
         print(f"{row.method:32} keep {keep:<5g} kept {row.kept:.4f}  accuracy -{row.lost:6.2f}  "
               f"KL {row.kl:.4f}  {seconds:.0f} s", flush=True)  # fmt: skip
 
-    print(f"{data.name}: dense accuracy {100 * dense:.2f} %, {dense_macs:,} MACs an image")
-    if not given.no_peers:
+    print(f"{network} on {data.name}: dense accuracy {100 * dense:.2f} %, "
+          f"{dense_macs:,} MACs an image")  # fmt: skip
+    if network == "resnet" and not given.no_peers:
         for name, method in _peers(batches, judged).items():
             for keep in given.keeps:
                 start = time.perf_counter()
@@ -115,17 +133,15 @@ def main() -> None:
                     print(f"{name}: {error}")
                     continue
                 measure(name, keep, small, time.perf_counter() - start)
-    jobs = [(m, a, None) for m in given.metrics for a in given.allocations]
+    jobs = [(f"{m}, {a}", m, a, None) for m in given.metrics for a in given.allocations]
+    jobs.append(("kfac, global, without narrow", "kfac", "global", FACTORS))
     if given.forms:
-        forms = ("channel", "channel_input", "spatial", "tucker2", "pivoted")
-        jobs += [("kfac", "global", [form]) for form in forms]
-    for metric, allocation, forms in jobs:
-        name = f"fxcompress {metric}, {allocation}" + (f", {forms[0]} only" if forms else "")
+        single = ("narrow", *FACTORS)
+        jobs += [(f"kfac, global, {form} only", "kfac", "global", (form,)) for form in single]
+    for name, metric, allocation, forms in jobs:
+        name = f"fxcompress {name}"
         _fxcompress(name, model, rules(metric, allocation, forms), batches, given.keeps, measure)
-    table = _table(rows, given.keeps, data.name, dense, dense_macs)
-    print("\n" + table)
-    if not given.validation:
-        given.out.write_text(table, encoding="utf-8")
+    return _table(rows, given.keeps, f"{data.name}, {network}", dense, dense_macs)
 
 
 def _peers(
@@ -159,12 +175,12 @@ def _fxcompress(
 ) -> None:
     """All budgets from one calibration; the first one's time has that in it."""
     start = time.perf_counter()
-    waiting = sorted(set(keeps), reverse=True)
 
     def evaluate(small: nn.Module) -> float:
         nonlocal start
         if small is not model:
-            measure(name, waiting.pop(0), small, time.perf_counter() - start)
+            keep = fxcompress.plan_of(small).budget.keep
+            measure(name, keep, small, time.perf_counter() - start)
             start = time.perf_counter()
         return 0.0
 

@@ -20,7 +20,7 @@ from fxcompress.pipeline.analysis import Analysis, analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.request import Request
 from fxcompress.progress import stages
-from fxcompress.rules import LoadedRules, parse_rules, with_keep
+from fxcompress.rules import LoadedRules, parse_rules, with_budget
 
 RULES = """
 version: 1
@@ -40,6 +40,8 @@ ROWS = {
     "narrow": "feed-forward blocks narrowed, attention `pivoted`",
     "both": "each block narrowed or `pivoted`",
     "then": "the same, and `pivoted` on what is left of a narrowed block",
+    "free": "blocks narrowed, attention dense",
+    "equal": "blocks narrowed to one width, attention dense (a plain checkpoint)",
 }
 
 
@@ -47,10 +49,14 @@ def restricted(found: Analysis, row: str, rules: LoadedRules) -> Analysis:
     """The analysis with the forms of a row, and the budget of some rules."""
     blocks = {site.name for group in found.groups if group.hidden for site in group.sites}
     groups = [group for group in found.groups if row != "pivoted" or not group.hidden]
-    if row == "narrow":
-        groups = [replace(g, forms={}) if g.name in blocks else g for g in groups]
+    if row in ("narrow", "free", "equal"):
+        left = blocks if row == "narrow" else {site.name for site in found.sites}
+        groups = [replace(g, forms={}) if g.name in left else g for g in groups]
     if row != "then":
         groups = [replace(group, narrowed=()) for group in groups]
+    if row == "equal":  # as a rule with {form: narrow, group: widths} has it
+        equal = [replace(g, match=replace(g.match, group="widths")) for g in groups if g.hidden]
+        groups = [*(g for g in groups if not g.hidden), *equal]
     return replace(found, groups=tuple(groups), rules=rules)
 
 
@@ -77,7 +83,7 @@ def main() -> None:
     for keep in given.keeps:
         for row, text in ROWS.items():
             with stages(False) as silent:
-                now = restricted(found, row, with_keep(rules, keep)).showing(silent)
+                now = restricted(found, row, with_budget(rules, keep)).showing(silent)
                 small, plan = rewrite(model, now)
             fidelity = reference.compare(small)
             after = sum(site.after.parameters for site in plan.sites)

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from smollm2 import CALIBRATION, HELD_OUT, LENGTH, Reference, batches, load_model, sequences
-from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.pipeline.latency import machine
 
 
 def main() -> None:
@@ -68,10 +65,11 @@ def main() -> None:
             small(held_out[:1]).logits.argmax(-1), loaded(held_out[:1]).logits.argmax(-1)
         )
 
-    speed = speed_up(model, small, held_out[:2])
-    here = machine(torch.device("cpu"))
     predicted, held_back = plan.budget.predicted, plan.held_back
+    speed, samples = plan.speed, plan.batch.samples
     assert held_back is not None
+    assert speed is not None
+    assert samples is not None
     print(f"""
 SmolLM2-135M, {plan.rules}, keep {options.keep:g} of the matched parameters
 calibrated on {options.calibrate} x {LENGTH} tokens of {CALIBRATION.stem}, \
@@ -82,8 +80,10 @@ held-out perplexity         {dense.perplexity:12.2f} {compressed.perplexity:12.2
 KL to the dense model       {dense.kl:12.4f} {compressed.kl:12.4f}   nats per token
 top-1 agreement             {dense.agreement:12.1%} {compressed.agreement:12.1%}
 parameters, whole model     {plan.model_before.parameters:12,} {plan.model_after.parameters:12,}
-MACs of the recorded batch  {plan.model_before.macs:12.3e} {plan.model_after.macs:12.3e}
-forward pass, 2 x {LENGTH} tokens  {1:12.2f} {speed:12.2f}   times as fast ({here})
+MACs per {LENGTH} tokens         {plan.model_before.macs / samples:12.3e} \
+{plan.model_after.macs / samples:12.3e}
+forward pass, {samples} x {LENGTH} tokens  {1:12.2f} {speed.ratio:12.2f}   times as fast (\
+{speed.machine})
 
 KL on {held_back.batches} calibration batches held back  {held_back.measured:.4f}, \
 predicted {predicted:.4f} (ratio {held_back.measured / max(predicted, 1e-12):.2f})
@@ -98,18 +98,6 @@ compressed {generated[1]!r}
     print(f"{time.perf_counter() - start:.0f} s in all, peak memory {peak:.1f} GiB")
     if not same:
         raise SystemExit(1)
-
-
-@torch.no_grad()
-def speed_up(dense: nn.Module, small: nn.Module, tokens: Tensor, rounds: int = 5) -> float:
-    """Time of the dense model's forward pass over the small one's, taken in turns."""
-    seconds: dict[nn.Module, list[float]] = {dense: [], small: []}
-    for _ in range(rounds):
-        for model, times in seconds.items():
-            begin = time.perf_counter()
-            model(input_ids=tokens, use_cache=False)
-            times.append(time.perf_counter() - begin)
-    return statistics.median(seconds[dense]) / statistics.median(seconds[small])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A convolution network of ResNet type, trained here on Fashion-MNIST.
+"""Two convolution networks, trained here on Fashion-MNIST: of ResNet type, and inverted residuals.
 
 Images come from Debian's package ``dataset-fashion-mnist`` (or from a directory that is named in
 ``FASHION_MNIST``); where it is missing, scikit-learn's digits take their place, enlarged.
@@ -28,7 +28,7 @@ BLOCKS = 2
 CLASSES = 10
 EPOCHS = 8
 BATCH = 128
-WEIGHTS = Path(__file__).parent.parent / "out" / "fashion.pt"
+OUT = Path(__file__).parent.parent / "out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +162,62 @@ class ResNet(nn.Module):
         return self.head(h.mean((2, 3)))
 
 
-def train(data: Data, epochs: int = EPOCHS) -> ResNet:
+class Padded(nn.Conv2d):
+    """A convolution that pads by itself, as those of EfficientNet do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = [k - 1 for k in reversed(self.kernel_size)]
+        x = F.pad(x, [part for side in sides for part in (side // 2, side - side // 2)])
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Inverted(nn.Module):
+    """An inverted residual: expand, one kernel a channel, project."""
+
+    def __init__(self, n: int, m: int, stride: int, expansion: int = 4) -> None:
+        super().__init__()
+        wide = expansion * n
+        self.expand = Padded(n, wide, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(wide)
+        self.depthwise = Padded(wide, wide, 3, stride, groups=wide, bias=False)
+        self.norm2 = nn.BatchNorm2d(wide)
+        self.project = Padded(wide, m, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(m)
+        self.residual = stride == 1 and n == m
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu6(self.norm1(self.expand(x)))
+        h = F.relu6(self.norm2(self.depthwise(h)))
+        h = self.norm3(self.project(h))
+        return x + h if self.residual else h
+
+
+class MobileNet(nn.Module):
+    """A stem at half the size, six inverted residuals, a classifier of the mean over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 1), (40, 40, 1), (40, 40, 1))
+        self.stem = Padded(1, 16, 3, 2, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(*(Inverted(*each) for each in sizes))
+        self.last = Padded(40, 160, 1, bias=False)
+        self.norm_last = nn.BatchNorm2d(160)
+        self.head = nn.Linear(160, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(F.relu6(self.norm(self.stem(x))))
+        return self.head(F.relu6(self.norm_last(self.last(h))).mean((2, 3)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "mobilenet": MobileNet}
+"""The networks by their names."""
+
+
+def train(data: Data, network: str = "resnet", epochs: int = EPOCHS) -> nn.Module:
     """Train a network; seeded, so that it is the same one every time on the same machine."""
     torch.manual_seed(0)
-    model = ResNet().to(memory_format=torch.channels_last)
+    model = NETWORKS[network]().to(memory_format=torch.channels_last)
     steps = epochs * (len(data.train.labels) // BATCH)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -204,18 +256,18 @@ def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def load_model(data: Data) -> ResNet:
+def load_model(data: Data, network: str = "resnet") -> nn.Module:
     """The trained network: trained now if its weights are not there."""
-    model = ResNet().eval()
-    if WEIGHTS.exists():
-        saved = torch.load(WEIGHTS, weights_only=True)
+    model, weights = NETWORKS[network]().eval(), OUT / f"fashion-{network}.pt"
+    if weights.exists():
+        saved = torch.load(weights, weights_only=True)
         if saved["data"] == data.name:
             model.load_state_dict(saved["state"])
             return model
-    print(f"training on {data.name}")
-    model = train(data)
-    WEIGHTS.parent.mkdir(exist_ok=True)
-    torch.save({"data": data.name, "state": model.state_dict()}, WEIGHTS)
+    print(f"training the {network} on {data.name}")
+    model = train(data, network)
+    OUT.mkdir(exist_ok=True)
+    torch.save({"data": data.name, "state": model.state_dict()}, weights)
     return model
 
 
@@ -237,13 +289,14 @@ def divergence(dense: Tensor, other: Tensor) -> float:
 
 
 def main() -> None:
-    """Train, and say how good it is."""
+    """Train, and say how good they are."""
     data = load_data()
-    model = load_model(data)
-    count = sum(p.numel() for p in model.parameters())
-    for name, part in (("validation", data.validation), ("test", data.test)):
-        print(f"{data.name}, {count:,} parameters, {name} accuracy "
-              f"{100 * accuracy(logits(model, part), part):.2f} %")  # fmt: skip
+    for network in NETWORKS:
+        model = load_model(data, network)
+        count = sum(p.numel() for p in model.parameters())
+        for name, part in (("validation", data.validation), ("test", data.test)):
+            print(f"{network}, {data.name}, {count:,} parameters, {name} accuracy "
+                  f"{100 * accuracy(logits(model, part), part):.2f} %")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxcompress
-from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError
+from fxcompress.errors import FxcompressError, FxcompressWarning, LoadError, SaveError
 from fxcompress.files import try_directory
+from fxcompress.plans.units import UNITS
 from fxcompress.rules import (
     Case,
     LoadedRules,
@@ -58,6 +59,9 @@ Data = Annotated[
 Sequences = Annotated[int, typer.Option(min=1, help="how many sequences to cut from a text file")]
 Length = Annotated[int, typer.Option(min=1, help="tokens in each of them")]
 Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
+Unit = Annotated[
+    str | None, typer.Option(help=f"overrides budget.unit of the rules: {', '.join(UNITS)}")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for other programs")]
 
 MOST_KEEPS = 1000
@@ -89,6 +93,7 @@ def compile(
     out: Annotated[Path, typer.Option("--out", "-o", help="directory to save to")],
     data: Data = None,
     keep: Keep = None,
+    unit: Unit = None,
     held_out: Annotated[
         str | None,
         typer.Option("--measure", help="other data, to measure what every site loses"),
@@ -97,17 +102,23 @@ def compile(
         Path | None,
         typer.Option(help="directory for the state between rounds: a run that was cut off goes on"),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="save it as an ordinary Hugging Face model, without a plan"),
+    ] = False,
     sequences: Sequences = 64,
     length: Length = 512,
 ) -> None:
     """Compress a model and save it: weights, plan.json, diff.txt and diff.html."""
-    from fxcompress.report.summary import held_back_line
+    from fxcompress.report.summary import held_back_line, speed_line
+    from fxcompress.saved.plain import check_plain_directory
     from fxcompress.saved.save import check_directory
 
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise typer.BadParameter(f"--out {out}: {standing} is a file, not a directory")
-    check_directory(out)  # not after hours of work
+    check = check_plain_directory if plain else check_directory
+    check(out)  # not after hours of work
     if checkpoint is not None:
         try_directory(checkpoint)
     dense = load_model(model)
@@ -116,21 +127,34 @@ def compile(
         rules,
         load_data(data, model, sequences, length),
         keep=keep,
+        unit=unit,
         progress=True,
         checkpoint=checkpoint,
     )
-    fxcompress.save(small, out)
+    _save(small, out, plain=plain)
     if held_out is not None:
         batches = load_data(held_out, model, sequences, length)
         fxcompress.measure(dense, small, batches or (), progress=True)
-        fxcompress.save(small, out)  # again, with what was measured
+        _save(small, out, plain=plain)  # again, with what was measured
     difference = fxcompress.diff(dense, small)
     (out / "diff.txt").write_text(f"{difference}\n", encoding="utf-8")
     (out / "diff.html").write_text(difference.to_html(), encoding="utf-8")
     _copy_tokenizer(model, out)
     typer.echo(str(difference))
-    typer.echo(f"\n{held_back_line(difference.plan)}")
-    typer.echo(f"saved to {out}; load it with fxcompress.load({str(out)!r})")
+    typer.echo(f"\n{held_back_line(difference.plan)}\n{speed_line(difference.plan)}")
+    loader = f"{type(small).__name__}.from_pretrained" if plain else "fxcompress.load"
+    typer.echo(f"saved to {out}; load it with {loader}({str(out)!r})")
+
+
+def _save(model: nn.Module, out: Path, *, plain: bool) -> None:
+    """Save a model; one that cannot be a plain checkpoint is not lost."""
+    try:
+        fxcompress.save(model, out, plain=plain)
+    except SaveError as error:
+        if not plain:
+            raise
+        instead = fxcompress.save(model, out / "with-plan")
+        raise SaveError(f"{error}. It was saved to {instead}, with its plan") from error
 
 
 @app.command()
@@ -139,13 +163,18 @@ def plan(
     model: Model,
     data: Data = None,
     keep: Keep = None,
+    unit: Unit = None,
     sequences: Sequences = 64,
     length: Length = 512,
     as_json: Json = False,
 ) -> None:
     """Show the ranks that compile would choose, without rewriting anything."""
     made = fxcompress.plan(
-        load_model(model), rules, load_data(data, model, sequences, length), keep=keep
+        load_model(model),
+        rules,
+        load_data(data, model, sequences, length),
+        keep=keep,
+        unit=unit,
     )
     typer.echo(made.model_dump_json(indent=1) if as_json else str(made))
 
@@ -158,6 +187,7 @@ def sweep(
     keeps: Annotated[
         str, typer.Option(help="what to keep: 0.9,0.7,0.5, or first:last:step")
     ] = "0.9:0.3:0.1",
+    unit: Unit = None,
     evaluate: Annotated[
         str | None,
         typer.Option(help="file.py:function from a model to a number, or several by name"),
@@ -177,6 +207,7 @@ def sweep(
         rules,
         load_data(data, model, sequences, length),
         keeps=fractions,
+        unit=unit,
         evaluate=measure,
     )
     if html is not None:
@@ -196,6 +227,7 @@ def explain(
         bool, typer.Option("--budget", help="calibrate and solve the budget too: what stays dense")
     ] = False,
     keep: Keep = None,
+    unit: Unit = None,
     sequences: Sequences = 64,
     length: Length = 512,
     as_json: Json = False,
@@ -208,13 +240,13 @@ def explain(
     if budget:
         calibration = () if batches is None else batches
         explanation = fxcompress.explain(
-            network, rules, example, rule=rule, calibration=calibration, keep=keep
+            network, rules, example, rule=rule, calibration=calibration, keep=keep, unit=unit
         )
     else:
         example = example if batches is None else _first(batches)
         if example is None:
             raise typer.BadParameter("explain runs the model once: give --data")
-        explanation = fxcompress.explain(network, rules, example, rule=rule)
+        explanation = fxcompress.explain(network, rules, example, rule=rule, unit=unit)
     plain = explanation.to_json()
     typer.echo(json.dumps(plain, ensure_ascii=False, indent=2) if as_json else str(explanation))
 

@@ -32,6 +32,11 @@ FAILED = "failed"
 """In place of a digest: the process has stopped with an error of its own."""
 
 
+def several() -> bool:
+    """Whether this process is one of several that ``torch.distributed`` knows."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 @contextmanager
 def same_data(batches: Iterable[Any], work: str) -> Iterator[Iterable[Any]]:
     """Batches to go through inside; at the end all processes at the same work must have had them.
@@ -43,7 +48,7 @@ def same_data(batches: Iterable[Any], work: str) -> Iterator[Iterable[Any]]:
     Raises:
         CalibrationError: another process had other batches, or does not finish.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if not several():
         yield batches
         return
     store: Any = dist.distributed_c10d._get_default_store()

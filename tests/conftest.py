@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -14,6 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from fxcompress.pipeline import speed
+
 torch.set_num_threads(1)
 
 # Processes that tests are shared out to have no main module, and click asks it for its name.
@@ -23,6 +26,13 @@ sys.modules.setdefault("__main__", sys.modules[__name__])
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward pass that is timed takes a second: nothing depends on the machine."""
+    ticks = itertools.count()
+    monkeypatch.setattr(speed, "now", lambda *devices: float(next(ticks)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

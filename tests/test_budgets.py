@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.metric import METRICS
+from tests.made_up_times import made_up_times
 
 
 class Net(nn.Module):
@@ -115,6 +116,16 @@ def test_what_cannot_be_met_together(tmp_path: Path) -> None:
     [
         ("[{keep: 0.6}, {keep: 0.5, unit: macs}]", {"keep": 0.5}, "keep= stands for one budget"),
         ("[{keep: 0.6}, {keep: 0.5, unit: macs}]", {"uniform": True}, "choose allocation: global"),
+        (
+            "[{keep: 0.6}, {keep: 0.5, unit: macs}]",
+            {"unit": "bytes"},
+            "unit= stands for one budget, and the rules have several: parameters and macs; change",
+        ),
+        (
+            "[{keep: 0.6}, {keep: 0.5, unit: macs}]",
+            {"unit": "bytes", "keep": 0.5},
+            "keep= and unit= stand for one budget",
+        ),
     ],
 )
 def test_what_is_for_one_budget_only(
@@ -164,3 +175,75 @@ rules:
     assert {site.op for site in plan.rewritten} >= {"embedding"}
     assert small.words.weight.shape == (60, 24)
     assert bool(small(batches[0]).isfinite().all())
+
+
+# ---- another unit than that of the rules ----------------------------------------------
+
+
+def test_another_unit_is_what_the_rules_would_say(tmp_path: Path) -> None:
+    model, batches = setting()
+    path = rules(tmp_path, "{keep: 0.6}")
+    written = rules(tmp_path, "{keep: 0.6, unit: macs}").read_text()
+    rules(tmp_path, "{keep: 0.6}")
+    asked = fxcompress.plan(model, path, batches, unit="macs")
+    path.write_text(written)
+    assert asked.sites == fxcompress.plan(model, path, batches).sites
+    assert (asked.budget.unit, asked.budget.of, asked.budget.keep) == ("macs", "matched", 0.6)
+    both = fxcompress.plan(model, path, batches, unit="bytes", keep=0.7)
+    assert (both.budget.unit, both.budget.keep) == ("bytes", 0.7)
+    whole, kept = total(both, "bytes")
+    assert kept <= 0.7 * whole
+
+
+def test_everything_that_takes_rules_takes_a_unit(tmp_path: Path) -> None:
+    model, batches = setting()
+    path = rules(tmp_path, "{keep: 0.7}")
+    small = fxcompress.compile(model, path, batches, unit="macs")
+    assert fxcompress.plan_of(small).budget.unit == "macs"
+    swept = fxcompress.sweep(model, path, batches, keeps=(0.8,), unit="macs")
+    assert swept.plans[0.8].budget.unit == "macs"
+    trained = fxcompress.ISVT(model, path, batches, steps=1, unit="macs", keep=0.8)
+    assert fxcompress.plan_of(trained.finalize()).budget.unit == "macs"
+    few = fxcompress.explain(model, path, calibration=batches, unit="macs", keep=0.99)
+    many = fxcompress.explain(model, path, calibration=batches, unit="macs", keep=0.5)
+    assert str(few) != str(many)
+
+
+def test_time_is_of_the_matched_operators_whatever_the_rules_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up_times(monkeypatch, tmp_path)
+    model, batches = setting()
+    path = rules(tmp_path, "{keep: 0.9, of: model, unit: macs}")
+    budget = fxcompress.plan(model, path, batches, unit="latency").budget
+    assert (budget.unit, budget.of, budget.keep) == ("latency", "matched", 0.9)
+    assert fxcompress.plan(model, path, batches, unit="parameters").budget.of == "model"
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("flops", "; did you mean 'macs'?"),
+        ("FLOPs", "; did you mean 'macs'?"),
+        ("mac", "; did you mean 'macs'?"),
+        ("params", "; did you mean 'parameters'?"),
+        ("seconds", "; did you mean 'latency'?"),
+        ("Bytes", "; did you mean 'bytes'?"),
+        ("inches", ""),
+        (3, ""),
+    ],
+)
+def test_a_unit_that_is_none(word: Any, hint: str, tmp_path: Path) -> None:
+    path = rules(tmp_path, "{keep: 0.9}")
+    with pytest.raises(fxcompress.BudgetError) as raised:
+        fxcompress.plan(setting()[0], path, setting()[1], unit=word)
+    known = "(units: parameters, macs, bytes, latency)"
+    assert str(raised.value) == f"unknown unit {word!r}{hint} {known}"
+
+
+def test_a_budget_that_cannot_be_met_says_what_its_amounts_are_of(tmp_path: Path) -> None:
+    model, batches = setting()
+    for unit, said in (("macs", True), ("parameters", False)):
+        with pytest.raises(fxcompress.BudgetError, match="cannot be met") as raised:
+            fxcompress.plan(model, rules(tmp_path, "{keep: 0.001}"), batches, unit=unit)
+        assert ("(all MACs are of the recorded batch)" in str(raised.value)) is said

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fxcompress
 from fxcompress import cli
+from tests.made_up_times import made_up_times
 from tests.zoo import DECODER
 
 MODELS = """
@@ -116,12 +117,40 @@ TEXT = ("--model", "llama", "--data", "text.txt", "--length", "20")
 # ---- verbs ----------------------------------------------------------------------------
 
 
+WIDTHS = """
+budget: {{keep: 0.8}}
+metric: {{kind: activation}}
+rules:
+  - id: hidden
+    match: {{node: {{op: linear, name: "*.down_proj"}}}}
+    rewrite: {{form: narrow{}}}
+"""
+
+
+def test_compile_to_a_plain_checkpoint(run: _Run, tmp_path: Path) -> None:
+    (tmp_path / "equal.yaml").write_text(WIDTHS.format(", group: widths"))
+    out, _ = run("compile", tmp_path / "equal.yaml", *TEXT, "--plain", "--out", tmp_path / "o")
+    assert "load it with LlamaForCausalLM.from_pretrained(" in out
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert made.config.intermediate_size == made.model.layers[0].mlp.up_proj.out_features
+    assert made.config.intermediate_size < DECODER["intermediate_size"]
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "o")
+    assert {"diff.txt", "diff.html"} <= {path.name for path in (tmp_path / "o").iterdir()}
+    _, err = run("compile", "rules.yaml", *LLAMA, "--plain", "--out", tmp_path / "p", code=1)
+    assert "has layers that no config of its class has" in err
+    assert "with-plan, with its plan" in err
+    assert fxcompress.load(tmp_path / "p" / "with-plan") is not None
+    run("compile", "rules.yaml", *LLAMA, "--out", tmp_path / "q")
+    refused = run.fails("compile", "rules.yaml", *LLAMA, "--plain", "--out", tmp_path / "q")
+    assert "holds plan.json of a compressed model" in refused
+
+
 @pytest.mark.parametrize("arguments", [NET, LLAMA, TEXT])
 def test_compile_and_what_it_writes(run: _Run, tmp_path: Path, arguments: Any) -> None:
     out, err = run("compile", "rules.yaml", *arguments, "--out", tmp_path / "o")
     assert "saved to" in out
     shown = [line.split()[0] for line in err.splitlines() if "sequences" not in line]
-    assert [name for name in shown if name != "warning:"][-1] == "measure"
+    assert [name for name in shown if name != "warning:"][-1] == "speed"
     written = {path.name for path in (tmp_path / "o").iterdir()}
     files = {"model.fxcompress.safetensors", "plan.json", "diff.txt", "diff.html"}
     assert files <= written
@@ -159,6 +188,31 @@ def test_plan(run: _Run) -> None:
     assert (calibration["batches"], calibration["held back"]) == (1, 1)
     assert calibration["predictions"] == 2 * 20
     assert err == ""
+
+
+def test_another_unit(run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = run("plan", "rules.yaml", *NET, "--unit", "macs", "--json")
+    assert json.loads(out)["budget"]["unit"] == "macs"
+    assert "MACs per sample" in run("plan", "rules.yaml", *NET, "--unit", "macs")[0]
+    out, _ = run("sweep", "rules.yaml", *NET, "--unit", "macs", "--keeps", "0.8,0.6", "--json")
+    assert {point["budget"]["unit"] for point in json.loads(out)["points"]} == {"macs"}
+    out, _ = run("explain", "rules.yaml", *NET, "--unit", "macs", "--budget", "--keep", "0.9")
+    assert "2 linear → 2 name" in out
+    made_up_times(monkeypatch, tmp_path)
+    loud = ("--keep", "0.95", "-o", tmp_path / "o")
+    out, _ = run("compile", "rules.yaml", *NET, "--unit", "latency", *loud, code=1)
+    assert out == ""  # a call more costs more than these layers could save
+
+
+def test_the_forward_time_is_shown(run: _Run, tmp_path: Path) -> None:
+    out, _ = run("compile", "rules.yaml", *NET, "-o", tmp_path / "o")
+    line = "forward pass 1.00 s → 1.00 s, 1.00 times as fast (1.00; cpu, 1 thread, float32)"
+    assert out.count(line) == 2  # in the diff, and at the end
+    assert line in run("load", tmp_path / "o", "--model", "functions.py:net")[0]
+    plain = json.loads(run("diff", tmp_path / "o", "--json")[0])
+    assert (plain["speed"]["ratio"], plain["batch"]["samples"]) == (1.0, 64)
+    out, _ = run("plan", "rules.yaml", *NET)
+    assert "forward pass: not measured (nothing is rewritten yet)" in out
 
 
 def test_a_short_text_is_told(run: _Run) -> None:
@@ -229,6 +283,8 @@ def test_rules_that_cannot_be_used(run: _Run) -> None:
 def test_budgets_that_cannot_be_met(run: _Run) -> None:
     assert "keep must be" in run.fails("plan", "rules.yaml", *NET, "--keep", "7")
     assert "need at least" in run.fails("plan", "rules.yaml", *NET, "--keep", "0.001")
+    message = run.fails("plan", "rules.yaml", *NET, "--unit", "flops")
+    assert "unknown unit 'flops'; did you mean 'macs'? (units: parameters, macs," in message
 
 
 @pytest.mark.parametrize(

@@ -697,7 +697,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-STAGES = ["record", "match", "calibrate", "decompose", "budget", "rewrite", "verify"]
+STAGES = ["record", "match", "calibrate", "decompose", "budget", "rewrite", "verify", "speed"]
 
 
 def test_silent_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
@@ -735,7 +735,10 @@ def test_a_plan_is_what_compile_does() -> None:
     done = plan_of(fxcompress.compile(model, rules(), data(), keep=0.6))
     assert done.after
     assert not planned.after
-    assert timeless(done.model_copy(update={"after": ()})) == timeless(planned)
+    assert done.speed
+    assert not planned.speed
+    seen = {"after": (), "speed": None}
+    assert timeless(done.model_copy(update=seen)) == timeless(planned)
 
 
 def test_a_plan_prints() -> None:

@@ -69,6 +69,14 @@ def test_a_condition_on_what_makes_the_value() -> None:
     assert "together" not in text
 
 
+def test_explain_on_a_rule_about_every_layer() -> None:
+    """What makes a value is itself no reader: that is told, but not as a near miss."""
+    text = told(rules("  - {id: a, match: {node: {op: linear}}, rewrite: {form: narrow}}\n"))
+    assert "near miss  2 " in text
+    assert "left out   {0..1}.{gate,up} (4)" in text
+    assert "7 where → 6 legal → 6 kept" in text
+
+
 def test_with_other_forms_for_the_same_pattern() -> None:
     lost = [
         fxcompress.plan(network(), pattern(rewrite=rewrite), data()).budget.predicted
@@ -97,7 +105,7 @@ def test_explain_tells_a_form_that_is_left_out_from_a_near_miss() -> None:
     assert "left out   2" in str(found)
     assert "near miss" not in str(found)
     (rule,) = found.to_json()["rules"]
-    assert [one["paths"] for one in rule["left_out"]] == [["2"]]
+    assert [one["paths"] for one in rule["left_out"]] == [["{0..1}.{gate,up}", "2"]]
     assert [one["paths"] for one in rule["together"]] == [["{0..1}.down"]]
     only = every.replace("any_of: [narrow, pivoted]", "form: narrow")
     text = told(rules(only))
@@ -109,6 +117,63 @@ class Leaking(Gated):
     def forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.gate(x)) * self.up(x)
         return self.down(h) + h.sum(-1, keepdim=True)
+
+
+def test_a_rule_about_what_makes_the_value_is_told_what_to_match() -> None:
+    for match in ('{node: {op: linear, name: "*.gate"}}', '{node: {op: linear, name: "*.up"}}'):
+        text = told(rules(f"  - {{id: a, match: {match}, rewrite: {{form: narrow}}}}\n"))
+        assert "its output can be narrowed: match {0..1}.down, which reads it" in text
+        assert "2 where → 0 legal → 0 kept" in text
+
+
+class Returned(Gated):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h = F.silu(self.gate(x)) * self.up(x)
+        return self.down(h), h
+
+
+class SpeltOut(Gated):
+    """Leaky, in functions that compare and choose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(torch.where(h > 0, h, torch.maximum(h * 0.1, h.square())))
+
+
+def test_a_value_that_the_model_returns_stays() -> None:
+    given = rules(READER.replace('"*.down"', '"down"'))
+    assert "the model returns the value of mul" in told(given, Returned().double())
+
+
+def test_functions_that_compare_and_choose_are_entrywise() -> None:
+    model = nn.Sequential(SpeltOut(), nn.Linear(N, N)).double().eval()
+    small = fxcompress.compile(model, rules(READER), data())
+    assert small[0].down.in_features < HIDDEN
+    kept = [int((model[0].up.weight - row).abs().sum(1).argmin()) for row in small[0].up.weight]
+    wide = torch.zeros_like(model[0].down.weight)
+    wide[:, kept] = small[0].down.weight
+    model[0].down.weight = nn.Parameter(wide)
+    x = data(1)[0]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tie_and_another_type_are_named() -> None:
+    tied = network()
+    tied[1].up.weight = tied[0].up.weight
+    text = told(rules(READER), tied)
+    assert "the weight of {0..1}.up (linear) is tied to {0..1}.up.weight" in text
+    mixed = nn.Sequential(Mixed(), nn.Linear(N, N).double()).eval()
+    text = told(rules(READER), mixed)
+    assert "the type of 0.up (linear) is float32, that of 0.down (linear) is float64" in text
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(N, HIDDEN), nn.Linear(HIDDEN, N).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x.float())).double())
 
 
 def test_a_pattern_that_nothing_can_rewrite_is_not_counted() -> None:

@@ -41,8 +41,13 @@ def blocks() -> Iterator[Any]:
     fxcompress.register_form(module.Blocks(SIZE))
     yield module
     for name in ("blocks16", "blocks4"):
-        registry._FORMS.pop((name, "linear"))
-        words._WORDS.pop(name)
+        forget(name)
+
+
+def forget(name: str) -> None:
+    """Undo what registered a form."""
+    for op in words._WORDS.pop(name).operators:
+        registry._FORMS.pop((name, op))
 
 
 def test_the_example_is_short_and_uses_the_public_interface_only() -> None:
@@ -137,8 +142,7 @@ def test_the_form_of_the_page(blocks: Any) -> None:
         }
         small = fxcompress.compile(model, rules(0.6, "largest"), data())
     finally:
-        registry._FORMS.pop(("largest", "linear"))
-        words._WORDS.pop("largest")
+        forget("largest")
     assert lost["narrow"] < lost["largest"]
     up, down = model[0].up.weight, model[0].down.weight
     sizes = up.norm(dim=1) * down.norm(dim=0)
@@ -183,6 +187,29 @@ def test_saved_loaded_and_shown(blocks: Any, tmp_path: Path) -> None:
     (tmp_path / "out" / "plan.json").write_text(text)
     with pytest.raises(LoadError, match="blocks5"):
         fxcompress.load(tmp_path / "out", network("plain"))
+
+
+def test_between_convolutions(blocks: Any) -> None:
+    """Batch norm and all, a channel is a channel."""
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    given = rules(0.6, "blocks4").rules.model_dump()
+    given["rules"][0]["match"] = {"node": {"op": ["conv2d"], "name": "3"}}
+    batches = [torch.randn(8, 3, 9, 9).double() for _ in range(3)]
+    loaded = fxcompress.rules.parse_rules(json.dumps(given), "r.json")
+    small = fxcompress.compile(model, loaded, batches)
+    kept = small[0].out_channels
+    assert kept < 16
+    assert kept % SIZE == 0
+    assert small[1].num_features == small[3].in_channels == kept
+    made = [int((model[0].weight - row).abs().sum((1, 2, 3)).argmin()) for row in small[0].weight]
+    assert made == [start + i for start in made[::SIZE] for i in range(SIZE)]
+    wide = torch.zeros_like(model[3].weight)
+    wide[:, made] = small[3].weight
+    dense = model.get_submodule("3")
+    dense.weight = nn.Parameter(wide)
+    torch.testing.assert_close(small(batches[0]), model(batches[0]), rtol=1e-12, atol=1e-12)
 
 
 def test_in_rounds_and_while_training(blocks: Any) -> None:
@@ -253,4 +280,4 @@ def test_channels_in_an_order_of_ones_own() -> None:
 def test_the_shape_is_all_that_a_body_needs(blocks: Any) -> None:
     shapes = [LinearShape(3, 8, True, torch.float32), LinearShape(8, 2, True, torch.float32)]
     body = blocks.Blocks(SIZE).empty(shapes, SIZE)
-    assert [tuple(head.linear.weight.shape) for head in body.heads] == [(4, 3), (2, 4)]
+    assert [tuple(head.layer.weight.shape) for head in body.heads] == [(4, 3), (2, 4)]

@@ -93,9 +93,11 @@ def knapsack_of(problems: Sequence[Sequence[Entity]], budgets: Sequence[float]) 
 
     Raises:
         BudgetError: if the members of a group have no (form, rank) in common.
-        ValueError: if two candidates or two alternatives have one name.
+        ValueError: if two candidates or two alternatives have one name, or alternatives and another
+            entity have members of one group.
     """
     _check_names(problems[0])
+    _check_groups(problems[0])
     entities: list[Ways] = []
     alone = []
     for each in zip(*problems, strict=True):
@@ -135,6 +137,21 @@ def _check_names(entities: Sequence[Entity]) -> None:
                     f"alternatives {entity.name!r}: their member {name!r} is {where} already"
                 )
             owner[name] = entity.name
+
+
+def _check_groups(entities: Sequence[Entity]) -> None:
+    owner: dict[str, str] = {}
+    for entity in entities:
+        if isinstance(entity, Candidate):
+            groups, name = [entity.group], ""
+        else:
+            groups, name = [m.group for mode in entity.modes for m in mode.members], entity.name
+        for group in groups:
+            if group is not None and owner.setdefault(group, name) != name:
+                raise ValueError(
+                    f"group {group!r} has members in {entity.name!r} and elsewhere: let all of "
+                    "them be candidates by themselves, or be in the same alternatives"
+                )
 
 
 def best_picks(knapsack: Knapsack, prices: Sequence[float]) -> list[Pick]:

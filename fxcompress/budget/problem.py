@@ -111,7 +111,8 @@ class Mode:
 
     Attributes:
         name: unique among its alternatives.
-        members: what there is to choose for in this mode; each in no group.
+        members: what there is to choose for in this mode; a group of them has no others
+            elsewhere.
         loss: what the mode itself loses, whatever its members choose, in nats; finite, >= 0.
         cost: what the mode itself costs, in the budget's unit; finite, >= 0.
 
@@ -129,13 +130,8 @@ class Mode:
         _check_number(f"mode {self.name!r}", "cost", self.cost)
         seen: set[str] = set()
         for member in self.members:
-            problem = None
             if member.name in seen:
-                problem = "is in it already"
-            elif member.group is not None:
-                problem = f"is in group {member.group!r}, which gives it the ranks of others"
-            if problem is not None:
-                raise ValueError(f"mode {self.name!r}: its member {member.name!r} {problem}")
+                raise ValueError(f"mode {self.name!r}: its member {member.name!r} is in it already")
             seen.add(member.name)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -217,12 +216,6 @@ class JointForm(ABC):
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         """The parameter of a head that is the dense bias (m_i); None if there is no such one."""
         return None
-
-    def left(self, shapes: Shapes, rank: int) -> Shapes:
-        """The operators that a form of a hidden value leaves, with fewer channels."""
-        *producers, consumer = shapes
-        smaller = (replace(shape, out_features=rank) for shape in producers)
-        return (*smaller, replace(consumer, in_features=rank))
 
 
 def bare_linear(n: int, m: int, bias: bool, shape: Shape) -> nn.Linear:

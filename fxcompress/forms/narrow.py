@@ -5,52 +5,72 @@ before::
     h = mul(silu(gate(x)), up(x))        # n channels, every one for itself
     y = down(h)                          # m x n
 
+    h = relu(norm(conv(x)))              # the same of convolutions: norm has n entries,
+    y = down(depthwise(h))               # depthwise n kernels
+
 after::
 
     h = mul(silu(gate'(x)), up'(x))      # the k rows of gate and up that are kept
     y = down'(h)                         # m x k, refitted to make up for the others
 
+    h = relu(norm'(conv'(x)))            # k entries
+    y = down'(depthwise'(h))             # k kernels
+
 Nothing but smaller layers of the same kind remains: no further products, no gather, and the
-operators between are not touched.  It is an interpolative decomposition of the consumer's weight,
-``W ≈ W' E_S``, whose selection of channels ``E_S`` commutes with entrywise operators and ends up in
-the producers.  Which channels are kept, and W', come from the metric at the consumer
-(:mod:`fxcompress.metric.channels`).
+operators between stay.  It is an interpolative decomposition of the consumer's weight,
+``W ≈ W' E_S``, whose selection of channels ``E_S`` commutes with what treats every channel for
+itself and ends up in the producers.  Which channels are kept, and W', come from the metric at the
+consumer (:mod:`fxcompress.metric.channels`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body
-from fxcompress.forms.form import Counts, JointForm, Shapes, assign, bare_linear, linear
+from fxcompress.forms.form import Counts, JointForm, assign
 from fxcompress.forms.target import Ranks, Target, Truncations
+from fxcompress.operators.modules import shape_of
+from fxcompress.operators.shape import Shape
+from fxcompress.operators.words import operators_of
+
+Shapes = Sequence[Shape]
 
 
 class Narrow(JointForm):
-    """The form of the producers of a hidden value and its consumer, which stands last."""
+    """The form of what makes the channels of a hidden value, and its consumer, which stands last.
+
+    What makes channels are producers, and operators with a kernel for each channel on the way.
+    """
 
     name = "narrow"
+    operators = operators_of("convolution") | {"linear"}
     view = "channels"
     hidden = True
 
-    def full_rank(self, shapes: Shapes) -> int:
-        return shapes[-1].in_features
+    def full_rank(self, shapes: Any) -> int:
+        n: int = shapes[-1].in_features
+        return n
 
-    def misfit(self, shapes: Shapes) -> str | None:
+    def misfit(self, shapes: Any) -> str | None:
         if shapes[-1].in_features == 1:
             return "the hidden value has one channel"
         return None
 
-    def parameters(self, shapes: Shapes, ranks: Ranks) -> Counts:
+    def parameters(self, shapes: Any, ranks: Ranks) -> Counts:
         """Weight entries at each width; biases of channels that go are taken off."""
-        gone = sum(shape.bias for shape in shapes[:-1]) * (shapes[-1].in_features - ranks)
-        return ranks * _entries(shapes) - gone
+        n = self.full_rank(shapes)
+        gone = sum(shape.bias * shape.out_features // n for shape in shapes[:-1]) * (n - ranks)
+        found: Counts = ranks * (sum(shape.weights for shape in shapes) // n) - gone
+        return found
 
-    def macs(self, shapes: Shapes, ranks: Ranks) -> Counts:
-        return ranks * _entries(shapes) * shapes[-1].rows
+    def macs(self, shapes: Any, ranks: Ranks) -> Counts:
+        found: Counts = ranks * (sum(shape.macs for shape in shapes) // self.full_rank(shapes))
+        return found
 
     def truncations(self, target: Target) -> Truncations:
         """What :meth:`channels` says, asked once."""
@@ -70,25 +90,26 @@ class Narrow(JointForm):
         return target.channels()
 
     def factors(self, target: Target, rank: int) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """The channels that are kept (k), W' (m x k), and these rows of every producer (k x n)."""
-        kept, refitted = self.truncations(target).factors(rank)
-        return kept, refitted, *(weight[kept] for weight in target.producers)
+        """The channels that are kept (k), W', and of what makes channels these (k x ...)."""
+        found = self.truncations(target)
+        kept, refitted = found.factors(rank)
+        n = len(found.sigma)
+        return kept, refitted, *(w[rows_of(kept, len(w), n)] for w in target.producers)
 
-    def products(self, shapes: Shapes, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """The consumer with zeros for channels that go; producers could stay as they are."""
+    def products(self, shapes: Any, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The consumer with zeros for channels that go; all others could stay as they are."""
         kept, refitted = factors[:2]
-        dense = refitted.new_zeros(len(refitted), shapes[-1].in_features)
-        dense[:, kept.to(torch.int64)] = refitted
+        axis, n = shapes[-1].in_axis, shapes[-1].in_features
+        dense = refitted.new_zeros(*refitted.shape[:axis], n, *refitted.shape[axis + 1 :])
+        dense.index_copy_(axis, kept.to(torch.int64), refitted)
         return (*(None for _ in shapes[:-1]), dense)
 
-    def empty(self, shapes: Shapes, rank: int) -> Body:
-        widths = [(shape.in_features, rank) for shape in shapes[:-1]]
-        widths.append((rank, shapes[-1].out_features))
+    def empty(self, shapes: Any, rank: int) -> Body:
         heads = []
-        for (n, m), shape in zip(widths, shapes, strict=True):
+        for small in narrowed(shapes, rank):
             root, graph = nn.Module(), fx.Graph()
-            root.linear = bare_linear(n, m, shape.bias, shape)
-            graph.output(graph.call_module("linear", (graph.placeholder("input"),)))
+            root.layer = small.bare()
+            graph.output(graph.call_module("layer", (graph.placeholder("input"),)))
             heads.append(fx.GraphModule(root, graph, class_name="Narrowed"))
         return Body(None, tuple(heads), torch.arange(rank, device=shapes[-1].device))
 
@@ -97,7 +118,7 @@ class Narrow(JointForm):
 
     def fill_from(
         self,
-        shapes: Shapes,
+        shapes: Any,
         body: Body,
         factors: Sequence[Tensor],
         biases: Sequence[Tensor | None],
@@ -106,20 +127,46 @@ class Narrow(JointForm):
         kept = kept.to(torch.int64)
         assert body.kept is not None
         body.kept.copy_(kept)
-        parts = zip(body.heads, (*rows, refitted), biases, strict=True)
-        for head, weight, bias in parts:
-            layer = linear(head, "linear")
-            assign(layer.weight, weight)
+        for head, factor, bias in zip(body.heads, (*rows, refitted), biases, strict=True):
+            layer, last = head.get_submodule("layer"), head is body.heads[-1]
+            shape = shape_of(layer)
+            weight = factor if last else shape.of_outputs(factor)
+            assign(layer.get_parameter("weight"), shape.stored(weight))
             if bias is not None:
-                assign(layer.bias, bias if head is body.heads[-1] else bias[kept])
+                rows_kept = rows_of(kept, len(bias), self.full_rank(shapes))
+                assign(layer.get_parameter("bias"), bias if last else bias[rows_kept])
 
     def bias(self, head: fx.GraphModule) -> Tensor | None:
-        return linear(head, "linear").bias
+        found: Tensor | None = head.get_submodule("layer")._parameters["bias"]
+        return found
 
 
-def _entries(shapes: Shapes) -> int:
-    """Weight entries that go with one channel."""
-    return sum(shape.in_features for shape in shapes[:-1]) + shapes[-1].out_features
+def narrowed(shapes: Shapes, rank: int) -> tuple[Shape, ...]:
+    """Operators of a hidden value with k channels; the consumer stands last."""
+    *makers, consumer = shapes
+    n = consumer.in_features
+    return (
+        *(
+            s.resized(rank if s.is_channelwise else s.in_features, s.out_features // n * rank)
+            for s in makers
+        ),
+        consumer.resized(rank, consumer.out_features),
+    )
+
+
+def rows_of(kept: Tensor, outputs: int, channels: int) -> Tensor:
+    """The outputs of an operator that belong to channels, of each of the parts that it makes.
+
+    >>> rows_of(torch.tensor([0, 2]), 6, 3)
+    tensor([0, 2, 3, 5])
+
+    Args:
+        kept: the channels (k).
+        outputs: of the operator, one part after the other.
+        channels: n, of each part.
+    """
+    parts = torch.arange(outputs // channels, device=kept.device)
+    return (parts[:, None] * channels + kept.to(torch.int64)).flatten()
 
 
 NARROW = Narrow()

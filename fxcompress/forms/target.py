@@ -254,7 +254,8 @@ class Target:
         weight: W in canonical layout (:mod:`fxcompress.operators.shape`), in the model's type.
         quadratic: the metric; None once it was given up, to free its memory.
         views: what was computed of :meth:`truncations`.
-        producers: of a hidden value, the weights of what produces it; W is that of its consumer.
+        producers: of a hidden value, the weights of what makes its channels, these first (n x ...);
+            W is that of its consumer.
         chosen: what forms for hidden values take of it, by their names.
     """
 

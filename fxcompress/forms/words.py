@@ -45,7 +45,7 @@ BUILT_IN: Mapping[str, FormWord] = {
     "fxcompress.forms.separable:CHANNEL": FormWord("channel", _BOTH_WAYS),
     "fxcompress.forms.separable:CHANNEL_INPUT": FormWord("channel_input", _BOTH_WAYS),
     "fxcompress.forms.separable:SPATIAL": FormWord("spatial", _BOTH_WAYS),
-    "fxcompress.forms.narrow:NARROW": FormWord("narrow", frozenset({"linear"}), hidden=True),
+    "fxcompress.forms.narrow:NARROW": FormWord("narrow", _BOTH_WAYS | {"linear"}, hidden=True),
     "fxcompress.forms.tucker2:TUCKER2": FormWord("tucker2", _BOTH_WAYS),
     "fxcompress.forms.embedding:EMBEDDING": FormWord("embedding", frozenset({"embedding"})),
 }

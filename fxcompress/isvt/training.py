@@ -45,7 +45,7 @@ from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import Progress, stages
-from fxcompress.rules import Rules, at_progress, read_rules, with_keep
+from fxcompress.rules import Rules, at_progress, read_rules, with_budget
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -98,7 +98,7 @@ class ISVT(Generic[M]):
         schedule: ``soft``, or ``hard`` for the final budget from the first thresholding on.
         refresh: thresholdings after which the metric is estimated anew on ``calibration``, with
             the weights as they are then; never by default.  The batches are kept for that.
-        keep: overrides ``budget.keep`` of the rules.
+        keep, unit: override ``budget.keep`` and ``budget.unit`` of the rules.
         examples, loss, forward, progress: as in :func:`fxcompress.compile`.
 
     Attributes:
@@ -122,6 +122,7 @@ class ISVT(Generic[M]):
         schedule: Schedule = "soft",
         refresh: int | None = None,
         keep: float | None = None,
+        unit: str | None = None,
         examples: Sequence[Any] | None = None,
         loss: Loss | None = None,
         forward: Forward | None = None,
@@ -142,7 +143,7 @@ class ISVT(Generic[M]):
         self._count = 0
         self._starts: Mapping[str, Tensor] = {}
         self._progress = progress
-        loaded = with_keep(read_rules(rules), keep)
+        loaded = with_budget(read_rules(rules), keep, unit)
         with torch.inference_mode(False), stages(progress) as show:
             request = Request(show, calibration, examples, loss, forward)
             self._survey, batches, total = survey(model, loaded, request)

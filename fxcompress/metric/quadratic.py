@@ -210,6 +210,15 @@ class Grouped(QuadraticForm):
             return replace(self.groups[0].channels(weight[0], order), weight=weight, axis=2)
         return refused(weight, "each group of the convolution reads channels of its own")
 
+    def restricted(
+        self, rows: Tensor | None = None, inputs: Tensor | None = None
+    ) -> QuadraticForm | None:
+        """The form of some patches of the one group that there is; none of several."""
+        if len(self.groups) != 1:
+            return None
+        own = self.groups[0].restricted(rows, inputs)
+        return own and Grouped((own,))
+
     def solve(self, gradient: Tensor) -> Tensor:
         """Group by group."""
         parts = zip(self.groups, gradient, strict=True)

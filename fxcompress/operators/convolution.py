@@ -214,6 +214,15 @@ class ConvShape(Shape):
         spatial = tuple(range(3, 3 + self.dims))
         return canonical.flip(spatial).transpose(1, 2).flatten(0, 1)
 
+    def resized(self, inputs: int, outputs: int) -> ConvShape:
+        groups = inputs if self.is_channelwise else self.groups
+        return replace(self, in_channels=inputs, out_channels=outputs, groups=groups)
+
+    @property
+    def module_sizes(self) -> dict[str, int]:
+        n, m = self.in_channels, self.out_channels
+        return {"in_channels": n, "out_channels": m, "groups": self.groups}
+
     def bare(self) -> nn.Module:
         """An uninitialized convolution."""
         more = {"output_padding": self.output_padding} if self.transposed else {}

@@ -108,6 +108,13 @@ class EmbeddingShape(Shape):
         sizes = (other.in_features, other.out_features)
         return other.takes == self.takes and sizes == (self.in_features, self.out_features)
 
+    def resized(self, inputs: int, outputs: int) -> EmbeddingShape:
+        return replace(self, in_features=inputs, out_features=outputs)
+
+    @property
+    def module_sizes(self) -> dict[str, int]:
+        return {"num_embeddings": self.in_features, "embedding_dim": self.out_features}
+
     def bare(self) -> nn.Embedding:
         """An uninitialized ``nn.Embedding``."""
         return self.table(self.out_features)

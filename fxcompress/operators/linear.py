@@ -105,6 +105,14 @@ class LinearShape(Shape):
     def mirrored(self) -> LinearShape:
         return replace(self, transposed=not self.transposed)
 
+    def resized(self, inputs: int, outputs: int) -> LinearShape:
+        return replace(self, in_features=inputs, out_features=outputs)
+
+    @property
+    def module_sizes(self) -> dict[str, int]:
+        n, m = self.in_features, self.out_features
+        return {"in_features": n, "out_features": m, "nx": n, "nf": m}
+
     def bare(self) -> nn.Linear:
         """An uninitialized ``nn.Linear``."""
         layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]

@@ -128,6 +128,35 @@ class Shape(ABC):
         """Whether the weight is stored as the transpose of what torch's own module stores."""
         return False
 
+    @property
+    def in_axis(self) -> int:
+        """The dimension of the canonical weight that counts input channels (of a group)."""
+        return 2 if self.takes == "patches" else 1
+
+    @property
+    def is_channelwise(self) -> bool:
+        """Whether every output channel reads the input channel of its number only."""
+        return self.matrix[0] == self.in_features == self.out_features > 1
+
+    def by_outputs(self, canonical: Tensor) -> Tensor:
+        """A canonical weight with all output channels first (m x ...)."""
+        return canonical.flatten(0, 1) if self.takes == "patches" else canonical
+
+    def of_outputs(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`by_outputs`."""
+        if self.takes != "patches":
+            return rows
+        return rows.reshape(self.matrix[0], -1, *rows.shape[1:])
+
+    @abstractmethod
+    def resized(self, inputs: int, outputs: int) -> Self:
+        """An operator like this one with other numbers of channels; a channelwise one stays so."""
+
+    @property
+    @abstractmethod
+    def module_sizes(self) -> dict[str, int]:
+        """What modules of the kind say of their channels, by the names of their fields."""
+
     def same_product(self, other: Shape) -> bool:
         """Whether two operators make the same of one input and one weight, of whatever type."""
         return bool(replace(self, dtype=other.dtype, device=other.device) == other)

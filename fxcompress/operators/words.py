@@ -24,13 +24,30 @@ class KindWords:
             weight; or values with spatial dimensions, of which every group sees patches.
         ops: canonical operators, each with its number of spatial dimensions.
         attributes: name -> type, of each of them (see
-            :class:`fxcompress.rules.language.vocabulary.AttributeType`).
+            :class:`fxcompress.rules.language.vocabulary.AttributeType`); the first two count input
+            and output channels.
     """
 
     name: str
     takes: Takes
     ops: Mapping[str, int]
     attributes: Mapping[str, Type]
+
+    def channels(self, attributes: Mapping[str, AttributeValue]) -> tuple[int, int, int]:
+        """Groups, and input and output channels of all of them together.
+
+        >>> OPERATORS["linear"].channels({"in_features": 3, "out_features": 5})
+        (1, 3, 5)
+
+        Args:
+            attributes: of one operator.
+        """
+        n, m, *_ = (attributes[name] for name in self.attributes)
+        groups = attributes.get("groups", 1)
+        assert isinstance(n, int)
+        assert isinstance(m, int)
+        assert isinstance(groups, int)
+        return groups, n, m
 
 
 def _kind(name: str, takes: Takes, ops: str, **attributes: Type) -> KindWords:

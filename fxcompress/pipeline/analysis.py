@@ -34,6 +34,7 @@ from fxcompress.pipeline.decomposition import (
 from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
 from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.processes import same_data
@@ -325,8 +326,9 @@ def survey(
         matched = match_model(work, loaded, recording)
     templates = {template.name: template for template in loaded.templates.values()}
     sites, groups, refused = gather_sites(
-        work, recording, matched, templates, legality_in(work, recording)
-    )
+        work, recording, matched, templates, legality_in(work, recording),
+        rigid_in(work, examples, request.forward),
+    )  # fmt: skip
     if not sites:
         raise RuleError(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "

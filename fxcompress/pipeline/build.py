@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, Rank, find_form, fit
+from fxcompress.forms.narrow import rows_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
@@ -23,6 +24,7 @@ from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.decomposition import widened
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
+from fxcompress.pipeline.speed import measured_speed
 from fxcompress.plans.plan import Plan, SitePlan, Size
 from fxcompress.rewrite import (
     ProjectedAttention,
@@ -44,6 +46,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
         BudgetError: the budget cannot be met.
         RewriteError: the rewritten model does not run.
     """
+    dense = skeleton(model)  # before anything is changed in place
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis)
@@ -76,12 +79,15 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     more = after.macs - planned.model_after.macs
     if more > analysis.size.macs // 100:
         notes.append(
-            f"the rewritten model does {more:,} multiply-accumulates more than its layers need: "
-            "something in its forward reads the weight of a rewritten layer, which computes it"
+            f"the rewritten model does {more:,} multiply-accumulates more than its layers need on "
+            "the recorded batch: something in its forward reads the weight of a rewritten layer, "
+            "which computes it"
         )
+    speed, slow = measured_speed(dense, rewritten, planned, analysis)
     return rewritten, planned.model_copy(
         update={
             "model_after": counted,
+            "speed": speed,
             "after": summarize(after.operators),
             "held_back": measured,
             "expanded": tuple(
@@ -89,7 +95,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
                 for name, module in rewritten.named_modules()
                 if isinstance(module, ProjectedAttention)
             ),
-            "warnings": (*analysis.notes, *notes),
+            "warnings": (*analysis.notes, *notes, *slow),
         }
     )
 
@@ -170,28 +176,33 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
                 found = [*zip(form.weights(body), form.biases(body), strict=True)]
             else:
                 found = [
-                    _widened(analysis, group, entry.member, body.kept, narrowed(group, entry))
+                    _widened(analysis, group, entry.member, body.kept, narrow(group, entry))
                     for entry in entries
                 ]
             for site, (weight, bias) in zip(group.sites, found, strict=True):
                 yield site, site.shape.stored(weight), bias
 
-    def narrowed(group: Group, entry: SitePlan) -> tuple[Tensor, Tensor | None]:
+    def narrow(group: Group, entry: SitePlan) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of what is left of an operator."""
         if entry.then is None:
-            layer = operator_at(made, entry.name)
-            return canonical_weight(layer), getattr(layer, "bias", None)
+            layer, site = operator_at(made, entry.name), group.sites[entry.member]
+            return canonical_weight(layer), layer.bias if site.shape.bias else None  # type: ignore[return-value]
         left = group.left_of(*entry.narrowing)
         form, body = _form(left, instead[entry.name], planned), bodies[entry.name]
         (weight,), (bias,) = form.weights(body), form.biases(body)
         return weight, bias
 
-    parts: list[nn.Module] = []
-    for name, entries in planned.groups.items():
-        body = bodies[name]
-        own = [operator_at(made, entry.name) for entry in entries]
-        parts += body.parts if body.kept is None else own
-    parameters = [parameter for part in parts for parameter in part.parameters()]
+    parameters: list[nn.Parameter] = []
+    for key, group, _, _ in units:
+        body = bodies[key]
+        if body.kept is None:
+            parameters += [parameter for part in body.parts for parameter in part.parameters()]
+            continue
+        for site in group.sites:
+            if site.name not in bodies:
+                layer = operator_at(made, site.name)
+                names = ("weight", "bias") if site.shape.bias else ("weight",)
+                parameters += [layer.get_parameter(each) for each in names]
     return Student(made, planned, parameters, weights)
 
 
@@ -224,16 +235,18 @@ def _widened(
     group: Group,
     member: int,
     kept: Tensor,
-    narrowed: tuple[Tensor, Tensor | None],
+    narrow: tuple[Tensor, Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias for all channels of a hidden value, given those of the channels kept."""
-    weight, bias = narrowed
+    weight, bias = narrow
     site = group.sites[member]
-    wide = widened(group, member, kept, weight, site.weight_in(analysis.model))
-    own = getattr(operator_at(analysis.model, site.name), "bias", None)
-    if bias is None or own is None or len(bias) == len(own):
+    wide, own = widened(group, member, kept, weight, site.weight_in(analysis.model)), None
+    if site is not group.sites[-1]:
+        own = _bias(analysis, site)
+    if bias is None or own is None:
         return wide, bias
-    return wide, own.detach().index_copy(0, kept, bias)
+    places = rows_of(kept, site.out_features, group.sites[-1].in_features)
+    return wide, own.index_copy(0, places, bias)
 
 
 def _form(group: Group, name: str, planned: Plan) -> Fitted:
@@ -284,18 +297,21 @@ def _operators(analysis: Analysis, group: Group, bodies: Mapping[str, Body]) -> 
     """What bodies take the place of: layers of the model, or what narrowing one leaves."""
     if group.narrowing is not None:
         head = bodies[group.narrowing.hidden].heads[group.narrowing.member]
-        return [head.get_submodule("linear")]
+        return [head.get_submodule("layer")]
     return [operator_at(analysis.model, site.name) for site in group.sites]
 
 
 def _inputs(analysis: Analysis, group: Group, index: int, bodies: Mapping[str, Body]) -> Tensor:
     """What an operator of a group was given in the recorded pass, or would be."""
-    inputs, place = _sample(analysis, group.sites[index]), group.narrowing
-    if place is None or place.member < len(analysis.group(place.hidden).sites) - 1:
-        return inputs
-    kept = bodies[place.hidden].kept
+    place = group.narrowing
+    if place is None:
+        return _sample(analysis, group.sites[index])
+    hidden, kept = analysis.group(place.hidden), bodies[place.hidden].kept
+    site, inputs = hidden.sites[place.member], _sample(analysis, hidden.sites[place.member])
     assert kept is not None
-    return inputs if inputs.shape[-1] == len(kept) else inputs[..., kept]
+    if site is hidden.sites[-1] or site.shape.is_channelwise:
+        inputs = inputs.index_select(channels_of(site.shape), kept)
+    return inputs
 
 
 def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
@@ -327,24 +343,35 @@ def _verify(operator: nn.Module, inputs: Tensor, body: nn.Module, weight: Tensor
 
 
 def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequence[Tensor]) -> None:
-    """Compare producers with their rows that are kept, and the consumer with its refitted weight.
+    """Compare what makes channels with its part that is kept, and the consumer with its new weight.
 
     Args:
         analysis: has the operators.
-        group: producers, and the consumer last.
+        group: what makes channels, and the consumer last.
         body: for them.
-        factors: the channels that are kept, the consumer's weight, and rows of every producer.
+        factors: the channels that are kept, the consumer's weight, and parts of the other weights.
     """
     kept, refitted, *rows = factors
-    for site, head, weight in zip(group.sites, body.heads, (*rows, refitted), strict=True):
-        inputs = _sample(analysis, site)
-        bias = getattr(operator_at(analysis.model, site.name), "bias", None)
-        if site is group.sites[-1]:
-            inputs = inputs[..., kept]
-        elif bias is not None:
-            bias = bias[kept]
-        exact = inputs.double() @ weight.double().T
-        verify(head, exact if bias is None else exact + bias.double(), inputs, -1)
+    for site, head, factor in zip(group.sites, body.heads, (*rows, refitted), strict=True):
+        exact = copy.deepcopy(head.get_submodule("layer")).double()
+        shape, last = shape_of(exact), site is group.sites[-1]
+        inputs, bias = _sample(analysis, site), _bias(analysis, site)
+        if last or site.shape.is_channelwise:
+            inputs = inputs.index_select(channels_of(site.shape), kept)
+        weight = factor if last else shape.of_outputs(factor)
+        places = rows_of(kept, site.out_features, group.sites[-1].in_features)
+        with torch.no_grad():
+            exact.weight = nn.Parameter(shape.stored(weight.double()))
+            if bias is not None:
+                exact.bias = nn.Parameter((bias if last else bias[places]).double())
+            outputs = exact(inputs.double())
+        verify(head, outputs, inputs, channels_of(site.shape))
+
+
+def _bias(analysis: Analysis, site: Site) -> Tensor | None:
+    """The bias of an operator as the model has it, detached."""
+    bias: Tensor | None = getattr(operator_at(analysis.model, site.name), "bias", None)
+    return None if bias is None else bias.detach()
 
 
 def _sample(analysis: Analysis, site: Site) -> Tensor:

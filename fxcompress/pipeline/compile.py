@@ -24,11 +24,12 @@ from fxcompress.pipeline.analysis import analyse, legality_in, match_model, work
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
-from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_keep
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_budget
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,6 +40,7 @@ def compile(
     calibration: Iterable[Any] | None = None,
     *,
     keep: float | None = None,
+    unit: str | None = None,
     inplace: bool = False,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -58,6 +60,8 @@ def compile(
             argument), a tuple (several) or a mapping (keyword arguments).  The Fisher metric
             draws its own labels, so none are needed.
         keep: overrides ``budget.keep`` of the rules.
+        unit: overrides ``budget.unit``: ``"parameters"``, ``"macs"``, ``"bytes"`` or ``"latency"``,
+            which is of the matched operators.
         inplace: change ``model`` itself and return it.
         examples: batches to record the graph on, if the first calibration batch does not show
             all that the model can do.
@@ -81,7 +85,7 @@ def compile(
         TrainingError: ``checkpoint`` holds another run.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         if loaded.rules.solver.iterative:
@@ -103,6 +107,7 @@ def plan(
     calibration: Iterable[Any] | None = None,
     *,
     keep: float | None = None,
+    unit: str | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
@@ -113,7 +118,7 @@ def plan(
     Arguments and errors as there.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         analysis = analyse(model, loaded, request)
@@ -129,6 +134,7 @@ def explain(
     rule: str | None = None,
     calibration: Iterable[Any] | None = None,
     keep: float | None = None,
+    unit: str | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
@@ -142,14 +148,14 @@ def explain(
         rule: explain the rule with this id only.
         calibration: as in :func:`compile`.  With it the budget is solved as well, and the
             explanation tells what is left dense and why.
-        keep, loss, forward, progress: as in :func:`compile`.
+        keep, unit, loss, forward, progress: as in :func:`compile`.
 
     Raises:
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
     model = unwrapped(model)
-    loaded = with_keep(read_rules(rules), keep)
+    loaded = with_budget(read_rules(rules), keep, unit)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
         raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")
@@ -161,8 +167,9 @@ def explain(
         matched = match_model(work, loaded, recording)
         templates = {template.name: template for template in loaded.templates.values()}
         _, groups, refused = gather_sites(
-            work, recording, matched, templates, legality_in(work, recording)
-        )
+            work, recording, matched, templates, legality_in(work, recording),
+            rigid_in(work, [example], forward),
+        )  # fmt: skip
         return Explanation.of(matched, rule=rule, refused=refused, hidden=_hidden(groups))
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:

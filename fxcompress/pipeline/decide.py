@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
 from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
+from fxcompress.pipeline.speed import batch_of
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
     BudgetOutcome,
+    Held,
     NodeSummary,
     Part,
     Plan,
@@ -74,6 +76,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             "seed": rules.metric.seed,
         },
         damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
+        batch=batch_of(analysis.examples),
         budget=BudgetOutcome(
             **first.model_dump(exclude={"rule"}),
             allocation=rules.solver.allocation,
@@ -254,7 +257,8 @@ def _narrowed(left: Group, place: Narrowing, analysis: Analysis, choice: Choice)
         full = own.full_rank()
         then = Then(form=choice.form, rank=decoded(full, choice.rank), full_rank=full)
         inside = on_meta(own).empty(then.rank)
-        (after,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        (own_size,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+        after = after - left.sites[0].dense_size() + own_size
     narrow = replace(choice, form=place.form, rank=place.width, loss=loss)
     return _Chosen(
         group.sites[place.member], group, narrow, predicted, after, form.full_rank(), place.width,
@@ -305,7 +309,14 @@ def _site_plan(
         after=chosen.after,
         reason=_dense_reason(site, forms, out, analysis) if dense else "",
         spectrum=tuple(sigma[shown].tolist()),
+        held=_held(chosen),
     )
+
+
+def _held(chosen: _Chosen) -> tuple[Held, ...]:
+    """What goes with the channels that a site reads, if it is the last of a hidden value."""
+    last = chosen.rank is not None and chosen.site is chosen.group.sites[-1]
+    return tuple(Held(**asdict(each)) for each in chosen.group.held) if last else ()
 
 
 def _dense_reason(

@@ -6,6 +6,7 @@ soon as the sites that need it are done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.forms import Target
+from fxcompress.forms import Shape, Target
+from fxcompress.forms.narrow import narrowed, rows_of
 from fxcompress.forms.target import (
     Components,
     Halved,
@@ -111,11 +113,12 @@ def decompose_groups(
             idle.append(site.name)
         if site.name in producers:
             around[site.name] = own
-        if (narrowed := hidden.get(site.name)) is not None:
-            found[narrowed.name] = decompose(model, narrowed, own)
-            if narrowed.narrowed:
-                metrics = [around.pop(each.name) for each in narrowed.sites[:-1]]
-                found |= decompose_narrowed(narrowed, found[narrowed.name], [*metrics, own])
+        value = hidden.get(site.name)
+        if value is not None and (not own.null or value.match.limits.unmeasured):
+            found[value.name] = decompose(model, value, own)
+            if value.narrowed:
+                metrics = [around.pop(each.name) for each in value.sites[:-1]]
+                found |= decompose_narrowed(value, found[value.name], [*metrics, own])
         if (joint := waiting.get(site.name)) is not None:
             parts[site.name] = own
             if all(member.name in parts for member in joint.sites):
@@ -176,10 +179,12 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
     """
     weights = [site.weight_in(model) for site in group.sites]
     if group.hidden:
-        *producers, weight = weights
-        target = Target(weight, metric, producers=tuple(producers))
+        *makers, weight = weights
+        pairs = zip(group.sites, makers, strict=False)
+        producers = tuple(site.shape.by_outputs(made) for site, made in pairs)
+        target = Target(weight, metric, producers=producers)
         losses = _losses(group, target)
-        of_last = torch.tensor([*(0.0 for _ in producers), 1.0], dtype=torch.float64)
+        of_last = torch.tensor([*(0.0 for _ in makers), 1.0], dtype=torch.float64)
         return Decomposed(target.without_metric(), losses, lambda rank: of_last)
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
     losses = _losses(group, target)
@@ -215,7 +220,10 @@ def decompose_narrowed(
         kept, weights = narrowed_weights(hidden, decomposed.target, to.form, to.width)
         for member, (group, metric, weight) in enumerate(zip(left, metrics, weights, strict=True)):
             last = member == len(left) - 1
-            own = metric.restricted(inputs=kept) if last else metric.restricted(rows=kept)
+            shape = hidden.shapes[member]
+            rows = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+            inputs = _patches(kept, shape)
+            own = metric.restricted(inputs=inputs) if last else metric.restricted(rows=rows)
             if own is None or not group.forms:
                 continue
             target = Target(weight, own)
@@ -229,6 +237,12 @@ def decompose_narrowed(
     return found
 
 
+def _patches(channels: Tensor, shape: Shape) -> Tensor:
+    """The places of some channels in the inputs of an operator, every tap of a convolution."""
+    taps = math.prod(shape.kernel_size)
+    return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).flatten()
+
+
 def narrowing_loss(hidden: Group, decomposed: Decomposed, form: str, width: int) -> float:
     """Predicted loss of a hidden value with one of the numbers of channels that are permitted."""
     return float(decomposed.losses[form][hidden.ranks(form).tolist().index(width)])
@@ -239,7 +253,8 @@ def narrowed_weights(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The channels of a hidden value that are kept (k), and the weights of every site for these."""
     kept, refitted, *rows = hidden.forms[form].factors(target, width)
-    return kept.to(torch.int64), (*rows, refitted)
+    smaller = zip(narrowed(hidden.shapes, width), rows, strict=False)
+    return kept.to(torch.int64), (*(shape.of_outputs(part) for shape, part in smaller), refitted)
 
 
 def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Tensor) -> Tensor:
@@ -254,11 +269,12 @@ def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Ten
         weight: of these.
         dense: with all of them.
     """
-    consumer = member == len(hidden.sites) - 1
-    wide = dense.to(weight.dtype, copy=True)
-    wide = torch.zeros_like(wide) if consumer else wide
-    wide[(slice(None), kept) if consumer else kept] = weight
-    return wide
+    wide, shape = dense.to(weight.dtype, copy=True), hidden.shapes[member]
+    if member == len(hidden.sites) - 1:
+        return torch.zeros_like(wide).index_copy(shape.in_axis, kept, weight)
+    rows = narrowed(hidden.shapes, len(kept))[member].by_outputs(weight)
+    places = rows_of(kept, shape.out_features, hidden.shapes[-1].in_features)
+    return shape.of_outputs(shape.by_outputs(wide).index_copy(0, places, rows))
 
 
 def weight_left(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxcompress.forms import Body, Fitted, Form, JointForm, Shape, fit
+from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Rank, Ranks
 
 ROUNDS = 7
@@ -219,14 +220,23 @@ class _Together(nn.Module):
         super().__init__()
         self.shared = body.shared
         self.heads = nn.ModuleList(body.heads)
-        self.chained = body.kept is not None
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if self.chained:
-            produced = [head(x) for head in self.heads[:-1]]
-            return [self.heads[-1](produced[0])]
         values = () if self.shared is None else self.shared(x)
         return [head(x, *values) for head in self.heads]
+
+
+class _OneByOne(nn.Module):
+    """The operators of a narrowed body, each with inputs of its own."""
+
+    def __init__(self, body: Body, inputs: Sequence[Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(body.heads)
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pairs = zip(self.heads, self.inputs, strict=True)
+        return [head(each) for head, inputs in pairs for each in inputs]
 
 
 @torch.no_grad()
@@ -236,30 +246,38 @@ def _built(
     shapes = [replace(shape, device=device) for shape in entry.shapes]
     shape: Any = shapes[0]
     module: nn.Module
+    given: Sequence[Tensor] = []
     if entry.form is not None:
         assert entry.rank is not None
-        module = _Together(fit(entry.form, shapes).empty(entry.rank))
+        body = fit(entry.form, shapes).empty(entry.rank)
+        module = _Together(body)
+        if body.kept is not None:
+            assert isinstance(entry.rank, int)
+            inputs = [each.examples(numbers) for each in narrowed(shapes, entry.rank)]
+            module, given = _OneByOne(body, inputs), inputs[0][:1]
     else:
         module = shape.bare()
     for parameter in module.parameters():
         parameter.normal_(std=0.02, generator=numbers)
-    return module.eval(), shape.examples(numbers)
+    return module.eval(), given or shape.examples(numbers)
 
 
 def _time(module: nn.Module, inputs: Tensor, device: torch.device) -> float:
-    """Seconds of one call; the fastest of three measurements of at least :data:`LEAST`."""
+    """Seconds of one call, from as many as take :data:`LEAST`."""
     calls = 1
     while True:
-        start = _now(device)
+        start = now(device)
         for _ in range(calls):
             module(inputs)
-        seconds = _now(device) - start
+        seconds = now(device) - start
         if seconds >= LEAST:
             return seconds / calls
         calls = max(2 * calls, int(1.2 * calls * LEAST / max(seconds, 1e-9)))
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now(*devices: torch.device) -> float:
+    """What a clock shows, in seconds, once devices have done all that they were given."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -96,7 +96,8 @@ def problems(
     """What the solver is to choose, with costs in each of several units.
 
     Several sites are alternatives of modes: all by themselves, one candidate with the joint forms,
-    which has the name of their group, or a hidden value of some width and what that leaves.
+    which has the name of their group, or a hidden value of some width and what that leaves.  Hidden
+    values of equal widths are alternatives together, of all sites of all of them.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -130,24 +131,27 @@ def problems(
     def candidate(group: Group, at: int) -> Candidate:
         options = tuple(offer[at] for offer in offered[group.name])
         if len(group.sites) > 1:
-            return Candidate(group.name, None, options)
-        equal = group.sites[0].match.group if measured(group) and not group.narrowing else None
+            return Candidate(group.name, None, options, group.equal)
+        equal = group.equal if measured(group) and not group.narrowing else None
         return Candidate(group.name, pricings[at].dense(group), options, equal)
 
-    def ways(group: Group, at: int) -> list[Mode]:
+    def ways(group: Group, at: int) -> dict[str, Mode]:
         """Several sites as one, or what is left of them at widths of a hidden value."""
-        found = [Mode(group.name, (candidate(group, at),))]
+        if not offered[group.name]:
+            return {}
+        found = {"": Mode(group.name, (candidate(group, at),))}
         for left in group.narrowed:
             to = left[0].narrowing
             assert to is not None
             loss = narrowing_loss(group, decomposed.groups[group.name], to.form, to.width)
             given_up = to.form in excluded.get(group.name, ())
             if any(offered[each.name] for each in left) and np.isfinite(loss) and not given_up:
+                text = f"{to.form} {to.width}"
                 members = tuple(candidate(each, at) for each in left)
-                found.append(Mode(f"{group.name}, {to.form} {to.width}", members, loss))
+                found[text] = Mode(f"{group.name}, {text}", members, loss)
         return found
 
-    several = [group for group in groups if len(group.sites) > 1 and offered[group.name]]
+    several = [group for group in groups if len(group.sites) > 1]
     return [
         tuple(
             _entities(
@@ -160,7 +164,7 @@ def problems(
 
 
 def _entities(
-    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, Sequence[Mode]]]
+    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, Mapping[str, Mode]]]
 ) -> Iterator[Entity]:
     """Sites by themselves, and sites that are in groups of several as alternatives.
 
@@ -172,37 +176,70 @@ def _entities(
 
     links = nx.Graph()
     links.add_nodes_from(candidates)
-    for group, _ in several:
-        nx.add_path(links, [site.name for site in group.sites])
-    ways = {group.name: found for group, found in several}
+    wholes = list(_wholes(several))
+    for whole in wholes:
+        nx.add_path(links, whole.sites)
     for names in nx.connected_components(links):
-        groups = [group for group, _ in several if group.sites[0].name in names]
+        own = [whole for whole in wholes if whole.sites[0] in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
-        if not groups:
+        if not own:
             yield from members
             continue
         modes = []
-        for chosen in _disjoint(groups):
-            taken = {site.name for group in chosen for site in group.sites}
+        for chosen in _disjoint(own):
+            taken = {site for whole in chosen for site in whole.sites}
             rest = tuple(member for member in members if member.name not in taken)
-            for way in product(*(ways[group.name] for group in chosen)):
+            for way in product(*(whole.modes for whole in chosen)):
                 name = " + ".join(mode.name for mode in way) or "single"
                 inside = (*rest, *(member for mode in way for member in mode.members))
                 modes.append(Mode(name, inside, sum(mode.loss for mode in way)))
-        yield Alternatives(" | ".join(group.name for group in groups), tuple(modes))
+        yield Alternatives(" | ".join(whole.name for whole in own), tuple(modes))
 
 
-def _disjoint(groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
-    """Every set of groups that have no site in common, the empty one first."""
-    if not groups:
+@dataclass(frozen=True)
+class _Whole:
+    """Sites that are rewritten together or not at all: a group, or all hidden values of one width.
+
+    Attributes:
+        modes: in which that can be done.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    modes: tuple[Mode, ...]
+
+
+def _wholes(several: Sequence[tuple[Group, Mapping[str, Mode]]]) -> Iterator[_Whole]:
+    """Groups of several sites that have modes; those of equal widths only if all have."""
+    together: dict[str, list[tuple[Group, Mapping[str, Mode]]]] = {}
+    for group, modes in several:
+        key = group.name if group.equal is None else f"group {group.equal}"
+        together.setdefault(key, []).append((group, modes))
+    for name, groups in together.items():
+        common = [key for key in groups[0][1] if all(key in modes for _, modes in groups)]
+        if not common:
+            continue
+        joined = []
+        for key in common:
+            own = [modes[key] for _, modes in groups]
+            members = tuple(member for mode in own for member in mode.members)
+            text = own[0].name if len(own) == 1 else f"{name} {key}".rstrip()
+            joined.append(Mode(text, members, sum(mode.loss for mode in own)))
+        yield _Whole(
+            name, tuple(site.name for group, _ in groups for site in group.sites), tuple(joined)
+        )
+
+
+def _disjoint(wholes: Sequence[_Whole]) -> Iterator[tuple[_Whole, ...]]:
+    """Every set of them that have no site in common, the empty one first."""
+    if not wholes:
         yield ()
         return
-    first, *others = groups
-    own = {site.name for site in first.sites}
+    first, *others = wholes
     for rest in _disjoint(others):
         yield rest
     for rest in _disjoint(others):
-        if own.isdisjoint(site.name for group in rest for site in group.sites):
+        if {*first.sites}.isdisjoint(site for whole in rest for site in whole.sites):
             yield (first, *rest)
 
 

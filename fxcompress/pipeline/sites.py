@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,13 +21,17 @@ from fxcompress.forms import (
     find_form,
     fit,
 )
+from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
 from fxcompress.forms.words import forms_for, hidden_forms
-from fxcompress.graph.hidden import hidden_value
+from fxcompress.graph.hidden import hidden_value, reader_of
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.operators.applied import operator_at, operator_path
+from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight, shape_of
+from fxcompress.operators.per_channel import PerChannel
+from fxcompress.operators.resize import resize_obstacle
+from fxcompress.pipeline.equal import HiddenSites, all_rigid, equal_widths, listed
 from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
@@ -61,7 +65,7 @@ class Site:
 
     def dense_size(self) -> Size:
         """Size of the operator as it is."""
-        return Size.of(lambda unit: unit.of_operator(self.shape))
+        return _operator_size(self.shape)
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
@@ -98,6 +102,7 @@ class Group:
         narrowed: of a hidden value, what is left of its sites at several widths: of each site a
             group of one, with forms to choose from beside the narrowing.
         narrowing: of such a group of one, what it is left of.
+        held: of a hidden value, what else has entries of its channels.
     """
 
     name: str
@@ -113,6 +118,13 @@ class Group:
         place = Narrowing(self.name, form, width, member)
         return next(each for left in self.narrowed for each in left if each.narrowing == place)
 
+    held: tuple[PerChannel, ...] = ()
+
+    @property
+    def equal(self) -> str | None:
+        """The name that a rule gives to groups of one form and one rank; None without one."""
+        return self.match.group if isinstance(self.match, Match) else None
+
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """Of the operators."""
@@ -127,6 +139,10 @@ class Group:
         """The ranks of a form that the rule permits; none if it does not fit the shapes."""
         chosen = self.forms[form]
         permitted = _permitted(chosen.full_rank(), self.match)
+        if self.held:  # of few channels less may be left than what goes beside the operators
+            permitted = permitted[
+                np.minimum(chosen.parameters(permitted), chosen.bytes(permitted)) >= 0
+            ]
         return permitted if chosen.misfit() is None else permitted[:0]
 
     def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
@@ -139,7 +155,11 @@ class Group:
         """
         ranks = np.array([rank], dtype=np.int64)
         whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
-        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+        if self.hidden:
+            assert isinstance(rank, int)
+            rest = [*map(_operator_size, narrowed(self.shapes, rank)[1:])]
+        else:
+            rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
         return (whole - total_size(rest), *rest)
 
     def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor | None, ...]:
@@ -160,6 +180,10 @@ class Group:
         return chosen.products(exact)
 
 
+def _operator_size(shape: Shape) -> Size:
+    return Size.of(lambda unit: unit.of_operator(shape))
+
+
 def _head_size(head: nn.Module, shape: Any) -> Size:
     """Size of what one of several operators has for itself."""
     return Size.of(lambda unit: unit.of_head(head, shape))
@@ -168,7 +192,7 @@ def _head_size(head: nn.Module, shape: Any) -> Size:
 def on_meta(chosen: Fitted) -> Fitted:
     """The form for the same operators without memory: for bodies that are only looked at."""
     meta = torch.device("meta")
-    return fit(chosen.form, [replace(shape, device=meta) for shape in chosen.shapes])
+    return fit(chosen.form, [replace(s, device=meta) for s in chosen.shapes], chosen.held)
 
 
 PAIRS = 16
@@ -219,12 +243,12 @@ def gather_sites(
     matched: MatchResult,
     templates: Mapping[str, Template] = MappingProxyType({}),
     legality: Callable[[Operator], str | None] = lambda operator: None,
+    rigid: Callable[[Sequence[HiddenSites]], Iterable[tuple[HiddenSites, str]]] = all_rigid,
 ) -> tuple[tuple[Site, ...], tuple[Group, ...], dict[str, str]]:
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done, but for those whose
-    output is narrowed.
+    weights that a rule would narrow the input of why that cannot be done.
 
     Args:
         model: the working copy.
@@ -232,10 +256,11 @@ def gather_sites(
         matched: what the rules match in it.
         templates: of the rules, by the names of the forms that they stand for.
         legality: why an operator cannot be rewritten; None if it can.
+        rigid: which hidden values cannot have fewer channels, though by the graph they can.
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
-    hidden: list[tuple[str, tuple[str, ...], Match]] = []
+    hidden: list[HiddenSites] = []
     refused: dict[str, str] = {}
     protected = {match.weight: match.rule_id for match in matched.protected}
     matches = {match.weight: match for match in matched.matches}
@@ -243,27 +268,37 @@ def gather_sites(
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
         if wanted := hidden_forms(match.forms):
-            found = hidden_value(recording, consumer)
-            producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
+            found = hidden_value(model, recording, consumer)
+            makers = [] if isinstance(found, str) else [operators[n] for n in found.weighted]
             reason = found if isinstance(found, str) else None
-            for each in (*producers, consumer):
+            for each in (*makers, consumer):
                 own = matches.get(str(each.weight))
                 if each.weight in protected:
                     reason = f"{each.path} is kept dense by rule {protected[str(each.weight)]}"
-                elif operator_path(model, each.path) != each.path:
-                    reason = reason or f"a function applies the weight of {each.path}"
-                elif own is not None and own.group is not None:
-                    reason = reason or f"{each.path} is in a group of equal ranks"
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
-            if reason is not None:
+                elif own is not None and own is not match and own.group is not None:
+                    reason = reason or f"{each.path} is in a group of equal ranks"
+                elif obstacle := resize_obstacle(model, each.path):
+                    reason = reason or obstacle
+            if isinstance(found, str) or reason is not None:
                 refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
-            for producer in producers:
-                alone = replace(match, weight=str(producer.weight), forms=(), group=None)
-                _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
-            weights = (*(str(each.weight) for each in producers), match.weight)
-            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match))
+            weights = (*(str(each.weight) for each in makers), match.weight)
+            name = f"{consumer.path}{AND_INPUT}"
+            paths = (*(each.path for each in makers), consumer.path)
+            hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
+    for value, why in rigid(hidden):
+        refused[value.match.weight] = f"{listed(value.match)}: {why}"
+    hidden = [value for value in hidden if value.match.weight not in refused]
+    equal, unequal = equal_widths(hidden, matched, refused)
+    refused |= unequal
+    hidden = [value for value in hidden if value.match.weight not in refused]
+    first = {str(operator.weight): operator for operator in reversed(recording.operators)}
+    for value in hidden:
+        for weight in value.weights[:-1]:
+            alone = replace(value.match, weight=weight, forms=(), group=None)
+            _add_site(by_weight, model, recording, first[weight], matches.get(weight, alone))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -271,14 +306,18 @@ def gather_sites(
         *(
             _group(b.name, tuple(by_weight[weight] for weight in b.members), b, templates)
             for b in matched.bundles
+            if equal.isdisjoint(b.members)
         ),
         *(
-            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, True)
-            for name, weights, match in hidden
+            _group(h.name, tuple(map(by_weight.__getitem__, h.weights)), h.match, templates, h.held)
+            for h in hidden
         ),
     ]
-    makers = {weight for _, weights, _ in hidden for weight in weights}
-    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in makers}
+    inside = {weight for value in hidden for weight in value.weights}
+    for weight in refused.keys() - inside:
+        if reader := reader_of(model, recording, operators[matches[weight].operators[0]]):
+            refused[weight] += f"; its output can be narrowed: match {reader}, which reads it"
+    return sites, tuple(groups), refused
 
 
 def _add_site(
@@ -304,14 +343,23 @@ def _group(
     sites: tuple[Site, ...],
     match: Match | Bundle,
     templates: Mapping[str, Template],
-    hidden: bool = False,
+    held: tuple[PerChannel, ...] | None = None,
 ) -> Group:
-    """Sites with the forms that a match offers them."""
-    shapes = [site.shape for site in sites]
+    """Sites with the forms that a match offers them.
+
+    Args:
+        name: of the group.
+        sites: of it.
+        match: offers forms.
+        templates: by the names of the forms that they stand for.
+        held: of a hidden value, as of :class:`Group`; None for any other sites.
+    """
+    shapes, hidden = [site.shape for site in sites], held is not None
     channels = hidden_forms(match.forms)
     names = channels if hidden else [each for each in match.forms if each not in channels]
-    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
-    group = Group(name, sites, forms, match, hidden)
+    op = sites[0].op
+    forms = {each: fit(find_form(each, op, templates), shapes, held or ()) for each in names}
+    group = Group(name, sites, forms, match, hidden, held=held or ())
     if not hidden or isinstance(match, Bundle) or not match.then:
         return group
     return replace(group, narrowed=tuple(_narrowed(group, match, templates)))
@@ -331,7 +379,8 @@ def _narrowed(
         grid = np.linspace(0, full, WIDTHS + 2)[1:-1] if len(permitted) else ()
         for width in sorted({int(permitted[np.abs(permitted - at).argmin()]) for at in grid}):
             left = []
-            for member, (site, shape) in enumerate(zip(group.sites, form.left(width), strict=True)):
+            shapes = narrowed(group.shapes, width)
+            for member, (site, shape) in enumerate(zip(group.sites, shapes, strict=True)):
                 offered = forms_for(site.op, match.then)
                 forms = {
                     each: fit(find_form(each, site.op, templates), [shape]) for each in offered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,7 +136,10 @@ def _demand(
             for site in analysis.sites
             if site.name in analysis.decomposed.idle
         )
-        raise BudgetError(_impossible(budget, whole, rest + least) + _unmeasured(kept))
+        reasons = [*dict.fromkeys(analysis.refused.values())]
+        raise BudgetError(
+            _impossible(budget, whole, rest + least) + _unmeasured(kept) + _refused(reasons)
+        )
     return _Demand(
         Limit(
             keep=budget.keep, of=budget.of, unit=budget.unit, limit=limit, cost=dense,
@@ -153,11 +156,12 @@ def _impossible(budget: Budget, base: float, needed: float) -> str:
     while steps / 1e4 * base < needed:  # rounding
         steps += 1
     unit = UNITS[budget.unit]
+    of_what = f" (all {unit.text} are of the recorded batch)" if unit.per_row else ""
     return (
         f"the budget cannot be met: keep {budget.keep:g} of {unit.named(base)} {of} allows "
         f"{unit.amount(budget.keep * base)}, and these rules need at least "
         f"{unit.amount(needed)} (keep: {steps / 1e4:g}); raise keep, allow lower ranks (min_rank, "
-        "multiple_of) or match more operators"
+        f"multiple_of) or match more operators{of_what}"
     )
 
 
@@ -168,6 +172,13 @@ def _unmeasured(count: int) -> str:
         f"; {count} of the matched operators stay dense, as no influence of them on the output was "
         "measured (the warnings of a plan with a higher keep name them)"
     )
+
+
+def _refused(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f" (explain tells {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+    return f"; not every form is a choice: {reasons[0]}{more}"
 
 
 def _rule_demand(

@@ -24,7 +24,7 @@ from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import stages
 from fxcompress.report.sweep import Point, Sweep
-from fxcompress.rules import LoadedRules, Rules, read_rules, with_keep
+from fxcompress.rules import LoadedRules, Rules, read_rules, with_budget
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
 
@@ -37,6 +37,7 @@ def sweep(
     calibration: Iterable[Any] | None = None,
     *,
     keeps: Sequence[float] = KEEPS,
+    unit: str | None = None,
     evaluate: Evaluate | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -46,7 +47,7 @@ def sweep(
     """Plan a model for many budgets, and evaluate it at each if asked to.
 
     Args:
-        model, rules, calibration, examples, loss, forward, progress: as of
+        model, rules, calibration, unit, examples, loss, forward, progress: as of
             :func:`fxcompress.compile`.
         keeps: fractions that replace ``budget.keep`` of the rules.
         evaluate: from a model to a number, or several by name; the dense model is evaluated, too.
@@ -63,7 +64,7 @@ def sweep(
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
     model = unwrapped(model)
-    loaded = _by_keep(read_rules(rules), keeps)
+    loaded = _by_keep(read_rules(rules), keeps, unit)
     points: list[Point] = []
     dense: dict[str, float] = {}
     try:
@@ -93,11 +94,13 @@ def sweep(
     return Sweep(tuple(points), dense, complete=len(points) == len(loaded))
 
 
-def _by_keep(rules: LoadedRules, keeps: Iterable[float]) -> dict[float, LoadedRules]:
+def _by_keep(
+    rules: LoadedRules, keeps: Iterable[float], unit: str | None
+) -> dict[float, LoadedRules]:
     """The rules with every budget, largest first, each once."""
     if not isinstance(keeps, Iterable):
         raise BudgetError(f"keeps must be several fractions; for a single one, keeps=({keeps!r},)")
-    loaded = [with_keep(rules, keep) for keep in keeps]
+    loaded = [with_budget(rules, keep, unit) for keep in keeps]
     if not loaded:
         raise BudgetError("a sweep needs at least one keep")
     by_keep = {each.rules.budgets[0].keep: each for each in loaded}

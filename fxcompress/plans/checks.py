@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
+from fxcompress.forms.narrow import narrowed
 from fxcompress.operators.modules import parse_shape
+from fxcompress.operators.per_channel import PerChannel
 from fxcompress.pipeline.agreement import units
 from fxcompress.plans.layers import left, site_layers
-from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
+from fxcompress.plans.plan import Fidelity, Held, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
 Flaw = tuple[str, str]
@@ -119,6 +121,8 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
+    if site.held and not site.bundle:
+        yield "held", "it is for the last site of a bundle"
     yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
     if site.form is None:
         yield from _dense_problems(site, shape)
@@ -190,10 +194,13 @@ def _size_problems(
             yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+def _fitted(
+    form: str, op: str, plan: Plan, shapes: Sequence[Shape], held: Sequence[Held] = ()
+) -> Fitted | None:
     """A form for operators; None if there is none of that name for them."""
+    known = [PerChannel(each.name, each.parameters, each.bytes) for each in held]
     try:
-        return fit(find_form(form, op, plan.templates), shapes)
+        return fit(find_form(form, op, plan.templates), shapes, known)
     except (KeyError, ValueError):
         return None
 
@@ -206,12 +213,12 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _fitted(form, "linear", plan, own)
+    found = _fitted(form, first.op, plan, own, sites[-1].held)
     if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
         return
     if found is None or not isinstance(rank, int):
-        yield "op", f"{form} is for linear operators, and has one rank"
+        yield "op", f"{form} is for other operators, and has one rank"
         return
     if form in plan.templates and len(plan.templates[form].roles) != len(sites):
         yield "form", f"{form} is for {len(plan.templates[form].roles)} operators"
@@ -231,40 +238,32 @@ def _bundle_problems(
     if any(site.full_rank != full for site in sites) or len({site.rank for site in sites}) > 1:
         yield "rank", "its sites differ in rank"
         return
-    fixed = [unit for unit in first.after.units if not unit.per_row]
-    if isinstance(found.form, JointForm) and found.form.hidden:
-        for site, shape in zip(sites, found.left(rank), strict=True):
-            yield from _narrowed_problems(site, shape, plan, fixed)
-        return
-    if any(site.then is not None for site in sites):
-        yield "then", f"{form} leaves no operators with fewer channels"
     ranks = np.array([rank], dtype=np.int64)
     after = total_size(site.after for site in sites)
-    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
+    fixed = [unit for unit in after.units if not unit.per_row]
+    expected = {unit.word: int(unit.of_form(found, ranks)[0]) for unit in fixed}
+    then = [site for site in sites if site.then is not None]
+    if then and not (isinstance(found.form, JointForm) and found.form.hidden):
+        yield "then", f"{form} leaves no operators with fewer channels"
+        return
+    for site in then:
+        assert site.then is not None
+        shape = narrowed(own, rank)[site.member]
+        beside = _fitted(site.then.form, site.op, plan, [shape])
+        if beside is None or site.op not in beside.form.operators:
+            yield "then", f"{site.then.form} is no form for one {site.op}"
+            return
+        if misfit := beside.misfit():
+            yield "then", misfit
+            return
+        if site.then.full_rank != (full := beside.full_rank()):
+            yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {full}"
+            return
+        ranks = np.array([site.then.rank], dtype=np.int64)
+        for unit in fixed:
+            expected[unit.word] += int(unit.of_form(beside, ranks)[0]) - unit.of_operator(shape)
+    if any(after[unit.word] != expected[unit.word] for unit in fixed):
         yield "after", "they are not what the form has at this rank"
-
-
-def _narrowed_problems(
-    site: SitePlan, shape: Shape, plan: Plan, fixed: Sequence[CountedUnit]
-) -> Iterator[Flaw]:
-    """Of what a narrowed hidden value leaves of a site, an operator of a shape."""
-    if site.then is None:
-        if any(site.after[unit.word] != unit.of_operator(shape) for unit in fixed):
-            yield "after", f"{site.name} is not what {site.form} leaves"
-        return
-    found = _fitted(site.then.form, site.op, plan, [shape])
-    if found is None or site.op not in found.form.operators:
-        yield "then", f"{site.then.form} is no form for one {site.op}"
-        return
-    if misfit := found.misfit():
-        yield "then", misfit
-        return
-    if site.then.full_rank != found.full_rank():
-        yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {found.full_rank()}"
-        return
-    ranks = np.array([site.then.rank], dtype=np.int64)
-    if any(site.after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
-        yield "after", f"{site.name} is not what {site.then.form} has at this rank"
 
 
 def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
@@ -272,8 +271,10 @@ def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
     if len({shape.dtype for shape in shapes}) > 1:
         return "its sites differ in type or input"
     if isinstance(found.form, JointForm) and found.form.hidden:
-        widths = {shape.out_features for shape in shapes[:-1]}
-        return None if widths == {shapes[-1].in_features} else "its last site reads other channels"
+        if any(shape.out_features % shapes[-1].in_features for shape in shapes[:-1]):
+            return "its last site reads other channels"
+        grouped = any(s.matrix[0] > 1 and not s.is_channelwise for s in shapes[:-1])
+        return "its sites have groups of channels" if grouped or shapes[-1].matrix[0] > 1 else None
     alike = len({shape.in_features for shape in shapes}) == 1
     return None if alike else "its sites differ in type or input"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from fxcompress.forms import Body, Fitted, find_form, fit
+from fxcompress.forms.narrow import narrowed
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Part, Plan, SitePlan
 
@@ -17,19 +18,19 @@ def layers(body: Body) -> list[tuple[Part, ...]]:
     What is shared stands with the first, its paths below ``shared``.
     """
     if body.kept is not None:  # smaller layers of the same kind, in the places of these
-        return [(_layer("", head.get_submodule("linear")),) for head in body.heads]
+        return [(_layer("", head.get_submodule("layer")),) for head in body.heads]
     shared = () if body.shared is None else _parts(body.shared, "shared.")
     heads = [_parts(head) for head in body.heads]
     return [(*shared, *heads[0]), *heads[1:]]
 
 
-def left(site: SitePlan, plan: Plan, narrowed: Fitted) -> Fitted:
+def left(site: SitePlan, plan: Plan, beside: Fitted) -> Fitted:
     """The form that a site takes beside a narrowing, for what that leaves of it.
 
     Args:
         site: of a hidden value that is narrowed.
         plan: that it is of.
-        narrowed: the form of the hidden value.
+        beside: the form of the hidden value.
 
     Raises:
         KeyError: there is no form of that name.
@@ -37,7 +38,7 @@ def left(site: SitePlan, plan: Plan, narrowed: Fitted) -> Fitted:
     assert site.then is not None
     _, width, member = site.narrowing
     form = find_form(site.then.form, site.op, plan.templates)
-    return fit(form, [narrowed.left(width)[member]])
+    return fit(form, [narrowed(beside.shapes, width)[member]])
 
 
 def site_layers(sites: Sequence[SitePlan], bodies: Mapping[str, Body]) -> list[tuple[Part, ...]]:

@@ -78,7 +78,7 @@ class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]
 
     Attributes:
         parameters: number of parameter entries.
-        macs: multiply-accumulates for the recorded example.
+        macs: multiply-accumulates for the whole recorded batch.
         bytes: parameters and buffers as stored.
     """
 
@@ -191,6 +191,19 @@ AND_INPUT = " and its input"
 """Ends the name of a bundle that is a hidden value, after the path of what reads it."""
 
 
+class Held(_Frozen):
+    """What a module, or a parameter by itself, has of every channel of a narrowed hidden value.
+
+    Attributes:
+        name: of the module or of the parameter.
+        parameters, bytes: of one channel.
+    """
+
+    name: str
+    parameters: Whole
+    bytes: Whole
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -224,6 +237,7 @@ class SitePlan(_Frozen):
         reason: why it stays dense; empty if it was rewritten.
         spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
             to the last.
+        held: of the last site of a narrowed hidden value, what else goes with its channels.
     """
 
     name: str
@@ -253,6 +267,7 @@ class SitePlan(_Frozen):
     reason: str = ""
     spectrum: tuple[float, ...] = ()
     applied: Literal["", "as stored", "transposed"] = ""
+    held: tuple[Held, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -473,6 +488,62 @@ class HeldBack(_Frozen):
     error: float | None
 
 
+class Batch(_Frozen):
+    """The batch that graphs were recorded on: multiply-accumulates and times are of all of it.
+
+    Attributes:
+        samples: how many it holds, by the first extent of its tensors; None if they differ in it.
+        shapes: of its tensors, each once.
+    """
+
+    samples: Annotated[int, Field(ge=1)] | None = None
+    shapes: tuple[tuple[Whole, ...], ...] = ()
+
+
+Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+Ratio = Annotated[float, Field(gt=0, le=1e18)]
+
+NOTICED = 0.97
+"""Models that are this many times as fast or faster are not called slower."""
+
+
+NOT_TIMED = "the forward time was not measured: "
+"""What the warning of a model that could not be timed begins with."""
+
+
+class Speed(_Frozen):
+    """Forward passes over the recorded batch, by the dense and the compressed model in turns.
+
+    Attributes:
+        before, after: seconds that a pass takes, the medians.
+        spread: quartiles of ``before / after`` over pairs of passes.
+        pairs: how many these are.
+        machine: processor or GPU, and version of torch.
+        device: type of it, ``"cpu"`` or ``"cuda"``.
+        threads: that torch had.
+        dtype: of the parameters.
+    """
+
+    before: Seconds
+    after: Seconds
+    spread: tuple[Ratio, Ratio]
+    pairs: Annotated[int, Field(ge=1)]
+    machine: str
+    device: str
+    threads: Whole
+    dtype: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the dense model the compressed one is."""
+        return self.before / self.after
+
+    @property
+    def slower(self) -> bool:
+        """Whether the compressed model is slower, beyond the noise: in three pairs of four."""
+        return self.ratio < NOTICED and self.spread[1] < 1
+
+
 class Round(_Frozen):
     """One attempt at a round of ISVT: a thresholding, and gradient steps after it.
 
@@ -519,6 +590,8 @@ class Plan(_Frozen):
             has none.
         held_back: the model measured on the batches that the metric did not see; None if it is
             not rewritten yet, or nothing was held back.
+        batch: what multiply-accumulates are counted for, and the forward pass is timed on.
+        speed: forward time of the dense and the compressed model; None if it was not measured.
         budget: the budget and how it was met; the first of several.
         limits: the other budgets, and those of single rules.
         sites: every matched site, in graph order.
@@ -547,6 +620,8 @@ class Plan(_Frozen):
     calibration: dict[str, int | str]
     damping: tuple[float, ...] = ()
     held_back: HeldBack | None = None
+    batch: Batch = Batch()
+    speed: Speed | None = None
     budget: BudgetOutcome
     limits: tuple[Limit, ...] = ()
     sites: tuple[SitePlan, ...]

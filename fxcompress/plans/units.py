@@ -18,11 +18,13 @@ class Unit(ABC):
         word: as rule files and plans have it.
         text: as reports have it.
         one: a single one, ``"parameter"``.
+        per_row: whether it is counted for every row of the recorded batch, or once for the weights.
     """
 
     word: str
     text: str
     one: str
+    per_row = False
 
     def amount(self, number: float) -> str:
         """An amount to the last digit: ``884,736``."""
@@ -37,11 +39,9 @@ class CountedUnit(Unit):
     """A unit that follows from shapes, exactly; biases count.
 
     Attributes:
-        per_row: whether it counts for every row of the recorded example, or once for the weights.
         exact: whether tables show all digits.
     """
 
-    per_row = False
     exact = False
 
     @abstractmethod
@@ -103,7 +103,7 @@ class _Parameters(CountedUnit):
 
 
 class _Macs(CountedUnit):
-    """Multiply-accumulates of the recorded example; adding a bias is none."""
+    """Multiply-accumulates of the whole recorded batch; adding a bias is none."""
 
     word, text, one = "macs", "MACs", "MAC"
     per_row = True

@@ -26,10 +26,12 @@ class Entry:
     Attributes:
         sites: in the terminal those that are alike, on the page all below a module; never empty.
         measured: what was measured, by the name of a site; a bundle's stands with each member.
+        samples: of the recorded batch, which amounts for its rows are divided by.
     """
 
     sites: tuple[SitePlan, ...]
     measured: Mapping[str, MeasuredSite]
+    samples: int = 1
 
     @cached_property
     def before(self) -> Size:
@@ -66,7 +68,8 @@ class Column:
         order: what the page sorts by, None if it does not.
         brief: head in the terminal, if that is another one.
         width: in the terminal, in characters.
-        group: head above it and its neighbours of the same group.
+        group: head above it and its neighbours of the same group; ``{per}`` stands for what
+            amounts of the recorded batch are shown for.
         left: whether the page aligns it to the left.
         title: what the page shows when a cell is pointed at.
         share: of a bar beside the cell on the page.
@@ -100,12 +103,13 @@ def _kept_alike(entry: Entry) -> str:
 def _size(unit: CountedUnit, when: str) -> Column:
     """Column of an amount before or after."""
 
-    def total(entry: Entry) -> int:
-        return (entry.before if when == "before" else entry.after)[unit.word]
+    def total(entry: Entry) -> float:
+        whole = (entry.before if when == "before" else entry.after)[unit.word]
+        return whole / entry.samples if unit.per_row else whole
 
     return Column(
         head=when,
-        group=unit.text,
+        group=f"{unit.text}{{per}}" if unit.per_row else unit.text,
         below=lambda entry: (count if unit.exact else short)(total(entry)),
         title=lambda entry: "" if unit.exact else count(total(entry)),
         order=total,
@@ -172,14 +176,14 @@ def _predicted(entry: Entry) -> float:
 def _elsewhere(entry: Entry) -> str:
     """``with down_proj`` where the loss of a hidden value stands beside what reads it."""
     names = {
-        "" if site.then or site.reader in ("", site.name) else _beside(site.reader, site.name)
+        "" if site.then or site.reader in ("", site.name) else beside(site.reader, site.name)
         for site in entry.sites
     }
     first = names.pop()
     return f"with {first}" if first and not names else ""
 
 
-def _beside(path: str, other: str) -> str:
+def beside(path: str, other: str) -> str:
     """A path as it is within the innermost module around two operators."""
     return below(path, common(parent(path), parent(other)))
 
@@ -260,3 +264,8 @@ def head(column: Column, plan: Plan, *, brief: bool = False) -> str:
     """Head of a column, on the page or in the terminal."""
     text = column.brief if brief and column.brief else column.head
     return text.format(loss=loss_label(plan.loss_unit))
+
+
+def group(column: Column, plan: Plan) -> str:
+    """Head above a column and its neighbours, on the page."""
+    return column.group.format(per=" per batch" if plan.batch.samples is None else " per sample")

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import groupby
 
 from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
-from fxcompress.report.columns import PAGE, Column, Entry, head, measured_sites, shown
+from fxcompress.report.columns import PAGE, Column, Entry, group, head, measured_sites, shown
 from fxcompress.report.descent import descent, rounds_lines
 from fxcompress.report.plot import DECADES, Line, Plot, decades, indices, template
 from fxcompress.report.quantities import loss_label
@@ -26,7 +26,7 @@ class Row:
     Attributes:
         label: path relative to the row above (``"model.layers"`` if nothing branches off).
         path: full path.
-        measured: by name of a site, as :class:`Entry` has it.
+        measured, samples: as :class:`Entry` has them.
         site: what it is itself, None if it only holds others.
         sites: every site at or below it.
         children: by the next component of the path.
@@ -38,6 +38,7 @@ class Row:
     label: str
     path: str
     measured: Mapping[str, MeasuredSite]
+    samples: int = 1
     site: SitePlan | None = None
     sites: list[SitePlan] = field(default_factory=list)
     children: dict[str, Row] = field(default_factory=dict)
@@ -49,11 +50,11 @@ class Row:
     @cached_property
     def entry(self) -> Entry:
         """What the columns are about."""
-        return Entry(tuple(self.sites), self.measured)
+        return Entry(tuple(self.sites), self.measured, self.samples)
 
     def child(self, name: str, path: str) -> Row:
         """The row of this name, made if there is none."""
-        return self.children.setdefault(name, Row(name, path, self.measured))
+        return self.children.setdefault(name, Row(name, path, self.measured, self.samples))
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
         rounds_lines=rounds_lines(plan),
         descent=descent(plan),
         heads=_heads(columns, plan),
-        groups=[(name, len([*each])) for name, each in groupby(each.group for each in columns)],
-        rows=tree_rows(plan.sites, measured),
+        groups=[
+            (name, len([*each]))
+            for name, each in groupby(group(column, plan) for column in columns)
+        ],
+        rows=tree_rows(plan.sites, measured, plan.batch.samples or 1),
         spectrum=spectrum_plot,
         unchanged=unchanged,
         text=text,
@@ -88,22 +92,24 @@ def render(plan: Plan, unchanged: tuple[Unchanged, ...], text: str) -> str:
 
 def _heads(columns: Sequence[Column], plan: Plan) -> list[Head]:
     """Heads of all columns but the first, which has the names of modules."""
-    heads, sortable, group = [], 0, ""
+    heads, sortable, above = [], 0, ""
     for column in columns:
         sortable += column.order is not None
         at = sortable if column.order is not None else None
-        edge, left = "edge " * (column.group != group), "left" * column.left
+        edge, left = "edge " * (column.group != above), "left" * column.left
         heads.append(Head(head(column, plan), column, edge + left, at))
-        group = column.group
+        above = column.group
     return heads
 
 
-def tree_rows(sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite]) -> list[Row]:
+def tree_rows(
+    sites: Sequence[SitePlan], measured: Mapping[str, MeasuredSite], samples: int = 1
+) -> list[Row]:
     """The module tree of the sites, depth first, in graph order.
 
     It is open down to the first module that branches, so thirty blocks are thirty rows.
     """
-    root = Row("", "", measured)
+    root = Row("", "", measured, samples)
     for site in sites:
         row = root
         for component in site.name.split("."):

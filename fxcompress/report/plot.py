@@ -11,7 +11,7 @@ from importlib.resources import files
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from fxcompress.report import summary
-from fxcompress.report.quantities import count, loss, percent, with_error
+from fxcompress.report.quantities import count, duration, loss, percent, with_error
 
 DECADES = 8
 """Values that are smaller than the largest by more decades stand at the low end of an axis."""
@@ -164,6 +164,6 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         loader=FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
     )
-    environment.filters.update(count=count, loss=loss)
+    environment.filters.update(count=count, duration=duration, loss=loss)
     environment.globals.update(percent=percent, with_error=with_error, summary=summary)
     return environment.get_template(name)

@@ -33,6 +33,21 @@ def short(number: float) -> str:
     return f"{number:.{digits}f}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds to three digits: ``1.42 s``, ``36.2 ms``, ``812 µs``.
+
+    >>> duration(0.03617), duration(0.9999), duration(61.23)
+    ('36.2 ms', '1.00 s', '61.2 s')
+    """
+    factor, unit = next(
+        ((factor, unit) for factor, unit in ((1, "s"), (1e3, "ms")) if factor * seconds >= 0.9995),
+        (1e6, "µs"),
+    )
+    number = factor * seconds
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    return f"{number:.{digits}f} {unit}"
+
+
 def loss(number: float) -> str:
     """A predicted loss: ``0.0031``, and ``3.1e-05`` where four digits would show nothing."""
     if number == 0:

@@ -71,12 +71,13 @@ class Sweep:
         return next(point.plan for point in self.points if point.plan is not None)
 
     def __str__(self) -> str:
-        """Measured values are the last columns; two short ones keep to 100 characters.
+        """Measured values are the last columns; a short one keeps to 100 characters.
 
         ::
 
             sweep of LlamaForCausalLM: rules decoder.yaml, metric kfac
             keep is of the parameters of the matched operators, sizes are of the model
+            MACs are per sample; the recorded batch: 2 samples of 512
 
               keep   parameters    kept   MACs  bytes   rewritten  predicted KL  perplexity
              dense  134,515,008  100.0%  68.9G   538M                               25.6466
@@ -98,6 +99,7 @@ class Sweep:
             [
                 f"sweep of {summary.model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
                 f"keep is of the {self.whole}, sizes are of the model",
+                *self._per_row(),
             ],
             table,
             impossible,
@@ -111,6 +113,16 @@ class Sweep:
         if not self.complete:
             sections.append(["interrupted: the smaller budgets are missing"])
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+    def _per_row(self) -> list[str]:
+        """What the columns of amounts for rows of the recorded batch are for."""
+        plan = self._first
+        units = [unit for unit in plan.model_before.units if unit.per_row]
+        return [
+            f"{unit.text} are{summary.per(plan, unit)}; {line}"
+            for unit in units
+            for line in summary.batch_lines(plan)
+        ]
 
     def _judged(self) -> list[str]:
         """What the column of measured losses is about."""
@@ -130,13 +142,16 @@ class Sweep:
             columns.append([head, dense, *map(cell, plans)])
 
         for unit in size.units:
-            sizes = [size[unit.word], *(plan.model_after[unit.word] for plan in plans)]
+            whole = (size[unit.word], *(plan.model_after[unit.word] for plan in plans))
+            sizes = [summary.shown(first, unit, amount) for amount in whole]
             columns.append([unit.text, *map(count if unit.exact else short, sizes)])
             if unit.exact:
                 columns.append(["kept", *(percent(after, sizes[0]) for after in sizes)])
         if not isinstance(budget, CountedUnit):
             dense = budget.amount(first.budget.dense)
             column("time", dense, lambda plan: budget.amount(plan.budget.cost))
+        if any(plan.speed is not None for plan in plans):
+            column("faster", "", lambda p: f"{p.speed.ratio:.2f}×" if p.speed else "")
         column("rewritten", "", lambda plan: f"{len(plan.rewritten)} of {len(plan.sites)}")
         if any(plan.held_back is not None for plan in plans):
             column("held back", "", lambda p: loss(p.held_back.measured) if p.held_back else "")
@@ -182,6 +197,7 @@ class Sweep:
             "metric": plan.metric,
             "loss_unit": plan.loss_unit,
             "calibration": dict(plan.calibration),
+            "batch": plan.batch.model_dump(mode="json"),
             "dense": _finite(self.dense),
             "points": [_entry(point) for point in self.points],
             "complete": self.complete,
@@ -218,6 +234,7 @@ def _entry(point: Point) -> dict[str, Any]:
         "keep": point.keep,
         "budget": {**plan.budget.model_dump(mode="json"), "gap": plan.budget.gap},
         "totals": [{**asdict(total), "kept": total.kept} for total in summary.totals(plan)],
+        "speed": summary.speed_json(plan),
         "rewritten": len(plan.rewritten),
         "forms": {site.name: site.form for site in plan.sites},
         "ranks": {site.name: site.model_dump(mode="json")["rank"] for site in plan.sites},

@@ -32,6 +32,7 @@ def plan_table(plan: Plan) -> str:
         f"plan for {summary.model_name(plan)}: rules {plan.rules}, metric {plan.metric}",
         summary.rewritten_text(plan),
         summary.held_back_line(plan),
+        summary.speed_line(plan),
     ]
     if plan.calibration:
         facts = ", ".join(f"{name} {value}" for name, value in plan.calibration.items())
@@ -44,7 +45,7 @@ def plan_table(plan: Plan) -> str:
         *summary.fidelity_lines(plan),
         *rounds_lines(plan),
     ]
-    sections = [about, lines, summary.totals_lines(plan)]
+    sections = [about, lines, [*summary.totals_lines(plan), *summary.batch_lines(plan)]]
     groups = fold_blocks(plan.rewritten)
     if groups:
         columns, measured = shown(TERMINAL, plan), measured_sites(plan)

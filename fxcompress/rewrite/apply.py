@@ -14,6 +14,7 @@ from fxcompress.forms import Body, Shape, find_form, fit
 from fxcompress.graph.canonical import canonicalize
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import kind_of, shape_of
+from fxcompress.operators.per_channel import per_channel
 from fxcompress.plans.layers import left
 from fxcompress.plans.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.applied import hold_planned
@@ -78,7 +79,8 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
     with substituting(model) as places:
         for name, sites in plan.groups.items():
             form = find_form(sites[0].choice[0], sites[0].op, plan.templates)
-            substitute(model, bodies[name], form, [_origin(site) for site in sites], places)
+            held = [each.name for each in sites[-1].held]
+            substitute(model, bodies[name], form, [_origin(site) for site in sites], places, held)
             for site in sites:
                 if site.then is not None:
                     form = find_form(site.then.form, site.op, plan.templates)
@@ -120,7 +122,7 @@ def mismatches(model: nn.Module, plan: Plan) -> str:
             problems.append(f"{site.name} is a {type(module).__name__}, not a {site.op} layer")
         elif module in places:
             problems.append(f"{site.name} is the same layer as {places[module]}")
-        elif reason := _unfit(site, shape, plan):
+        elif (reason := _unfit(site, shape, plan)) or (reason := _not_held(reference, site)):
             problems.append(f"{site.name}: {reason}")
         places[module] = site.name
     if not problems and isinstance(reference, fx.GraphModule):
@@ -142,6 +144,15 @@ def _unfit(site: SitePlan, shape: Any, plan: Plan) -> str | None:
     if site.form is None or site.bundle:
         return None
     return fit(find_form(site.form, site.op, plan.templates), [shape]).misfit()
+
+
+def _not_held(model: nn.Module, site: SitePlan) -> str | None:
+    """What has other entries of the channels that a site reads than the plan says."""
+    for each in site.held:
+        found = per_channel(model, each.name, site.in_features)
+        if isinstance(found, str) or found.parameters != each.parameters:
+            return f"{each.name} has no {each.parameters} parameters of each channel"
+    return None
 
 
 def _reads(model: fx.GraphModule, path: str) -> tuple[Any, ...]:

@@ -6,17 +6,18 @@ graph*; in any other module the leaf is replaced by a facade that runs the same 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxcompress.forms import Body, Form, JointForm, Rank
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import shape_of
+from fxcompress.operators.per_channel import keep_channels
+from fxcompress.operators.resize import resize
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
@@ -72,6 +73,7 @@ def substitute(
     form: Form | JointForm,
     origins: Sequence[Provenance],
     places: Substituted,
+    held: Collection[str] = (),
 ) -> None:
     """Replace the operators at ``origins`` by a body; changes ``model``.
 
@@ -85,6 +87,7 @@ def substitute(
         form: of the body.
         origins: what is replaced, and why.
         places: of the modules and calls of ``model``.
+        held: of a hidden value, names of modules and parameters with entries of its channels.
     """
     originals = [operator_at(model, origin.site) for origin in origins]
     if body.shared is not None:
@@ -93,13 +96,7 @@ def substitute(
         _take_over(head, [original])
     calls = [places.calls.get(origin.site, ()) for origin in origins]
     if body.kept is not None:
-        for original, head, origin, nodes in zip(
-            originals, body.heads, origins, calls, strict=True
-        ):
-            places.modules.replace(original, _resized(original, head.get_submodule("linear")))
-            for node in nodes:
-                node.meta = {**node.meta, **_meta(node, origin)}
-        _forget_values([node for nodes in calls[:-1] for node in nodes], {*calls[-1]})
+        _narrow(model, body, origins, held, calls)
         return
     if all(calls):
         assert isinstance(model, fx.GraphModule)
@@ -116,21 +113,23 @@ def substitute(
         places.modules.replace(original, facade)
 
 
-def _resized(original: nn.Module, layer: nn.Module) -> nn.Module:
-    """A layer of the class of another one, with the weight, bias and sizes of a linear layer."""
-    assert isinstance(layer.weight, Tensor)
-    made = copy.copy(original)
-    made.__dict__ = {**original.__dict__, "_parameters": dict(original._parameters)}
-    shape = shape_of(original)
-    weight = shape.stored(layer.weight.detach())
-    made._parameters["weight"] = nn.Parameter(weight, layer.weight.requires_grad)
-    if layer.bias is not None:
-        made._parameters["bias"] = layer.bias  # type: ignore[assignment]
-    m, n = layer.weight.shape
-    for name, value in {"in_features": n, "out_features": m, "nx": n, "nf": m}.items():
-        if name in made.__dict__:
-            made.__dict__[name] = value
-    return made
+def _narrow(
+    model: nn.Module,
+    body: Body,
+    origins: Sequence[Provenance],
+    held: Collection[str],
+    calls: Sequence[Sequence[fx.Node]],
+) -> None:
+    """Leave the channels of a hidden value that are kept; every module stays in its place."""
+    assert body.kept is not None
+    channels = shape_of(operator_at(model, origins[-1].site)).in_features
+    for head, origin, nodes in zip(body.heads, origins, calls, strict=True):
+        resize(model, origin.site, head.get_submodule("layer"))
+        for node in nodes:
+            node.meta = {**node.meta, **_meta(node, origin)}
+    for name in held:
+        keep_channels(model, name, body.kept, channels)
+    _forget_values([node for nodes in calls[:-1] for node in nodes], {*calls[-1]})
 
 
 def _forget_values(nodes: Sequence[fx.Node], ends: Collection[fx.Node]) -> None:

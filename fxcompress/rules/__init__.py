@@ -6,7 +6,7 @@ rules and a recorded graph into matches and explanations.
 
 from fxcompress.rules.language.completion import json_schema
 from fxcompress.rules.language.diagnostics import choices, suggest
-from fxcompress.rules.language.given import Rules, at_progress, read_rules, with_keep
+from fxcompress.rules.language.given import Rules, at_progress, read_rules, with_budget
 from fxcompress.rules.language.globs import compile_globs
 from fxcompress.rules.language.loader import LoadedRules, load_rules, parse_rules
 from fxcompress.rules.language.presets import preset_names, preset_path
@@ -64,5 +64,5 @@ __all__ = [
     "read_rules",
     "run_cases",
     "suggest",
-    "with_keep",
+    "with_budget",
 ]

@@ -33,7 +33,8 @@ from fxcompress.errors import LoadError, RewriteError, SaveError
 from fxcompress.plans.plan import Plan, attach_plan, plan_of
 from fxcompress.saved.load import METHOD, PLAN, parse_plan, rewrite_empty
 from fxcompress.saved.pretrained import SAVE_ID
-from fxcompress.saved.save import require_unchanged, save_id, storable
+from fxcompress.saved.save import require_unchanged, save_id
+from fxcompress.saved.tensors import storable
 
 MARKER = 1
 """Entries of a marker: no weight of a layer has this shape, for all of them are matrices."""

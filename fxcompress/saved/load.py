@@ -59,6 +59,14 @@ PLAN = "plan.json"
 METHOD = "fxcompress"
 """``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.saved.hf`)."""
 
+FOREIGN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weights that ``from_pretrained`` takes for those of the config that is saved beside them."""
+
 MOST_BYTES = 256 * 2**20
 """Of ``plan.json``; a plan of a thousand layers has a few millions."""
 
@@ -347,7 +355,13 @@ def _read_plan_file(directory: Path, *, parts: bool) -> Plan:
             raise LoadError(f"{path} cannot be read: it has more than {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
+        why = "not a directory written by fxcompress.save"
+        if (directory / CONFIGS[0]).exists() and any((directory / n).exists() for n in FOREIGN):
+            why = (
+                f"{directory} holds an ordinary Hugging Face model (a plain checkpoint is one, "
+                "too), which from_pretrained loads; it has no plan"
+            )
+        raise LoadError(f"{path} is missing: {why}") from error
     except (ValueError, OSError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     return parse_plan(text, path, parts=parts)

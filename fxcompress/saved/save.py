@@ -24,26 +24,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcompress.errors import LoadError, SaveError
 from fxcompress.files import one_at_a_time, replace_files, try_directory
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.plan import FORMAT, Plan, plan_of, rewritten_structure
 from fxcompress.plans.structure import changes, structure_of
-from fxcompress.saved.load import METHOD, PLAN, WEIGHTS, rebuilt
+from fxcompress.saved.load import FOREIGN, METHOD, PLAN, WEIGHTS, rebuilt
+from fxcompress.saved.plain import save_plain
 from fxcompress.saved.pretrained import CONFIGS, SAVE_ID
-
-FOREIGN = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Weights that ``from_pretrained`` would take for those of the config that is saved beside them."""
+from fxcompress.saved.tensors import storable
 
 
-def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
+def save(model: nn.Module, directory: str | PathLike[str], *, plain: bool = False) -> Path:
     """Write a compressed model: weights, plan and, for a Hugging Face model, its config.
 
     A save that is in the directory already stays loadable until the new one is complete.
@@ -52,6 +45,10 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
         model: came from :func:`fxcompress.compile` or :func:`fxcompress.load`; may be wrapped by
             ``torch.compile`` or for data parallelism.
         directory: made if it is missing.
+        plain: write what ``save_pretrained`` writes of a dense model of that size, without a plan:
+            other programs load it, and ``from_pretrained`` where this package is not installed.
+            For Hugging Face models whose layers have sizes that some config gives: those that are
+            narrowed only, to equal widths.
 
     Returns:
         The directory.
@@ -59,9 +56,12 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> Path:
     Raises:
         RewriteError: the model carries no plan.
         SaveError: it was changed since, or holds something that cannot be stored, so that it could
-            not be loaded again; or the files cannot be written.
+            not be loaded again; or the files cannot be written.  Or it is to be a plain checkpoint,
+            and no config of its class gives its sizes.
     """
     plan = plan_of(model)
+    if plain:
+        return save_plain(unwrapped(model), plan, Path(directory))
     model = unwrapped(model)
     tensors = storable(model)
     require_unchanged(model)
@@ -132,80 +132,6 @@ def require_unchanged(model: nn.Module) -> None:
             "after loading (merge or unload adapters, unwrap layers), or change the model before "
             "it is compressed"
         )
-
-
-def storable(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model as plain tensors, tied ones once.
-
-    Raises:
-        SaveError: something in the state is no tensor, or a kind of tensor that a safetensors file
-            cannot hold.
-    """
-    state: Mapping[str, Any] = model.state_dict()
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for name, value in state.items():
-        if problem := _problem(value):
-            raise SaveError(f"{_owner(model, name)} cannot be saved: {name} {problem}")
-        tensor: Tensor = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
-            continue  # a tied weight
-        seen.add(place)
-        own = tensor.cpu().contiguous()
-        # What shares memory with another tensor without being the same is stored by itself.
-        tensors[name] = own.clone() if _partly(own) else own
-    return tensors
-
-
-def _partly(tensor: Tensor) -> bool:
-    """Whether a tensor is a part of a larger piece of memory."""
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _problem(value: Any) -> str:
-    """Why a value of a state dict cannot be stored; empty if it can."""
-    if not isinstance(value, Tensor):
-        return (
-            f"is a {type(value).__name__}, not a tensor (extra state of get_extra_state, or packed "
-            "weights of a quantized layer): keep it in buffers, or quantize after loading"
-        )
-    if is_traceable_wrapper_subclass(value):
-        return (
-            f"is a {type(value).__name__}, which a file of plain tensors cannot hold: turn it into "
-            "one first (dequantize it, or gather what is sharded)"
-        )
-    if value.is_meta:
-        return (
-            "is on the meta device, without values: load it into memory first (accelerate leaves "
-            "it there if it offloads a layer: load the model without offloading)"
-        )
-    if value.layout != torch.strided or value.is_quantized or value.is_nested:
-        return "is a sparse, nested or quantized tensor: make it a dense one (to_dense, dequantize)"
-    if value.dtype not in _TYPES:
-        return f"has the type {value.dtype}, which safetensors does not store"
-    return ""
-
-
-_TYPES = frozenset(
-    getattr(torch, name)
-    for name in (
-        "float64", "float32", "float16", "bfloat16", "complex64", "bool",
-        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
-        "float8_e4m3fn", "float8_e5m2",
-    )
-)  # fmt: skip
-
-
-def _owner(model: nn.Module, name: str) -> str:
-    """The module that an entry of the state dict belongs to, in words."""
-    path = name.rpartition(".")[0]
-    while path:
-        try:
-            return f"{path} ({type(model.get_submodule(path)).__name__})"
-        except AttributeError:
-            path = path.rpartition(".")[0]
-    return f"this {type(model).__name__}"
 
 
 def _configs(model: nn.Module) -> dict[str, str]:

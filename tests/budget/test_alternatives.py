@@ -379,10 +379,6 @@ def test_names_that_clash_are_named(given: list[Entity], message: str) -> None:
     ("make", "message"),
     [
         (lambda: mode("single", "q", "q"), "mode 'single': its member 'q' is in it already"),
-        (
-            lambda: Mode("single", (Candidate("g", 4.0, (), "all"),)),
-            "mode 'single': its member 'g' is in group 'all'",
-        ),
         (lambda: Mode("8", (), -1.0), "mode '8': loss must be finite and not negative"),
         (lambda: Mode("8", (), 0.0, math.inf), "mode '8': cost must be finite and not negative"),
         (lambda: Alternatives("b", ()), "alternatives 'b' have no mode"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from fxcompress.forms.pivoted import PIVOTED
-from fxcompress.plans.plan import Plan
+from fxcompress.plans.plan import Batch, Plan
 from fxcompress.report import diff_plan
 from tests.report.plans import llama, measured, parts, plan, shared, site, unmatched
 
@@ -43,6 +43,7 @@ def gpt2() -> Plan:
         loss_unit="squared error per output",
         uniform=True,
         warnings=("rule down matches nothing",),
+        batch=Batch(shapes=((2, 16), (3, 5, 7), (), (4,))),
     )
 
 

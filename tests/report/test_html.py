@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fxcompress.plans.plan import Plan
+from fxcompress.plans.plan import Batch, Plan
 from fxcompress.report import diff_plan
 from fxcompress.report.columns import (
     FORM,
@@ -259,6 +259,28 @@ def test_a_page_without_measurement_says_nothing_of_one(page: Page, compressed: 
     assert not [one for one in page.all("section") if one.get("id") == "fidelity"]
     assert fidelity_scatter(compressed) is None
     assert MEASURED not in shown(PAGE, compressed)
+
+
+def test_times_have_a_card(held_against: Page, page: Page) -> None:
+    text = " ".join(held_against.text.split())
+    assert "forward pass 1.06 times as fast 1.42 s → 1.34 s 1.04..1.08; cpu, 2 threads" in text
+    text = " ".join(page.text.split())
+    assert "forward pass not measured no time was taken when it was compressed" in text
+
+
+def test_amounts_of_the_batch_are_per_sample(page: Page, compressed: Plan) -> None:
+    text = " ".join(page.text.split())
+    before, after = compressed.model_before.macs // 2, compressed.model_after.macs // 2
+    assert "MACs per sample, of the model" in text
+    assert f"{before:,} → {after:,}" in text
+    assert "the recorded batch: 2 samples of 50" in text
+    assert "bytes, of the model" in text
+    whole = sum(site.before.macs for site in compressed.sites)
+    (top,) = [one for one in page.all("tr") if one.get("id") == "line-0"]
+    assert str(whole / 2) in str(top["data-sort"]).split()
+    unknown = Page(diff_plan(compressed.model_copy(update={"batch": Batch()})).to_html()).text
+    assert "MACs per batch" in unknown
+    assert "MACs per sample" not in unknown
 
 
 def test_identifiers_hold_with_a_measurement(held_against: Page) -> None:

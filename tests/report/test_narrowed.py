@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxcompress.plans.plan import AND_INPUT, Part, Plan, SitePlan, Size
+from fxcompress.plans.plan import AND_INPUT, Held, Part, Plan, SitePlan, Size
 from fxcompress.report import diff_plan
 from tests.report.plans import measured, plan, site
 
@@ -113,6 +113,30 @@ def test_two_hidden_values_in_one_block() -> None:
     mixed = [first[0], other[0], first[1], other[1]]
     text = str(diff_plan(plan(mixed)))
     assert text.index("+ b  ") < text.index("  c: 1,536 → 512 channels, read by d")
+
+
+def test_what_else_has_entries_of_channels_has_lines_of_its_own() -> None:
+    """The plan counts it with the first layer: there it is taken out again."""
+    first, reader = chain("net", ("0",), "3", 1024, LOST)
+    gone = 4 * (1536 - 1024)
+    size = first.after.parameters
+    first = first.model_copy(
+        update={"after": Size({**first.after.root, "parameters": size - gone})}
+    )
+    held = (Held(name="net.1", parameters=4, bytes=32), Held(name="net.2", parameters=0, bytes=8))
+    reader = reader.model_copy(update={"held": held})
+    text = str(diff_plan(plan([first, reader])))
+    assert (
+        "- 0                   linear 576→1536         884,736\n"
+        "+ 0                   linear 576→1024         589,824\n"
+        "- 3                   linear 1536→576         884,736\n"
+        "+ 3                   linear 1024→576         589,824       refitted\n"
+        "- 1                   entries of channels     6,144\n"
+        "+ 1                   entries of channels     4,096\n"
+    ) in text
+    assert (
+        "entries of the channels that go, of net.1<" in diff_plan(plan([first, reader])).to_html()
+    )
 
 
 def test_the_page() -> None:

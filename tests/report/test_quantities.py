@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from fxcompress.report.quantities import (
     BARS,
     counts,
+    duration,
     loss,
     loss_label,
     percent,
@@ -77,3 +78,20 @@ def test_sparkline_starts_at_zero() -> None:
     assert sparkline([100, 50, 25]) == "█▄▂"
     assert sparkline([]) == ""
     assert sparkline([0, 0]) == "▁▁"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (83.4, "83.4 s"),
+        (1.0, "1.00 s"),
+        (0.9996, "1.00 s"),
+        (0.9994, "999 ms"),
+        (0.03617, "36.2 ms"),
+        (812e-6, "812 µs"),
+        (4.2e-9, "0.00 µs"),
+        (123456.0, "123456 s"),
+    ],
+)
+def test_durations_have_three_digits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

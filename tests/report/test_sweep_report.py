@@ -64,7 +64,7 @@ def texts(ticks: tuple[tuple[float, str], ...]) -> list[str]:
 def test_a_row_for_every_budget(swept: Sweep) -> None:
     lines = str(swept).splitlines()
     assert all(len(line) <= 100 for line in lines)
-    head, dense, *rows = lines[3:8]
+    head, dense, *rows = lines[4:9]
     assert head.split()[-2:] == ["a<b", "perplexity"]
     assert dense.split()[0] == "dense"
     assert dense.split()[-2:] == ["0.75", "10"]
@@ -91,7 +91,7 @@ def test_times_are_shown_where_they_are_the_budget() -> None:
     plan = plan.model_copy(update={"budget": plan.budget.model_copy(update=budget)})
     lines = str(Sweep((Point(0.5, plan),), {})).splitlines()
     assert lines[1].startswith("keep is of the measured time of")
-    assert [re.findall(r"\d\S* ms", line) for line in lines[4:6]] == [["20 ms"], ["12.3 ms"]]
+    assert [re.findall(r"\d\S* ms", line) for line in lines[5:7]] == [["20 ms"], ["12.3 ms"]]
     assert " time " not in str(made({0.5: {}}, {}))
 
 

@@ -49,12 +49,26 @@ def split_lines(text: str) -> list[str]:
     return re.split("\r\n|[\r\n\x85\u2028\u2029]", text)
 
 
+_OTHER_WORDS = {
+    **dict.fromkeys(("flops", "flop", "madds", "multiply_accumulates"), "macs"),
+    **dict.fromkeys(("time", "seconds", "speed", "ms"), "latency"),
+    **dict.fromkeys(("weights", "size", "numel"), "parameters"),
+    **dict.fromkeys(("memory", "mib", "mb"), "bytes"),
+}
+"""What others call a word of ours, where the letters do not tell."""
+
+
 def suggest(word: str, known: Collection[str]) -> str:
     """``"did you mean 'linear'?"`` for a word close to a known one, otherwise ``""``.
 
     >>> suggest("in_feature", ["in_features", "bias"])
     "did you mean 'in_features'?"
+    >>> suggest("FLOPs", ["parameters", "macs"])
+    "did you mean 'macs'?"
     """
+    other = _OTHER_WORDS.get(word.lower())
+    if other in known:
+        return f"did you mean '{other}'?"
     close = difflib.get_close_matches(word[:100], list(known), n=1)
     if not close:
         # difflib is case-sensitive, and 'Linear' is what people write first.

@@ -7,6 +7,8 @@ from numbers import Real
 from os import PathLike
 
 from fxcompress.errors import BudgetError, RuleError
+from fxcompress.plans.units import UNITS, CountedUnit
+from fxcompress.rules.language.diagnostics import suggest
 from fxcompress.rules.language.loader import LoadedRules, load_rules
 from fxcompress.rules.language.schema import Rule, RuleSet
 from fxcompress.rules.language.settings import Budget
@@ -28,21 +30,40 @@ def read_rules(rules: Rules) -> LoadedRules:
     return rules if isinstance(rules, LoadedRules) else load_rules(rules)
 
 
-def with_keep(loaded: LoadedRules, keep: float | None) -> LoadedRules:
-    """Rules with another fraction to keep.
+def with_budget(
+    loaded: LoadedRules, keep: float | None = None, unit: str | None = None
+) -> LoadedRules:
+    """Rules with another fraction to keep, or with another unit that it is counted in.
+
+    A unit that is measured, not counted, is of the matched operators, whatever the rules say:
+    nothing else has an amount of it.
 
     Raises:
-        BudgetError: it is no fraction, or the rules have several budgets.
+        BudgetError: ``keep`` is no fraction, ``unit`` no unit, or the rules have several budgets.
     """
-    if keep is None:
+    if keep is None and unit is None:
         return loaded
-    if not (isinstance(keep, Real) and 0 < keep <= 1):
+    if keep is not None and not (isinstance(keep, Real) and 0 < keep <= 1):
         raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}")
+    if unit is not None and not (isinstance(unit, str) and unit in UNITS):
+        hint = suggest(str(unit), UNITS)
+        raise BudgetError(
+            f"unknown unit {unit!r}{f'; {hint}' if hint else ''} (units: {', '.join(UNITS)})"
+        )
     budgets = loaded.rules.budgets
     if len(budgets) > 1:
+        given = " and ".join(["keep="] * (keep is not None) + ["unit="] * (unit is not None))
         units = " and ".join(budget.unit for budget in budgets)
-        raise BudgetError(f"keep= stands for one budget, and the rules have several: {units}")
-    budget = budgets[0].model_copy(update={"keep": float(keep)})
+        raise BudgetError(
+            f"{given} {'stands' if keep is None or unit is None else 'stand'} for one budget, and "
+            f"the rules have several: {units}; change them in the rules"
+        )
+    changed: dict[str, object] = {} if keep is None else {"keep": float(keep)}
+    if unit is not None:
+        changed["unit"] = unit
+        if not isinstance(UNITS[unit], CountedUnit):
+            changed["of"] = "matched"
+    budget = budgets[0].model_copy(update=changed)
     return replace(loaded, rules=loaded.rules.model_copy(update={"budget": budget}))
 
 

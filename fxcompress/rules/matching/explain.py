@@ -164,8 +164,10 @@ def _explain(
     fewer: list[tuple[str, str, str, str]] = []
     lost: set[str] = set()
     for m in won:
+        if m.weight in made and rule_id in result.instances:
+            continue  # the pattern speaks of it as of what makes the value
         if m.weight in refused:
-            rest = set(m.forms).difference(hidden_forms(m.forms))
+            rest = m.weight in made or set(m.forms).difference(hidden_forms(m.forms))
             row = ("legal", refused[m.weight], m.location, m.path or m.operators[0])
             (fewer if rest else losses).append(row)
             lost |= set() if rest else {m.weight}
