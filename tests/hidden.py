@@ -79,7 +79,7 @@ def narrowed_pair(
     dense = dict(prepared(reference).named_parameters())
     bodies, entries = {}, []
     for group in groups:
-        form = fit(find_form("narrow"), group.shapes, group.held)
+        form = fit(find_form("narrow"), group.shapes)
         *makers, consumer = group.sites
         weight, axis, n = consumer.weight_in(work), consumer.shape.in_axis, consumer.in_features
         rank = max(1, int(share * n))
@@ -94,8 +94,8 @@ def narrowed_pair(
         for member, site in enumerate(group.sites):
             made = entry(site, "narrow", rank, n, group.name)
             name, applied = planned_weight(work, site.weight)
-            held = [Held(**asdict(each)) for each in group.held] if site is consumer else []
-            more = {"member": member, "weight": name, "applied": applied, "held": tuple(held)}
+            held = tuple(Held(**asdict(each)) for each in site.held)
+            more = {"member": member, "weight": name, "applied": applied, "held": held}
             entries.append(made.model_copy(update=more))
         wide: Tensor = torch.zeros_like(weight).index_copy(axis, kept, refitted)
         with torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 import fxcompress
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Plan
+from fxcompress.plans.units import PARAMETERS
 from fxcompress.rules import LoadedRules, parse_rules
 from tests.hidden import hidden_groups, narrowed_pair
 
@@ -416,12 +418,10 @@ def test_random_graphs(
         wanted = reference(x)
         torch.testing.assert_close(small(x), wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
     width = max(1, int(share * wide))
-    form = group.forms["narrow"]
-    gone = form.parameters(torch.tensor([wide, width]).numpy())
-    biases = sum(site.shape.bias * site.out_features for site in group.sites)
-    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, small))
-    assert gone[0] + biases == sum(site.shape.weights for site in group.sites) + biases
-    assert gone[0] - gone[1] == before - after
+    kept = group.cost(PARAMETERS, "narrow", np.array([width, wide]))
+    counted = [sum(p.numel() for p in each.parameters()) for each in (small, model)]
+    assert kept[1] == sum(site.dense_size().parameters for site in group.sites) == counted[1]
+    assert kept[1] - kept[0] == counted[1] - counted[0]
 
 
 # ---- what is refused ------------------------------------------------------------------

@@ -16,17 +16,11 @@ from torch import Tensor
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.form import Counts, Form, JointForm
 from fxcompress.forms.target import Losses, Rank, Ranks, Target
-from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.shape import Shape
 
 
-def fit(form: Form | JointForm, shapes: Sequence[Shape], held: Sequence[PerChannel] = ()) -> Fitted:
+def fit(form: Form | JointForm, shapes: Sequence[Shape]) -> Fitted:
     """A form for these operators.
-
-    Args:
-        form: the form.
-        shapes: of the operators.
-        held: of a hidden value, what else goes with its channels.
 
     Raises:
         ValueError: it is for another number or kind of operators.
@@ -36,7 +30,7 @@ def fit(form: Form | JointForm, shapes: Sequence[Shape], held: Sequence[PerChann
             raise ValueError(f"{form.name} is for several operators of its kinds")
     elif len(shapes) != 1:
         raise ValueError(f"{form.name} is for one operator")
-    return Fitted(form, tuple(shapes), tuple(held))
+    return Fitted(form, tuple(shapes))
 
 
 class Fitted:
@@ -45,15 +39,12 @@ class Fitted:
     Attributes:
         form: the form.
         shapes: of the operators.
-        held: of a hidden value, what operators between these have of every channel.
         projects: whether the form has factors of its own, and asks for the metric to make them.
         predicts: whether the form has losses of its own, not those of truncation.
     """
 
-    def __init__(
-        self, form: Form | JointForm, shapes: tuple[Shape, ...], held: tuple[PerChannel, ...] = ()
-    ) -> None:
-        self.form, self.shapes, self.held = form, shapes, held
+    def __init__(self, form: Form | JointForm, shapes: tuple[Shape, ...]) -> None:
+        self.form, self.shapes = form, shapes
         self._joint = isinstance(form, JointForm)
         self._form: Any = form  # whose methods take one shape, or all of them:
         self._shape: Any = shapes if self._joint else shapes[0]
@@ -86,12 +77,9 @@ class Fitted:
         return 1 + bisect_left(range(1, full), True, key=saves_nothing)
 
     def parameters(self, ranks: Ranks) -> Counts:
-        """Weight entries of all operators together at each rank (biases not counted).
-
-        What else goes with the channels of a hidden value is taken off.
-        """
+        """Weight entries of all operators together at each rank (biases not counted)."""
         found: Counts = self._form.parameters(self._shape, ranks)
-        return found - self._gone(ranks, sum(each.parameters for each in self.held))
+        return found
 
     def macs(self, ranks: Ranks) -> Counts:
         """Multiply-accumulates of all operators together at each rank."""
@@ -101,13 +89,7 @@ class Fitted:
     def bytes(self, ranks: Ranks) -> Counts:
         """Bytes of everything stored at each rank (biases not counted)."""
         found: Counts = self._form.bytes(self._shape, ranks)
-        return found - self._gone(ranks, sum(each.bytes for each in self.held))
-
-    def _gone(self, ranks: Ranks, of_channel: int) -> Counts | int:
-        """What goes with the channels that go, given how much of it goes with one."""
-        full = self.full_rank() if of_channel else 0
-        assert isinstance(full, int)
-        return of_channel * (full - ranks) if of_channel else 0
+        return found
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss of all operators together at each rank."""
@@ -131,6 +113,10 @@ class Fitted:
         """The body with uninitialized parameters."""
         made = self._form.empty(self._shape, rank)
         return made if self._joint else Body(None, (made,))
+
+    def left(self, rank: int) -> tuple[Shape, ...]:
+        """The operators that a form of a hidden value leaves, with fewer channels."""
+        return tuple(self._form.left(self._shape, rank))
 
     def fill(self, body: Body, factors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         """Make the body compute the products with its input, plus the biases.

@@ -33,12 +33,9 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body
 from fxcompress.forms.form import Counts, JointForm, assign
-from fxcompress.forms.target import Ranks, Target
+from fxcompress.forms.target import Ranks, Target, Truncations
 from fxcompress.operators.modules import shape_of
-from fxcompress.operators.shape import Shape
 from fxcompress.operators.words import operators_of
-
-Shapes = Sequence[Shape]
 
 
 class Narrow(JointForm):
@@ -72,9 +69,26 @@ class Narrow(JointForm):
         found: Counts = ranks * (sum(shape.macs for shape in shapes) // self.full_rank(shapes))
         return found
 
+    def truncations(self, target: Target) -> Truncations:
+        """What :meth:`channels` says, asked once."""
+        if self.name not in target.chosen:
+            target.chosen[self.name] = self.channels(target)
+        return target.chosen[self.name]
+
+    def channels(self, target: Target) -> Truncations:
+        """The channels that are kept at each width, and the weight that then reads them.
+
+        A form of one's own says here what else it keeps: ``target.channels(order)`` takes channels
+        in another order and refits W to them.  It is asked once for every hidden value.
+
+        Args:
+            target: the consumer's weight with its metric, and the weights of the producers.
+        """
+        return target.channels()
+
     def factors(self, target: Target, rank: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The channels that are kept (k), W', and of what makes channels these (k x ...)."""
-        kept, refitted = target.truncations(self.view).factors(rank)
+        kept, refitted = self.truncations(target).factors(rank)
         return kept, refitted, *(weight[kept] for weight in target.producers)
 
     def products(self, shapes: Any, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -87,7 +101,7 @@ class Narrow(JointForm):
 
     def empty(self, shapes: Any, rank: int) -> Body:
         heads = []
-        for small in narrowed(shapes, rank):
+        for small in self.left(shapes, rank):
             root, graph = nn.Module(), fx.Graph()
             root.layer = small.bare()
             graph.output(graph.call_module("layer", (graph.placeholder("input"),)))
@@ -119,15 +133,6 @@ class Narrow(JointForm):
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         found: Tensor | None = head.get_submodule("layer")._parameters["bias"]
         return found
-
-
-def narrowed(shapes: Shapes, rank: int) -> tuple[Shape, ...]:
-    """Operators of a hidden value with k channels; the consumer stands last."""
-    *makers, consumer = shapes
-    return (
-        *(s.resized(rank if s.is_channelwise else s.in_features, rank) for s in makers),
-        consumer.resized(rank, consumer.out_features),
-    )
 
 
 NARROW = Narrow()

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxcompress.forms import Body, Fitted, Form, JointForm, Shape, fit
-from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Rank, Ranks
 
 ROUNDS = 7
@@ -249,11 +248,12 @@ def _built(
     given: Sequence[Tensor] = []
     if entry.form is not None:
         assert entry.rank is not None
-        body = fit(entry.form, shapes).empty(entry.rank)
+        fitted = fit(entry.form, shapes)
+        body = fitted.empty(entry.rank)
         module = _Together(body)
         if body.kept is not None:
             assert isinstance(entry.rank, int)
-            inputs = [each.examples(numbers) for each in narrowed(shapes, entry.rank)]
+            inputs = [each.examples(numbers) for each in fitted.left(entry.rank)]
             module, given = _OneByOne(body, inputs), inputs[0][:1]
     else:
         module = shape.bare()

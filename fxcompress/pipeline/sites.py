@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,17 +21,17 @@ from fxcompress.forms import (
     find_form,
     fit,
 )
-from fxcompress.forms.narrow import narrowed
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.forms.words import BUILT_IN
+from fxcompress.forms.words import forms_for, hidden_forms
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.operators.applied import operator_at
+from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
-from fxcompress.plans.plan import Size, total_size
+from fxcompress.plans.plan import AND_INPUT, Size, total_size
+from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Bundle, Match, MatchResult
 
 
@@ -44,6 +44,8 @@ class Site:
         shape: of the operator, with the sizes of what it is applied to in the recorded example.
         source: key of the value it is applied to; equal for sites with the same input.
         match: rule id, location and bounds on the rank.
+        held: what operators between have of every channel that it reads, where a rule would narrow
+            these: it is counted with the site.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Site:
     calls: int
     source: str
     match: Match
+    held: tuple[PerChannel, ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -63,12 +66,33 @@ class Site:
         return self.shape.out_features
 
     def dense_size(self) -> Size:
-        """Size of the operator as it is."""
-        return _operator_size(self.shape)
+        """Size of the operator as it is, with what is held of the channels that it reads."""
+        return Size.of(
+            lambda unit: (
+                unit.of_operator(self.shape) + unit.of_channels(self.held, self.in_features)
+            )
+        )
 
     def weight_in(self, model: nn.Module) -> Tensor:
         """The weight (canonical layout) as a model has it, detached."""
         return canonical_weight(operator_at(model, self.name)).detach()
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Where an operator stands that a narrowed hidden value leaves.
+
+    Attributes:
+        hidden: name of the group that is narrowed.
+        form: by which.
+        width: channels that are kept.
+        member: place in that group.
+    """
+
+    hidden: str
+    form: str
+    width: int
+    member: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,9 @@ class Group:
         forms: to choose from, by name.
         match: rule id, location and bounds on the rank.
         hidden: whether the last site reads what the others produce.
-        held: of a hidden value, what else has entries of its channels.
+        narrowed: of a hidden value, what is left of its sites at several widths: of each site a
+            group of one, with forms to choose from beside the narrowing.
+        narrowing: of such a group of one, what it is left of.
     """
 
     name: str
@@ -89,7 +115,13 @@ class Group:
     forms: Mapping[str, Fitted]
     match: Match | Bundle
     hidden: bool = False
-    held: tuple[PerChannel, ...] = ()
+    narrowed: tuple[tuple[Group, ...], ...] = ()
+    narrowing: Narrowing | None = None
+
+    def left_of(self, form: str, width: int, member: int) -> Group:
+        """What a hidden value with fewer channels leaves of one of the sites."""
+        place = Narrowing(self.name, form, width, member)
+        return next(each for left in self.narrowed for each in left if each.narrowing == place)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -105,10 +137,6 @@ class Group:
         """The ranks of a form that the rule permits; none if it does not fit the shapes."""
         chosen = self.forms[form]
         permitted = _permitted(chosen.full_rank(), self.match)
-        if self.held:  # of few channels less may be left than what goes beside the operators
-            permitted = permitted[
-                np.minimum(chosen.parameters(permitted), chosen.bytes(permitted)) >= 0
-            ]
         return permitted if chosen.misfit() is None else permitted[:0]
 
     def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
@@ -119,14 +147,21 @@ class Group:
             rank: of ``body``.
             body: of the form, with or without values.
         """
-        ranks = np.array([rank], dtype=np.int64)
-        whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
         if self.hidden:
             assert isinstance(rank, int)
-            rest = [*map(_operator_size, narrowed(self.shapes, rank)[1:])]
-        else:
-            rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
+            left = zip(self.sites, self.forms[form].left(rank), strict=True)
+            return tuple(replace(site, shape=shape).dense_size() for site, shape in left)
+        ranks = np.array([rank], dtype=np.int64)
+        whole = Size.of(lambda unit: self.cost(unit, form, ranks)[0])
+        rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
         return (whole - total_size(rest), *rest)
+
+    def cost(self, unit: CountedUnit, form: str, ranks: Ranks) -> Ranks:
+        """Amounts at ranks of a form, with what is held of the channels that sites read."""
+        found: Ranks = unit.of_form(self.forms[form], ranks)
+        if self.hidden:
+            return found + unit.of_channels(self.sites[-1].held, 1) * ranks
+        return found + sum(unit.of_channels(site.held, site.in_features) for site in self.sites)
 
     def approximated(self, form: str, target: Target, rank: Rank) -> tuple[Tensor | None, ...]:
         """The dense weights (canonical layout, float64) that a form stands for at a rank.
@@ -146,10 +181,6 @@ class Group:
         return chosen.products(exact)
 
 
-def _operator_size(shape: Shape) -> Size:
-    return Size.of(lambda unit: unit.of_operator(shape))
-
-
 def _head_size(head: nn.Module, shape: Any) -> Size:
     """Size of what one of several operators has for itself."""
     return Size.of(lambda unit: unit.of_head(head, shape))
@@ -158,7 +189,7 @@ def _head_size(head: nn.Module, shape: Any) -> Size:
 def on_meta(chosen: Fitted) -> Fitted:
     """The form for the same operators without memory: for bodies that are only looked at."""
     meta = torch.device("meta")
-    return fit(chosen.form, [replace(s, device=meta) for s in chosen.shapes], chosen.held)
+    return fit(chosen.form, [replace(shape, device=meta) for shape in chosen.shapes])
 
 
 PAIRS = 16
@@ -213,7 +244,8 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done.
+    weights that a rule would narrow the input of why that cannot be done, but for those whose
+    output is narrowed.
 
     Args:
         model: the working copy.
@@ -224,14 +256,14 @@ def gather_sites(
     """
     operators = {operator.name: operator for operator in recording.operators}
     by_weight: dict[str, Site] = {}
-    hidden: list[tuple[str, tuple[str, ...], Match, tuple[PerChannel, ...]]] = []
+    hidden: list[tuple[str, tuple[str, ...], Match]] = []
     refused: dict[str, str] = {}
     protected = {match.weight: match.rule_id for match in matched.protected}
     matches = {match.weight: match for match in matched.matches}
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if not HIDDEN.isdisjoint(match.forms):
+        if wanted := hidden_forms(match.forms):
             found = hidden_value(model, recording, consumer)
             makers = [] if isinstance(found, str) else [operators[n] for n in found.weighted]
             reason = found if isinstance(found, str) else None
@@ -246,13 +278,18 @@ def gather_sites(
                 elif obstacle := resize_obstacle(model, each.path):
                     reason = reason or obstacle
             if isinstance(found, str) or reason is not None:
-                refused[match.weight] = f"{_listed(match)}: {reason}"
+                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
             for maker in makers:
                 alone = replace(match, weight=str(maker.weight), forms=(), group=None)
                 _add_site(by_weight, model, recording, maker, matches.get(alone.weight, alone))
+            reader = by_weight[match.weight]
+            by_weight[match.weight] = replace(reader, held=found.held)
             weights = (*(str(each.weight) for each in makers), match.weight)
-            hidden.append((f"{consumer.path} and its input", weights, match, found.held))
+            plain = all(operator_path(model, each.path) == each.path for each in makers)
+            if not plain or operator_path(model, consumer.path) != consumer.path:
+                match = replace(match, then=())  # a forward of its own wants a layer of its class
+            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -262,19 +299,12 @@ def gather_sites(
             for b in matched.bundles
         ),
         *(
-            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, held)
-            for name, weights, match, held in hidden
+            _group(name, tuple(by_weight[weight] for weight in weights), match, templates, True)
+            for name, weights, match in hidden
         ),
     ]
-    return sites, tuple(groups), refused
-
-
-def _listed(match: Match) -> str:
-    return ", ".join(form for form in match.forms if form in HIDDEN)
-
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
+    around = {weight for _, weights, _ in hidden for weight in weights}
+    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in around}
 
 
 def _add_site(
@@ -300,19 +330,49 @@ def _group(
     sites: tuple[Site, ...],
     match: Match | Bundle,
     templates: Mapping[str, Template],
-    held: tuple[PerChannel, ...] | None = None,
+    hidden: bool = False,
 ) -> Group:
-    """Sites with the forms that a match offers them.
+    """Sites with the forms that a match offers them."""
+    shapes = [site.shape for site in sites]
+    channels = hidden_forms(match.forms)
+    names = channels if hidden else [each for each in match.forms if each not in channels]
+    forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
+    group = Group(name, sites, forms, match, hidden)
+    if not hidden or isinstance(match, Bundle) or not match.then:
+        return group
+    return replace(group, narrowed=tuple(_narrowed(group, match, templates)))
 
-    Args:
-        name: of the group.
-        sites: of it.
-        match: offers forms.
-        templates: by the names of the forms that they stand for.
-        held: of a hidden value, as of :class:`Group`; None for any other sites.
-    """
-    shapes, hidden = [site.shape for site in sites], held is not None
-    names = [each for each in match.forms if (each in HIDDEN) == hidden]
-    op = sites[0].op
-    forms = {each: fit(find_form(each, op, templates), shapes, held or ()) for each in names}
-    return Group(name, sites, forms, match, hidden, held or ())
+
+WIDTHS = 8
+"""Widths of a hidden value at which other forms are offered for what is left."""
+
+
+def _narrowed(
+    group: Group, match: Match, templates: Mapping[str, Template]
+) -> Iterator[tuple[Group, ...]]:
+    """What is left of the operators around a hidden value, at some widths."""
+    for name, form in group.forms.items():
+        permitted, full = group.ranks(name), form.full_rank()
+        assert isinstance(full, int)
+        grid = np.linspace(0, full, WIDTHS + 2)[1:-1] if len(permitted) else ()
+        for width in sorted({int(permitted[np.abs(permitted - at).argmin()]) for at in grid}):
+            left = []
+            for member, (site, shape) in enumerate(zip(group.sites, form.left(width), strict=True)):
+                offered = forms_for(site.op, match.then)
+                forms = {
+                    each: fit(find_form(each, site.op, templates), [shape]) for each in offered
+                }
+                place = Narrowing(group.name, name, width, member)
+                own = replace(site, shape=shape)
+                left.append(
+                    Group(f"{site.name}, {name} {width}", (own,), forms, match, narrowing=place)
+                )
+            yield tuple(left)
+
+
+def with_narrowed(groups: Iterable[Group]) -> Iterator[Group]:
+    """Groups, each followed by what is left of it where it is a hidden value that is narrowed."""
+    for group in groups:
+        yield group
+        for left in group.narrowed:
+            yield from left

@@ -17,10 +17,9 @@ import torch
 
 from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
-from fxcompress.operators.per_channel import PerChannel
 from fxcompress.pipeline.agreement import units
-from fxcompress.plans.layers import layers
-from fxcompress.plans.plan import Fidelity, Held, Limit, Part, Plan, SitePlan, Size, total_size
+from fxcompress.plans.layers import left, site_layers
+from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
 Flaw = tuple[str, str]
@@ -55,16 +54,18 @@ def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Flaw]:
     yield from _step_problems(plan, parts)
 
 
-def body_problems(plan: Plan, parts: Callable[[str], Sequence[tuple[Part, ...]]]) -> Iterator[Flaw]:
+def body_problems(
+    plan: Plan, parts: Callable[[Sequence[SitePlan]], Sequence[tuple[Part, ...]]]
+) -> Iterator[Flaw]:
     """Sites whose parts are not those of their bodies.
 
     Args:
         plan: without :func:`plan_problems`.
-        parts: of a site or of all members of a bundle, by its name.
+        parts: of a site, or of all members of a bundle.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    for name, sites in plan.groups.items():
-        for site, found in zip(sites, parts(name), strict=True):
+    for sites in plan.groups.values():
+        for site, found in zip(sites, parts(sites), strict=True):
             if site.parts != found:
                 yield places[site.name], "they are not what the form consists of"
 
@@ -93,7 +94,7 @@ def _step_problems(plan: Plan, parts: bool) -> Iterator[Flaw]:
     if not sound:
         return
     if parts:
-        yield from body_problems(plan, lambda name: _parts(plan, name, shapes))
+        yield from body_problems(plan, lambda sites: _parts(plan, sites, shapes))
     yield from _folded_problems(plan, shapes)
     yield from _total_problems(plan)
     yield from _budget_problems(plan)
@@ -118,9 +119,12 @@ def _site_problems(site: SitePlan, plan: Plan, shapes: dict[str, Shape]) -> Iter
         return
     if not 0 <= site.energy <= 1:
         yield "energy", "it is a share"
-    if site.held and not site.bundle:
-        yield "held", "it is for the last site of a bundle"
-    yield from _size_problems("before", site.before, lambda unit: unit.of_operator(shape), shape)
+    yield from _size_problems(
+        "before",
+        site.before,
+        lambda unit: unit.of_operator(shape) + unit.of_channels(site.held, site.in_features),
+        shape,
+    )
     if site.form is None:
         yield from _dense_problems(site, shape)
     elif not site.bundle:
@@ -152,7 +156,12 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
         return
     ranks = np.array([rank], dtype=np.int64)
     yield from _size_problems(
-        "after", site.after, lambda unit: int(unit.of_form(found, ranks)[0]), shape
+        "after",
+        site.after,
+        lambda unit: (
+            int(unit.of_form(found, ranks)[0]) + unit.of_channels(site.held, site.in_features)
+        ),
+        shape,
     )
     for unit in site.before.units:
         dense = site.before[unit.word]
@@ -191,13 +200,10 @@ def _size_problems(
             yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _fitted(
-    form: str, op: str, plan: Plan, shapes: Sequence[Shape], held: Sequence[Held] = ()
-) -> Fitted | None:
+def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
     """A form for operators; None if there is none of that name for them."""
-    known = [PerChannel(each.name, each.parameters, each.bytes) for each in held]
     try:
-        return fit(find_form(form, op, plan.templates), shapes, known)
+        return fit(find_form(form, op, plan.templates), shapes)
     except (KeyError, ValueError):
         return None
 
@@ -210,7 +216,7 @@ def _bundle_problems(
         yield "bundle", "a site that stays dense is in none"
         return
     form, rank = first.choice
-    found = _fitted(form, first.op, plan, own, sites[-1].held)
+    found = _fitted(form, first.op, plan, own)
     if found is None and all(site.op == "linear" for site in sites):
         yield "form", f"{form} is no form for several operators"
         return
@@ -235,11 +241,45 @@ def _bundle_problems(
     if any(site.full_rank != full for site in sites) or len({site.rank for site in sites}) > 1:
         yield "rank", "its sites differ in rank"
         return
+    fixed = [unit for unit in first.after.units if not unit.per_row]
+    if isinstance(found.form, JointForm) and found.form.hidden:
+        for site, shape in zip(sites, found.left(rank), strict=True):
+            yield from _narrowed_problems(site, shape, plan, fixed)
+        return
+    if any(site.then is not None for site in sites):
+        yield "then", f"{form} leaves no operators with fewer channels"
     ranks = np.array([rank], dtype=np.int64)
     after = total_size(site.after for site in sites)
-    fixed = [unit for unit in after.units if not unit.per_row]
-    if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
-        yield "after", "they are not what the form has at this rank"
+    for unit in fixed:
+        held = sum(unit.of_channels(site.held, site.in_features) for site in sites)
+        if after[unit.word] != int(unit.of_form(found, ranks)[0]) + held:
+            yield "after", "they are not what the form has at this rank"
+            return
+
+
+def _narrowed_problems(
+    site: SitePlan, shape: Shape, plan: Plan, fixed: Sequence[CountedUnit]
+) -> Iterator[Flaw]:
+    """Of what a narrowed hidden value leaves of a site, an operator of a shape."""
+    if site.then is None:
+        held = {unit: unit.of_channels(site.held, shape.in_features) for unit in fixed}
+        if any(site.after[u.word] != u.of_operator(shape) + held[u] for u in fixed):
+            yield "after", f"{site.name} is not what {site.form} leaves"
+        return
+    found = _fitted(site.then.form, site.op, plan, [shape])
+    if found is None or site.op not in found.form.operators:
+        yield "then", f"{site.then.form} is no form for one {site.op}"
+        return
+    if misfit := found.misfit():
+        yield "then", misfit
+        return
+    if site.then.full_rank != found.full_rank():
+        yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {found.full_rank()}"
+        return
+    ranks = np.array([site.then.rank], dtype=np.int64)
+    held = {unit: unit.of_channels(site.held, shape.in_features) for unit in fixed}
+    if any(site.after[u.word] != int(u.of_form(found, ranks)[0]) + held[u] for u in fixed):
+        yield "after", f"{site.name} is not what {site.then.form} has at this rank"
 
 
 def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
@@ -256,12 +296,18 @@ def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
     return None if alike else "its sites differ in type or input"
 
 
-def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
+def _parts(
+    plan: Plan, sites: Sequence[SitePlan], shapes: dict[str, Shape]
+) -> list[tuple[Part, ...]]:
     """Of the bodies of a site or a bundle, without memory."""
-    sites = plan.groups[name]
     form, rank = sites[0].choice
-    found = find_form(form, sites[0].op, plan.templates)
-    return layers(fit(found, [shapes[site.name] for site in sites]).empty(rank))
+    own = [shapes[site.name] for site in sites]
+    found = fit(find_form(form, sites[0].op, plan.templates), own)
+    bodies = {sites[0].group: found.empty(rank)}
+    for site in sites:
+        if site.then is not None:
+            bodies[site.name] = left(site, plan, found).empty(site.then.rank)
+    return site_layers(sites, bodies)
 
 
 # ---- what is about several sites ------------------------------------------------------

@@ -73,6 +73,15 @@ class CountedUnit(Unit):
             shape: of the operator that it stands for.
         """
 
+    def of_channels(self, held: Any, channels: int) -> int:
+        """Amount of what is held of some channels.
+
+        Args:
+            held: of one channel each (:class:`fxcompress.operators.per_channel.PerChannel`).
+            channels: how many.
+        """
+        return channels * sum(getattr(each, self.word, 0) for each in held)
+
     @abstractmethod
     def of_model(self, model: Any, recording: Any) -> int:
         """Amount of a whole model.

@@ -15,6 +15,7 @@ from fxcompress.graph.canonical import canonicalize
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import kind_of, shape_of
 from fxcompress.operators.per_channel import per_channel
+from fxcompress.plans.layers import left
 from fxcompress.plans.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.applied import hold_planned
 from fxcompress.rewrite.attention import expand_attention
@@ -26,7 +27,10 @@ from fxcompress.rewrite.skeleton import prepared
 from fxcompress.rewrite.substitute import Provenance, substitute, substituting
 
 Bodies = Mapping[str, Body]
-"""What takes the place of the sites of a plan, by the name of their group."""
+"""What takes the place of the sites of a plan, by the name of their group.
+
+What a narrowed hidden value leaves of a site and takes another form has that by the site's name.
+"""
 
 
 def empty_bodies(
@@ -50,7 +54,11 @@ def empty_bodies(
     for name, sites in plan.groups.items():
         form, rank = sites[0].choice
         found = find_form(form, sites[0].op, plan.templates)
-        bodies[name] = fit(found, [shape(site) for site in sites]).empty(rank)
+        fitted = fit(found, [shape(site) for site in sites])
+        bodies[name] = fitted.empty(rank)
+        for site in sites:
+            if site.then is not None:
+                bodies[site.name] = left(site, plan, fitted).empty(site.then.rank)
     return bodies
 
 
@@ -73,6 +81,11 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
             form = find_form(sites[0].choice[0], sites[0].op, plan.templates)
             held = [each.name for each in sites[-1].held]
             substitute(model, bodies[name], form, [_origin(site) for site in sites], places, held)
+            for site in sites:
+                if site.then is not None:
+                    form = find_form(site.then.form, site.op, plan.templates)
+                    origin = replace(_origin(site), form=site.then.form, rank=site.then.rank)
+                    substitute(model, bodies[site.name], form, [origin], places)
     disable_fast_paths(model, names)
 
 
