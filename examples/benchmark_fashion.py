@@ -2,13 +2,13 @@
 
     $ python examples/benchmark_fashion.py       # writes examples/results/fashion*.md
 
-A network of ResNet type, and one of inverted residuals whose convolutions have a forward of their
-own, both trained here on Fashion-MNIST (``fashion.py``), are compressed without any fine-tuning.
-The algorithms of others are for the first one: they know plain convolutions.  Whatever needs data is
-given the same 2,048 training images; AIMET's greedy choice needs labels, and gets 2,000 images of
-the validation part.  Figures are of the 10,000 test images, and nothing was chosen by one of them
-(``--validation`` prints the table for the validation part; on it other dampings, 1e-3 to 1e-2 and
-1e-3 to 1e-1, made no difference that counts).
+A network of ResNet type, and one of inverted residuals whose convolutions have a forward of
+their own, both trained on Fashion-MNIST (``fashion.py``), are compressed without fine-tuning.
+The algorithms of others are for the first one: they know plain convolutions.  Whatever needs data
+is given the same 2,048 training images; AIMET's greedy choice needs labels, and gets 2,000 images
+of the validation part.  Figures are of the 10,000 test images, and nothing was chosen by one of
+them (``--validation`` prints the table for the validation part; on it other dampings, 1e-3 to 1e-2
+and 1e-3 to 1e-1, made no difference that counts).
 """
 
 from __future__ import annotations

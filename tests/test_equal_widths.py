@@ -120,6 +120,17 @@ def test_with_low_rank_the_better_one_is_taken_for_all() -> None:
         assert both.budget.fitted <= narrow.budget.fitted * (1 + 1e-9)
 
 
+def test_with_forms_for_what_is_left() -> None:
+    """Widths are equal, the ranks of what is left need not be."""
+    then = fxcompress.compile(network(), rules(0.4, more=", then: pivoted"), data())
+    plan = fxcompress.plan_of(then)
+    assert len(widths(plan)) == 1
+    assert any(site.then is not None for site in plan.sites)
+    alone = fxcompress.plan(network(), rules(0.4), data())
+    assert plan.budget.fitted <= alone.budget.fitted * (1 + 1e-9)
+    assert plan.model_after.parameters == sum(p.numel() for p in then.parameters())
+
+
 def test_beside_other_rules_and_groups() -> None:
     """Two groups, producers with a rule of their own, and one budget for all."""
     rest = """

@@ -195,6 +195,27 @@ def test_in_an_fx_graph() -> None:
     torch.testing.assert_close(small(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_with_forms_for_what_is_left() -> None:
+    """A factorized producer stands for the same channels of each part."""
+    model = network("chunk")
+    small = fxcompress.compile(model, rules(0.5, form="narrow, then: pivoted"), data())
+    plan = fxcompress.plan_of(small)
+    fused = [site for site in plan.sites if site.then is not None and "fused" in site.name]
+    assert fused
+    for site in fused:
+        dense = model.get_submodule(site.name).weight
+        weight = small.get_submodule(site.name).weight
+        rows = [int((dense - row).square().sum(1).argmin()) for row in weight]
+        width = int(str(site.rank))
+        assert rows[width:] == [HIDDEN + row for row in rows[:width]]
+    assert plan.model_after.parameters == sum(p.numel() for p in small.parameters())
+    rounds = "solver: {rounds: 2, steps: 2}"
+    again = fxcompress.compile(
+        network("chunk"), rules(0.5, form="narrow, then: pivoted", more=rounds), data()
+    )
+    assert bool(again(data(1)[0]).isfinite().all())
+
+
 def test_saved_and_loaded(tmp_path: Any) -> None:
     small = fxcompress.compile(network("three"), rules(), data())
     fxcompress.save(small, tmp_path / "out")

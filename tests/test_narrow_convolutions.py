@@ -550,7 +550,10 @@ def test_what_cannot_be_narrowed_says_why(name: str) -> None:
 
 
 def test_a_residual_stays() -> None:
-    told = str(fxcompress.explain(network("basic"), rules(1.0), data(1)[0]))
+    """Told of a layer that makes no hidden value itself, which is the other half of the answer."""
+    text = TEXT.format(keep=1.0, unit="macs", form="narrow", metric="kfac", more="", fold="")
+    given = parse_rules(f"{text}    unless: [{{name: 1.conv2}}]\n", "narrow.yaml")
+    told = str(fxcompress.explain(network("basic"), given, data(1)[0]))
     assert "narrow: 1.around (identity) reads the value of 0 (conv2d), too" in told
 
 

@@ -134,11 +134,11 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 1}, "is not what pivoted has at this rank"),
+        ({"rank": 1}, "they are not what the form has at this rank"),
         ({"form": "nosuch"}, "nosuch"),
         ({"form": "embedding"}, "is no form for one linear"),
         ({"full_rank": 11, "rank": 1}, "full_rank is 11"),
-        (None, "is not what narrow leaves"),
+        (None, "they are not what the form has at this rank"),
     ],
 )
 def test_an_altered_plan_is_refused(tmp_path: Path, change: object, message: str) -> None:
