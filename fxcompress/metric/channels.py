@@ -27,6 +27,9 @@ On hidden values of a language model (SmolLM2, 1,536 channels) that is as good a
 price: exchanging channels until no exchange helps gains 0.1 %, dropping them one by one from all
 (the same steps on A⁻¹ and ``L_Gᵀ W``, by the least gain) is within 1 % at every k.  Channels by
 what each one loses alone, refitted, lose 1 to 19 % more.
+Where the consumer has a bias, the mean of what is dropped could go into that as well; the constant
+is known from the channels that are kept: all-MiniLM-L6-v2 at keep 0.6, calibrated on an eighth of
+its sentences, has 1 - cosine 0.0857 with it and 0.0858 without.
 """
 
 from __future__ import annotations
