@@ -325,6 +325,33 @@ def test_kernels_of_channels_have_forms_of_their_own() -> None:
     assert [site.name for site in bundle] == ["1.expand", "1.depthwise", "1.project"]
 
 
+@pytest.mark.parametrize("block", ["basic", "inverted", "inverted, padded"])
+def test_forms_of_what_is_left(block: str, tmp_path: Path) -> None:
+    """Layers with a forward of their own take none: what stands in their place would not pad."""
+    given = rules(0.4, "bytes", fold=", then: [spatial, pivoted]")
+    small = fxcompress.compile(network(block), given, data())
+    plan = fxcompress.plan_of(small)
+    assert len(narrowed_sites(small)) == len(plan.sites)
+    if block == "inverted, padded":
+        assert all(site.then is None for site in plan.sites)
+    state = [*small.parameters(), *small.buffers()]
+    assert plan.model_after.bytes == sum(t.numel() * t.element_size() for t in state)
+    fxcompress.save(small, tmp_path / "out")
+    again, x = fxcompress.load(tmp_path / "out", network(block)), data(1)[0]
+    assert torch.equal(again(x), small(x))
+
+
+def test_a_long_chain_of_convolutions_is_not_all_combinations() -> None:
+    """Every second value of a long chain is offered: the combinations would grow without bound."""
+    layers = [part for _ in range(40) for part in (nn.Conv2d(4, 4, 1), nn.ReLU())]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*layers), *head).double().eval()
+    plan = fxcompress.plan(
+        model, rules(0.8, "macs", fold=", then: pivoted"), [torch.randn(2, 4, 5, 5).double()]
+    )
+    assert plan.budget.cost <= plan.budget.limit
+
+
 def test_time_as_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plan = fxcompress.plan(network("inverted"), rules(1.0, unit="latency"), data())

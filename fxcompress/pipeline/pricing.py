@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -174,13 +174,17 @@ def _entities(
     """
     import networkx as nx  # takes a while, and most uses of the package do without
 
-    links = nx.Graph()
-    links.add_nodes_from(candidates)
     wholes = list(_wholes(several))
-    for whole in wholes:
-        nx.add_path(links, whole.sites)
+    links = _linked(candidates, wholes)
+    crowded = [names for names in nx.connected_components(links) if _own(names, wholes)[MOST:]]
+    if crowded:
+        left = [_apart(_own(names, wholes)) for names in crowded]
+        full = {name for names in crowded for name in names}
+        wholes = [whole for whole in wholes if whole.sites[0] not in full]
+        wholes += [whole for apart in left for whole in apart]
+        links = _linked(candidates, wholes)
     for names in nx.connected_components(links):
-        own = [whole for whole in wholes if whole.sites[0] in names]
+        own = _own(names, wholes)
         members = [candidate for name, candidate in candidates.items() if name in names]
         if not own:
             yield from members
@@ -194,6 +198,41 @@ def _entities(
                 inside = (*rest, *(member for mode in way for member in mode.members))
                 modes.append(Mode(name, inside, sum(mode.loss for mode in way)))
         yield Alternatives(" | ".join(whole.name for whole in own), tuple(modes))
+
+
+MOST = 8
+"""Groups that overlap one another, of which every combination is offered to the solver.
+
+In a chain of convolutions each is the consumer of one hidden value and makes the next one: the
+combinations grow with the golden ratio.  Of longer chains every second value is offered.
+"""
+
+
+def _linked(candidates: Collection[str], wholes: Sequence[_Whole]) -> Any:
+    """A graph of sites, those linked that are rewritten together."""
+    import networkx as nx
+
+    links = nx.Graph()
+    links.add_nodes_from(candidates)
+    for whole in wholes:
+        nx.add_path(links, whole.sites)
+    return links
+
+
+def _own(names: Collection[str], wholes: Sequence[_Whole]) -> list[_Whole]:
+    """Those whose sites are among some that are connected."""
+    return [whole for whole in wholes if whole.sites[0] in names]
+
+
+def _apart(wholes: Sequence[_Whole]) -> list[_Whole]:
+    """Some of them without a site in common, in graph order: the first, and whatever is free."""
+    taken: set[str] = set()
+    found = []
+    for whole in wholes:
+        if taken.isdisjoint(whole.sites):
+            found.append(whole)
+            taken |= {*whole.sites}
+    return found
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fxcompress.forms.words import forms_for, hidden_forms
 from fxcompress.graph.hidden import hidden_value, reader_of
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
-from fxcompress.operators.applied import operator_at
+from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.resize import resize_obstacle
@@ -287,6 +287,8 @@ def gather_sites(
             weights = (*(str(each.weight) for each in makers), match.weight)
             name = f"{consumer.path}{AND_INPUT}"
             paths = (*(each.path for each in makers), consumer.path)
+            if any(operator_path(model, path) != path for path in paths):
+                match = replace(match, then=())  # a forward of its own wants a layer of its class
             hidden.append(HiddenSites(name, weights, match, found.held, paths, found.sized))
     for value, why in rigid(hidden):
         refused[value.match.weight] = f"{listed(value.match)}: {why}"
@@ -388,7 +390,13 @@ def _narrowed(
                 place = Narrowing(group.name, name, width, member)
                 own = replace(site, shape=shape)
                 left.append(
-                    Group(f"{site.name}, {name} {width}", (own,), forms, match, narrowing=place)
+                    Group(
+                        f"{site.name} of {group.name}, {name} {width}",
+                        (own,),
+                        forms,
+                        match,
+                        narrowing=place,
+                    )
                 )
             yield tuple(left)
 
