@@ -11,16 +11,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.form import Counts, Form, JointForm
+from fxcompress.forms.ordered import put_in_order
 from fxcompress.forms.target import Losses, Rank, Ranks, Target
 from fxcompress.operators.shape import Shape
 
 
-def fit(form: Form | JointForm, shapes: Sequence[Shape]) -> Fitted:
+def fit(form: Form | JointForm, shapes: Sequence[Shape], order: int | None = None) -> Fitted:
     """A form for these operators.
+
+    Args:
+        form: of one operator, or of several.
+        shapes: of the operators.
+        order: in how many blocks its body puts the input in order; None where that is not known
+            yet, as it depends on the weight.
 
     Raises:
         ValueError: it is for another number or kind of operators.
@@ -30,7 +38,7 @@ def fit(form: Form | JointForm, shapes: Sequence[Shape]) -> Fitted:
             raise ValueError(f"{form.name} is for several linear operators")
     elif len(shapes) != 1:
         raise ValueError(f"{form.name} is for one operator")
-    return Fitted(form, tuple(shapes))
+    return Fitted(form, tuple(shapes), order)
 
 
 class Fitted:
@@ -39,12 +47,15 @@ class Fitted:
     Attributes:
         form: the form.
         shapes: of the operators.
+        order: in how many blocks its body puts the input in order; None if that is not known yet.
         projects: whether the form has factors of its own, and asks for the metric to make them.
         predicts: whether the form has losses of its own, not those of truncation.
     """
 
-    def __init__(self, form: Form | JointForm, shapes: tuple[Shape, ...]) -> None:
-        self.form, self.shapes = form, shapes
+    def __init__(
+        self, form: Form | JointForm, shapes: tuple[Shape, ...], order: int | None = None
+    ) -> None:
+        self.form, self.shapes, self.order = form, shapes, order
         self._joint = isinstance(form, JointForm)
         self._form: Any = form  # whose methods take one shape, or all of them:
         self._shape: Any = shapes if self._joint else shapes[0]
@@ -86,10 +97,19 @@ class Fitted:
         found: Counts = self._form.macs(self._shape, ranks)
         return found
 
-    def bytes(self, ranks: Ranks) -> Counts:
-        """Bytes of everything stored at each rank (biases not counted)."""
-        found: Counts = self._form.bytes(self._shape, ranks)
+    def places(self) -> int:
+        """In how many blocks a body may put its input in order, at most; 0 if it never does."""
+        found: int = 0 if self._joint else self._form.places(self._shape)
         return found
+
+    def bytes(self, ranks: Ranks) -> Counts:
+        """Bytes of everything stored at each rank (biases not counted), at most.
+
+        They are exact once the order is known.
+        """
+        found: Counts = self._form.bytes(self._shape, ranks)
+        fewer = 0 if self.order is None else self.places() - self.order
+        return found - fewer * torch.int32.itemsize
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss of all operators together at each rank."""
@@ -112,6 +132,9 @@ class Fitted:
     def empty(self, rank: Rank) -> Body:
         """The body with uninitialized parameters."""
         made = self._form.empty(self._shape, rank)
+        if self.order:
+            shape = self.shapes[0]
+            put_in_order(made, shape.in_features, self.order, shape.device)
         return made if self._joint else Body(None, (made,))
 
     def fill(self, body: Body, factors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

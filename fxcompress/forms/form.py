@@ -69,10 +69,17 @@ class Form(ABC):
         rows: int = shape.rows
         return self.parameters(shape, ranks) * rows
 
+    def places(self, shape: Any) -> int:
+        """In how many blocks a body may put its input in order, at most; 0 if it never does.
+
+        What :meth:`fill` makes of an :meth:`empty` body (:mod:`fxcompress.forms.ordered`).
+        """
+        return 0
+
     def bytes(self, shape: Any, ranks: Ranks) -> Counts:
-        """Bytes of everything stored at each rank (the bias not counted)."""
+        """Bytes of everything stored at each rank, at most (the bias not counted)."""
         size: int = shape.dtype.itemsize
-        return self.parameters(shape, ranks) * size
+        return self.parameters(shape, ranks) * size + self.places(shape) * torch.int32.itemsize
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss at each rank, non-increasing; by default that of truncation."""

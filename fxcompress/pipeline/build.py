@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, find_form, fit
+from fxcompress.forms.ordered import blocks_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
@@ -22,7 +23,8 @@ from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
-from fxcompress.plans.plan import Plan, SitePlan, Size
+from fxcompress.plans.plan import BudgetOutcome, Limit, Plan, SitePlan, Size, total_size
+from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.rewrite import (
     ProjectedAttention,
     apply_plan,
@@ -50,6 +52,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
         if not failures:
             analysis.request.show.stage("verify", None)
             rewritten = skeleton(model)
+            planned = _as_built(analysis, planned, bodies)
             apply_plan(rewritten, planned, bodies)
             after, failures = _rerecord(rewritten, analysis, planned)
         if not failures:
@@ -89,6 +92,38 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
                 if isinstance(module, ProjectedAttention)
             ),
             "warnings": (*analysis.notes, *notes),
+        }
+    )
+
+
+def _as_built(analysis: Analysis, planned: Plan, bodies: Mapping[str, Body]) -> Plan:
+    """The plan with the orders that bodies put their inputs in; it had counted the largest ones."""
+    saved: dict[str, Size] = {}
+    entries = []
+    for entry in planned.sites:
+        if entry.form is not None and not entry.bundle:
+            group, body = analysis.group(entry.group), bodies[entry.group]
+            form, rank = entry.choice
+            if group.forms[form].places():
+                order = blocks_of(body.heads[0])
+                (after,) = group.sizes(form, rank, body, order)
+                saved[entry.name] = entry.after - after
+                entry = entry.model_copy(update={"order": order, "after": after})
+        entries.append(entry)
+
+    def cost(limit: Limit | BudgetOutcome, rule: str) -> dict[str, float]:
+        """What is saved counts for a budget of all, or of one rule."""
+        mine = [s.name for s in entries if s.name in saved and rule in ("", s.rule)]
+        counted = isinstance(UNITS[limit.unit], CountedUnit)
+        less = sum(saved[name][limit.unit] for name in mine) if counted else 0
+        return {"cost": limit.cost - less}
+
+    return planned.model_copy(
+        update={
+            "sites": tuple(entries),
+            "model_after": planned.model_after - total_size(saved.values()),
+            "budget": planned.budget.model_copy(update=cost(planned.budget, "")),
+            "limits": tuple(one.model_copy(update=cost(one, one.rule)) for one in planned.limits),
         }
     )
 

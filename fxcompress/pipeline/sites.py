@@ -102,16 +102,20 @@ class Group:
         permitted = _permitted(chosen.full_rank(), self.match)
         return permitted if chosen.misfit() is None else permitted[:0]
 
-    def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
+    def sizes(
+        self, form: str, rank: Rank, body: Body, order: int | None = None
+    ) -> tuple[Size, ...]:
         """Size of every operator at a rank of a form; what is shared counts for the first.
 
         Args:
             form: its name.
             rank: of ``body``.
             body: of the form, with or without values.
+            order: in how many blocks it puts its input in order; None to count the most.
         """
         ranks = np.array([rank], dtype=np.int64)
-        whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
+        chosen = fit(self.forms[form].form, self.shapes, order)
+        whole = Size.of(lambda unit: unit.of_form(chosen, ranks)[0])
         rest = [*map(_head_size, body.heads[1:], self.shapes[1:])]
         return (whole - total_size(rest), *rest)
 

@@ -129,13 +129,13 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Flaw]:
         yield "full_rank", f"{site.full_rank}, and {site.operator} has {shape.full_rank}"
     if site.after != site.before:
         yield "after", "it is not as before, and the site stays dense"
-    if site.bundle or site.parts or site.predicted:
-        yield "form", "bundle, parts and predicted are for sites that are rewritten"
+    if site.bundle or site.order or site.parts or site.predicted:
+        yield "form", "bundle, order, parts and predicted are for sites that are rewritten"
 
 
 def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]:
     form, rank = site.choice
-    found = _fitted(form, site.op, plan, [shape])
+    found = _fitted(form, site.op, plan, [shape], site.order)
     if found is None or site.op not in found.form.operators:
         yield "form", f"{form} is no form for one {site.op}"
         return
@@ -143,6 +143,12 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
         yield "forms", f"they lack the form {form}"
     if misfit := found.misfit():
         yield "form", misfit
+        return
+    if site.order and (site.order > found.places() or site.in_features % site.order):
+        yield (
+            "order",
+            f"{form} does not put {site.in_features} inputs in order by {site.order} blocks",
+        )
         return
     yield from _rank_problems(site, found.full_rank())
     if site.full_rank != found.full_rank():
@@ -188,10 +194,12 @@ def _size_problems(
             yield here, f"{number}, no multiple of the {count(unit)} of one row"
 
 
-def _fitted(form: str, op: str, plan: Plan, shapes: Sequence[Shape]) -> Fitted | None:
+def _fitted(
+    form: str, op: str, plan: Plan, shapes: Sequence[Shape], order: int = 0
+) -> Fitted | None:
     """A form for operators; None if there is none of that name for them."""
     try:
-        return fit(find_form(form, op, plan.templates), shapes)
+        return fit(find_form(form, op, plan.templates), shapes, order)
     except (KeyError, ValueError):
         return None
 
@@ -219,6 +227,9 @@ def _bundle_problems(
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
+    if any(site.order for site in sites):
+        yield "order", f"{form} puts no input in order"
+        return
     if misfit := found.misfit():
         yield "form", misfit
         return
@@ -252,7 +263,8 @@ def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, 
     sites = plan.groups[name]
     form, rank = sites[0].choice
     found = find_form(form, sites[0].op, plan.templates)
-    return layers(fit(found, [shapes[site.name] for site in sites]).empty(rank))
+    own = [shapes[site.name] for site in sites]
+    return layers(fit(found, own, sites[0].order).empty(rank))
 
 
 # ---- what is about several sites ------------------------------------------------------

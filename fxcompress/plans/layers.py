@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fxcompress.forms import Body
+from fxcompress.forms.ordered import ordering
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Part
 
@@ -23,7 +24,10 @@ def layers(body: Body) -> list[tuple[Part, ...]]:
 
 def _parts(graph: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
     parts = []
+    told = ordering(graph)  # by the order that the plan has
     for node in graph.graph.nodes:
+        if node in told:
+            continue
         if node.op == "call_module":
             module = graph.get_submodule(node.target)
             path = f"{prefix}{node.target}"

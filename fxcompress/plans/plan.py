@@ -28,7 +28,7 @@ from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.structure import Structure, structure_of
 from fxcompress.plans.units import COUNTED, CountedUnit, CountedWord, UnitWord
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -179,6 +179,7 @@ class SitePlan(_Frozen):
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
         member: place in that bundle, from 0, in the order of the rule's pattern.
+        order: in how many blocks the body puts its input in order; 0 if it reads it as it is.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
             of the batches held back, if there are any that reach the site.
@@ -208,6 +209,7 @@ class SitePlan(_Frozen):
     full_rank: Rank
     bundle: str = ""
     member: Whole = 0
+    order: Whole = 0
     parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
@@ -484,7 +486,7 @@ class Plan(_Frozen):
             in memory, and in files of before there were such ids.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     model_class: str
     rules: str
     metric: str

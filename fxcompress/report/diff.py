@@ -41,9 +41,10 @@ class Diff:
 
         model.layers.{0..29}.mlp                            30 alike
         - up_proj             linear 576→1536         884,736
-        + up_proj.pivot       linear 576→r            r 96..208 of 576 ▄▅█▇
-        + up_proj.combine     linear r→1536-r         194k..396k    KL 0.0004..0.0031
-        + up_proj             cat, index_select (rows back in order)
+        + up_proj             narrow
+        + up_proj.combine     linear 576-r→r          r 96..208 of 576 ▄▅█▇
+        + up_proj             narrow, add_ (the pivots, as they are)
+        + up_proj.pivot       linear r→1536           194k..396k    KL 0.0004..0.0031
           rule mlp (decoder.yaml:22)
 
     Attributes:
@@ -215,6 +216,8 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
         ranks = _ranks_text(row)
         cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
+    if any(one.order for one in row.sites):
+        lines.append(f"+ {name:19} {_order_text(row)}")
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
         if not is_layer:
             ops = [part.op for _, part in run]
@@ -229,6 +232,13 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
     return lines
 
 
+def _order_text(row: Row) -> str:
+    """``input in order, in 36..576 blocks (29 of 30)``."""
+    orders = [site.order for site in row.sites if site.order]
+    some = "" if len(orders) == len(row.sites) else f" ({len(orders)} of {len(row.sites)})"
+    return f"input in order, in {span(orders, '{:,}'.format)} blocks{some}"
+
+
 def part_text(row: Row, index: int) -> str:
     """A layer of alike sites: ``linear r→1536-r``, or ``linear 128→1408`` if all are of one rank.
 
@@ -237,7 +247,8 @@ def part_text(row: Row, index: int) -> str:
     parts = [site.parts[index] for site in row.sites]
     if parts[0].in_features is None:
         return parts[0].op
-    axes, widths = columns.ranks_of(row.sites), [site.out_features for site in row.sites]
+    axes = columns.ranks_of(row.sites)
+    widths = [[getattr(s, end) for s in row.sites] for end in ("in_features", "out_features")]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
     kernel = "×".join(map(str, parts[0].kernel))
     text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"
@@ -245,15 +256,16 @@ def part_text(row: Row, index: int) -> str:
 
 
 def _features(
-    sizes: Sequence[int | None], axes: Sequence[Sequence[int]], widths: Sequence[int]
+    sizes: Sequence[int | None], axes: Sequence[Sequence[int]], widths: Sequence[Sequence[int]]
 ) -> str:
     if len(set(sizes)) == 1:
         return str(sizes[0])
     for axis, ranks in enumerate(axes):
         if list(sizes) == list(ranks):
             return "r" if len(axes) == 1 else f"r{axis + 1}"
-        if list(sizes) == [m - r for m, r in zip(widths, ranks, strict=True)]:
-            return f"{widths[0]}-r"
+        for width in widths:
+            if list(sizes) == [m - r for m, r in zip(width, ranks, strict=True)]:
+                return f"{width[0]}-r"
     return span((size or 0 for size in sizes), "{:.0f}".format)
 
 

@@ -49,7 +49,8 @@ def empty_bodies(
     for name, sites in plan.groups.items():
         form, rank = sites[0].choice
         found = find_form(form, sites[0].op, plan.templates)
-        bodies[name] = fit(found, [shape(site) for site in sites]).empty(rank)
+        shapes = [shape(site) for site in sites]
+        bodies[name] = fit(found, shapes, sites[0].order).empty(rank)
     return bodies
 
 
