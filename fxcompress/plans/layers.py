@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from fxcompress.forms import Body
@@ -26,7 +27,7 @@ def _parts(graph: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
     parts = []
     told = ordering(graph)  # by the order that the plan has
     for node in graph.graph.nodes:
-        if node in told:
+        if node in told or node.target is torch.narrow:  # a view
             continue
         if node.op == "call_module":
             module = graph.get_submodule(node.target)

@@ -41,9 +41,8 @@ class Diff:
 
         model.layers.{0..29}.mlp                            30 alike
         - up_proj             linear 576→1536         884,736
-        + up_proj             narrow
         + up_proj.combine     linear 576-r→r          r 96..208 of 576 ▄▅█▇
-        + up_proj             narrow, add_ (the pivots, as they are)
+        + up_proj             add_ (the pivots, as they are)
         + up_proj.pivot       linear r→1536           194k..396k    KL 0.0004..0.0031
           rule mlp (decoder.yaml:22)
 

@@ -72,8 +72,7 @@ def parts(form: str, n: int, m: int, rank: int) -> tuple[Part, ...]:
     if form == "low_rank":
         return (_layer("down", n, rank), _layer("up", rank, m))
     combine, pivot = _layer("combine", n - rank, rank), _layer("pivot", rank, m)
-    narrow, add = Part(path="", op="narrow"), Part(path="", op="add_")
-    return (narrow, combine, narrow, add, pivot)
+    return (combine, Part(path="", op="add_"), pivot)
 
 
 def _layer(path: str, n: int, m: int) -> Part:
