@@ -518,7 +518,7 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_site(rank=-3), ["up: rank -3"]),
         (_site(rank=10**9), ["up: rank 1000000000"]),
         (_site(rank=2), ["sites[0].after.parameters"]),
-        (_site(order=5), ["sites[0].order", "does not put 24 inputs in order by 5 blocks"]),
+        (_site(order=5), ["sites[0].order", "does not put its channels in order in 5 blocks"]),
         (_site(order=48), ["sites[0].order"]),
         (_site(order=24), ["sites[0].after.bytes"]),
         (_site(dtype="load"), ["not a valid plan", "dtype"]),

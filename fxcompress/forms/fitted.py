@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.form import Counts, Form, JointForm
-from fxcompress.forms.ordered import put_in_order
 from fxcompress.forms.target import Losses, Rank, Ranks, Target
 from fxcompress.operators.shape import Shape
 
@@ -27,7 +26,7 @@ def fit(form: Form | JointForm, shapes: Sequence[Shape], order: int | None = Non
     Args:
         form: of one operator, or of several.
         shapes: of the operators.
-        order: in how many blocks its body puts the input in order; None where that is not known
+        order: in how many blocks its body puts channels in order; None where that is not known
             yet, as it depends on the weight.
 
     Raises:
@@ -47,7 +46,7 @@ class Fitted:
     Attributes:
         form: the form.
         shapes: of the operators.
-        order: in how many blocks its body puts the input in order; None if that is not known yet.
+        order: in how many blocks its body puts channels in order; None if that is not known yet.
         projects: whether the form has factors of its own, and asks for the metric to make them.
         predicts: whether the form has losses of its own, not those of truncation.
     """
@@ -98,7 +97,7 @@ class Fitted:
         return found
 
     def places(self) -> int:
-        """In how many blocks a body may put its input in order, at most; 0 if it never does."""
+        """In how many blocks a body may put channels in order, at most; 0 if it never does."""
         found: int = 0 if self._joint else self._form.places(self._shape)
         return found
 
@@ -133,8 +132,7 @@ class Fitted:
         """The body with uninitialized parameters."""
         made = self._form.empty(self._shape, rank)
         if self.order:
-            shape = self.shapes[0]
-            put_in_order(made, shape.in_features, self.order, shape.device)
+            self._form.put_in_order(made, self._shape, self.order)
         return made if self._joint else Body(None, (made,))
 
     def fill(self, body: Body, factors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""The order in which a body reads its input, where it needs another one than it is given.
+"""The order of the channels that a body reads or returns, where it is not that of its neighbours.
 
 before::
 
@@ -8,7 +8,8 @@ after, in k blocks of n / k channels that lie side by side::
 
     y = f(flatten(index_select(unflatten(x, -1, (k, -1)), -2, order), -2))
 
-The larger the blocks, the less it costs: a block moves as a piece of memory.
+The larger the blocks, the less it costs: a block moves as a piece of memory.  Channels of images
+are such pieces by themselves; a convolution puts those of its output in order.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ ORDER = "order"
 """Name of the buffer: places of the blocks (k), int32."""
 
 
-def put_in_order(body: fx.GraphModule, n: int, blocks: int, device: torch.device) -> None:
+def order_input(body: fx.GraphModule, n: int, blocks: int, device: torch.device) -> None:
     """Make a body read its input (..., n) in an order of blocks, which is not filled in yet."""
-    body.register_buffer(ORDER, torch.arange(blocks, dtype=torch.int32, device=device))
-    graph = body.graph
+    graph = _with_order(body, blocks, device)
     x = next(node for node in graph.nodes if node.op == "placeholder")
     readers = [*x.users]
     with graph.inserting_after(x):
@@ -43,8 +43,33 @@ def put_in_order(body: fx.GraphModule, n: int, blocks: int, device: torch.device
     body.recompile()
 
 
+def order_output(body: fx.GraphModule, m: int, dim: int, device: torch.device) -> None:
+    """Make a body return its output in an order of single channels, which is not filled in yet.
+
+    Args:
+        body: without an order.
+        m: its channels.
+        dim: of the output that counts them.
+        device: of the body.
+    """
+    graph = _with_order(body, m, device)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    (value,) = output.all_input_nodes
+    with graph.inserting_before(output):
+        order = graph.create_node("get_attr", ORDER)
+        moved = graph.call_function(torch.index_select, (value, dim, order))
+    output.replace_input_with(value, moved)
+    graph.lint()
+    body.recompile()
+
+
+def _with_order(body: fx.GraphModule, blocks: int, device: torch.device) -> fx.Graph:
+    body.register_buffer(ORDER, torch.arange(blocks, dtype=torch.int32, device=device))
+    return body.graph
+
+
 def ordering(body: fx.GraphModule) -> frozenset[fx.Node]:
-    """The nodes of a body that put its input in order; none if it reads it as it is."""
+    """The nodes of a body that put channels in order; none if they stay as they are."""
     orders = (node for node in body.graph.nodes if node.op == "get_attr" and node.target == ORDER)
     found = set()
     for order in orders:
@@ -56,7 +81,7 @@ def ordering(body: fx.GraphModule) -> frozenset[fx.Node]:
 
 
 def blocks_of(body: fx.GraphModule) -> int:
-    """In how many blocks a body puts its input in order; 0 if it reads it as it is."""
+    """In how many blocks a body puts channels in order; 0 if they stay as they are."""
     return len(body.get_buffer(ORDER)) if hasattr(body, ORDER) else 0
 
 

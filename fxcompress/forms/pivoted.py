@@ -38,7 +38,7 @@ from fxcompress.forms.form import (
     bare_linear,
     linear,
 )
-from fxcompress.forms.ordered import order_of, put_in_order, spread
+from fxcompress.forms.ordered import order_input, order_of, spread
 from fxcompress.forms.target import Ranks
 from fxcompress.operators.linear import LinearShape
 
@@ -98,7 +98,7 @@ class _Pivoted(Form):
         n, r = basis.shape
         order = torch.arange(n, device=basis.device)
         if blocks is not None:
-            put_in_order(body, n, len(blocks), basis.device)
+            order_input(body, n, len(blocks), basis.device)
             body.get_buffer("order").copy_(blocks)
             order = spread(blocks, n)
         assign(pivot.weight, weight[:, order[:r]])
@@ -150,20 +150,39 @@ def choose_order(weight: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Ten
     Raises:
         FormError: not even single columns do.
     """
-    n, r = basis.shape
-    limit = AMPLIFIED.get(dtype, AMPLIFIED_NARROW)
+    n = len(basis)
     for blocks in _block_orders(basis):
-        order = None if blocks is None else spread(blocks, n)
-        columns = basis if order is None else basis[order]
-        combination, info = torch.linalg.solve_ex(columns[:r].T, columns[r:].T)
-        largest = combination.abs().amax() if r < n else 0.0
-        if int(info) or not largest <= LARGEST_OF_BLOCKS:
-            continue
-        pivots = weight[:, :r] if order is None else weight[:, order[:r]]
-        if largest <= LARGEST_ENTRY or amplification(pivots, combination) <= limit:
+        order = torch.arange(n, device=basis.device) if blocks is None else spread(blocks, n)
+        combination = good_enough(weight[:, order], basis[order], dtype)
+        if combination is not None:
             return blocks, combination
     pivots, transposed = choose_pivots(basis)
     return torch.cat([pivots, complement(pivots, n)]), transposed.T
+
+
+def good_enough(weight: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The combinations of the first r columns that the others are, if rounding errors stay small.
+
+    Args:
+        weight: W_r (m x n), float64.
+        basis: orthonormal, of its row space (n x r), float64.
+        dtype: of the body.
+
+    Returns:
+        T (r x n - r), or None if it does not exist or amplifies rounding errors too much.
+    """
+    n, r = basis.shape
+    if n == r:
+        return basis.new_zeros(r, 0)
+    combination: Tensor
+    combination, info = torch.linalg.solve_ex(basis[:r].T, basis[r:].T)
+    largest = float(combination.abs().max())
+    if int(info) or not largest <= LARGEST_OF_BLOCKS:
+        return None
+    limit = AMPLIFIED.get(dtype, AMPLIFIED_NARROW)
+    if largest > LARGEST_ENTRY and amplification(weight[:, :r], combination) > limit:
+        return None
+    return combination
 
 
 def amplification(pivots: Tensor, combination: Tensor) -> float:

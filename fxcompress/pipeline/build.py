@@ -97,7 +97,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
 
 
 def _as_built(analysis: Analysis, planned: Plan, bodies: Mapping[str, Body]) -> Plan:
-    """The plan with the orders that bodies put their inputs in; it had counted the largest ones."""
+    """The plan with the orders that bodies put channels in; it had counted the largest ones."""
     saved: dict[str, Size] = {}
     entries = []
     for entry in planned.sites:

@@ -111,7 +111,7 @@ class Group:
             form: its name.
             rank: of ``body``.
             body: of the form, with or without values.
-            order: in how many blocks it puts its input in order; None to count the most.
+            order: in how many blocks it puts channels in order; None to count the most.
         """
         ranks = np.array([rank], dtype=np.int64)
         chosen = fit(self.forms[form].form, self.shapes, order)

@@ -144,10 +144,10 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
     if misfit := found.misfit():
         yield "form", misfit
         return
-    if site.order and (site.order > found.places() or site.in_features % site.order):
+    if site.order and (site.order > found.places() or found.places() % site.order):
         yield (
             "order",
-            f"{form} does not put {site.in_features} inputs in order by {site.order} blocks",
+            f"{form} does not put its channels in order in {site.order} blocks",
         )
         return
     yield from _rank_problems(site, found.full_rank())

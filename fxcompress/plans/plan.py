@@ -179,7 +179,8 @@ class SitePlan(_Frozen):
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
         member: place in that bundle, from 0, in the order of the rule's pattern.
-        order: in how many blocks the body puts its input in order; 0 if it reads it as it is.
+        order: in how many blocks the body puts the channels of its input in order (a convolution
+            those of its output); 0 if they stay as they are.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
             of the batches held back, if there are any that reach the site.

@@ -232,10 +232,10 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
 
 
 def _order_text(row: Row) -> str:
-    """``input in order, in 36..576 blocks (29 of 30)``."""
+    """``channels in order, in 36..576 blocks (29 of 30)``."""
     orders = [site.order for site in row.sites if site.order]
     some = "" if len(orders) == len(row.sites) else f" ({len(orders)} of {len(row.sites)})"
-    return f"input in order, in {span(orders, '{:,}'.format)} blocks{some}"
+    return f"channels in order, in {span(orders, '{:,}'.format)} blocks{some}"
 
 
 def part_text(row: Row, index: int) -> str:

@@ -141,6 +141,6 @@ def test_orders_of_inputs_are_told() -> None:
         site.model_copy(update={"order": orders.get(site.name, 0)}) for site in plan.sites
     )
     text = str(diff_plan(plan.model_copy(update={"sites": sites})))
-    said = f"+ up_proj             input in order, in 36..576 blocks (2 of {len(wide)})\n"
+    said = f"+ up_proj             channels in order, in 36..576 blocks (2 of {len(wide)})\n"
     assert f"{said}+ up_proj.combine " in text
-    assert text.count("input in order") == 1
+    assert text.count("channels in order") == 1
