@@ -30,7 +30,7 @@ defaults: {tied: skip, min_saving: 0.05, multiple_of: 8}
 rules:
   - id: hidden
     match: {node: {op: linear, name: "*.down_proj"}}
-    rewrite: {any_of: [narrow, pivoted]}
+    rewrite: {any_of: [narrow, pivoted], then: pivoted}
   - id: others
     match: {node: {op: linear, name: "*.layers.*"}}
     rewrite: {form: pivoted}
@@ -39,6 +39,7 @@ ROWS = {
     "pivoted": "`pivoted` everywhere",
     "narrow": "feed-forward blocks narrowed, attention `pivoted`",
     "both": "each block narrowed or `pivoted`",
+    "then": "the same, and `pivoted` on what is left of a narrowed block",
 }
 
 
@@ -48,6 +49,8 @@ def restricted(found: Analysis, row: str, rules: LoadedRules) -> Analysis:
     groups = [group for group in found.groups if row != "pivoted" or not group.hidden]
     if row == "narrow":
         groups = [replace(g, forms={}) if g.name in blocks else g for g in groups]
+    if row != "then":
+        groups = [replace(group, narrowed=()) for group in groups]
     return replace(found, groups=tuple(groups), rules=rules)
 
 

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from fxcompress.forms.form import FormError as FormError
     from fxcompress.forms.form import JointForm as JointForm
     from fxcompress.forms.graph import template_form as template_form
+    from fxcompress.forms.narrow import Narrow as Narrow
     from fxcompress.forms.registry import find_form as find_form
     from fxcompress.forms.registry import register_form as register_form
+    from fxcompress.forms.target import Channels as Channels
     from fxcompress.forms.target import Rank as Rank
     from fxcompress.forms.target import Spectrum as Spectrum
     from fxcompress.forms.target import Target as Target
@@ -32,9 +34,13 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.forms.body": ("Body",),
         "fxcompress.forms.fitted": ("Fitted", "fit"),
         "fxcompress.forms.form": ("Form", "FormError", "JointForm"),
+        "fxcompress.forms.narrow": ("Narrow",),
         "fxcompress.forms.registry": ("find_form", "register_form"),
         "fxcompress.forms.graph": ("template_form",),
-        "fxcompress.forms.target": ("Rank", "Spectrum", "Target", "Truncations", "View"),
+        "fxcompress.forms.target": (
+            *("Channels", "Rank", "Spectrum"),
+            *("Target", "Truncations", "View"),
+        ),
         "fxcompress.forms.template": ("Template",),
         "fxcompress.forms.words": ("form_words",),
         "fxcompress.operators.convolution": ("ConvShape",),

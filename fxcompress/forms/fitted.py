@@ -135,6 +135,10 @@ class Fitted:
             self._form.put_in_order(made, self._shape, self.order)
         return made if self._joint else Body(None, (made,))
 
+    def left(self, rank: int) -> tuple[Shape, ...]:
+        """The operators that a form of a hidden value leaves, with fewer channels."""
+        return tuple(self._form.left(self._shape, rank))
+
     def fill(self, body: Body, factors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         """Make the body compute the products with its input, plus the biases.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
 from fxcompress.forms.ordered import order_input
-from fxcompress.forms.target import Losses, Rank, Ranks, Target, View
+from fxcompress.forms.target import Losses, Rank, Ranks, Target, Truncations, View
 from fxcompress.operators.linear import LinearShape
 from fxcompress.operators.shape import Shape
 
@@ -86,16 +87,20 @@ class Form(ABC):
         size: int = shape.dtype.itemsize
         return self.parameters(shape, ranks) * size + self.places(shape) * torch.int32.itemsize
 
+    def truncations(self, target: Target) -> Truncations:
+        """The approximations that it chooses from; by default those of its view."""
+        return target.truncations(self.view)
+
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss at each rank, non-increasing; by default that of truncation."""
-        return target.truncations(self.view).losses(ranks)
+        return self.truncations(target).losses(ranks)
 
     def factors(self, target: Target, rank: Any) -> tuple[Tensor, ...]:
         """What the body is to compute the product of: for a matrix, (m x k) and (k x n).
 
         By default the first r components of the decomposition.
         """
-        return target.truncations(self.view).factors(rank)
+        return self.truncations(target).factors(rank)
 
     def product(self, shape: Any, factors: Sequence[Tensor]) -> Tensor:
         """The dense weight (canonical layout) that factors stand for."""
@@ -167,16 +172,20 @@ class JointForm(ABC):
         """Bytes of everything stored (biases not counted)."""
         return self.parameters(shapes, ranks) * shapes[0].dtype.itemsize
 
+    def truncations(self, target: Target) -> Truncations:
+        """The approximations that it chooses from; by default those of its view."""
+        return target.truncations(self.view)
+
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss of all operators at each rank; by default that of truncation."""
-        return target.truncations(self.view).losses(ranks)
+        return self.truncations(target).losses(ranks)
 
     def factors(self, target: Target, rank: int) -> tuple[Tensor, Tensor]:
         """What the bodies are to compute the products of: (Σm x k) and (k x n).
 
         By default the first r components of the stacked weight.
         """
-        left, right = target.truncations(self.view).factors(rank)
+        left, right = self.truncations(target).factors(rank)
         return left, right
 
     def products(self, shapes: Shapes, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -220,6 +229,12 @@ class JointForm(ABC):
     def bias(self, head: fx.GraphModule) -> Tensor | None:
         """The parameter of a head that is the dense bias (m_i); None if there is no such one."""
         return None
+
+    def left(self, shapes: Shapes, rank: int) -> Shapes:
+        """The operators that a form of a hidden value leaves, with fewer channels."""
+        *producers, consumer = shapes
+        smaller = (replace(shape, out_features=rank) for shape in producers)
+        return (*smaller, replace(consumer, in_features=rank))
 
 
 def bare_linear(n: int, m: int, bias: bool, shape: Shape) -> nn.Linear:

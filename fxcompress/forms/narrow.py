@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body
 from fxcompress.forms.form import Counts, JointForm, Shapes, assign, bare_linear, linear
-from fxcompress.forms.target import Ranks, Target
+from fxcompress.forms.target import Ranks, Target, Truncations
 
 
 class Narrow(JointForm):
@@ -52,9 +52,26 @@ class Narrow(JointForm):
     def macs(self, shapes: Shapes, ranks: Ranks) -> Counts:
         return ranks * _entries(shapes) * shapes[-1].rows
 
+    def truncations(self, target: Target) -> Truncations:
+        """What :meth:`channels` says, asked once."""
+        if self.name not in target.chosen:
+            target.chosen[self.name] = self.channels(target)
+        return target.chosen[self.name]
+
+    def channels(self, target: Target) -> Truncations:
+        """The channels that are kept at each width, and the weight that then reads them.
+
+        A form of one's own says here what else it keeps: ``target.channels(order)`` takes channels
+        in another order and refits W to them.  It is asked once for every hidden value.
+
+        Args:
+            target: the consumer's weight with its metric, and the weights of the producers.
+        """
+        return target.channels()
+
     def factors(self, target: Target, rank: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The channels that are kept (k), W' (m x k), and these rows of every producer (k x n)."""
-        kept, refitted = target.truncations(self.view).factors(rank)
+        kept, refitted = self.truncations(target).factors(rank)
         return kept, refitted, *(weight[kept] for weight in target.producers)
 
     def products(self, shapes: Shapes, factors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

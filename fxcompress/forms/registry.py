@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from fxcompress.forms.form import Form, JointForm
 from fxcompress.forms.graph import template_form
+from fxcompress.forms.narrow import Narrow
 from fxcompress.forms.template import Template
 from fxcompress.forms.words import BUILT_IN, FormWord, add_word, form_words
 
@@ -23,10 +24,15 @@ def register_form(form: Form | JointForm) -> None:
 
     Raises:
         ValueError: the name is taken.
-        TypeError: it is no form.
+        TypeError: it is no form, or one for hidden values that does not derive from
+            :class:`fxcompress.forms.Narrow`.
     """
     if not isinstance(form, Form | JointForm):
         raise TypeError(f"an instance of Form or JointForm is registered, not {form!r}")
+    if isinstance(form, JointForm) and form.hidden and not isinstance(form, Narrow):
+        raise TypeError(
+            f"{form.name}: a form for hidden values derives from fxcompress.forms.Narrow"
+        )
     add_word(_word_of(form))
     _FORMS.update({(form.name, op): form for op in form.operators})
 

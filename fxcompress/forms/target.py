@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self, cast
 
@@ -137,6 +137,17 @@ class Truncations(ABC):
         raise TypeError(f"{type(self).__name__} has no components")
 
 
+class Channels(Truncations):
+    """A weight with k of its n input channels, 1 <= k <= n, in one order for every k.
+
+    Attributes:
+        order: channels in the order in which they are taken (n), int64.
+        sigma: root of twice what each of these gains (n), float64; not sorted.
+    """
+
+    order: Tensor
+
+
 class Quadratic(Protocol):
     """What a form asks of the metric at one site, a quadratic form on changes of its weight.
 
@@ -153,7 +164,7 @@ class Quadratic(Protocol):
     def truncations(self, weight: Tensor, view: View) -> Truncations:
         """Approximations of a weight (canonical layout)."""
 
-    def channels(self, weight: Tensor) -> Truncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> Channels:
         """Approximations of a weight (canonical layout) in the view ``channels``."""
 
 
@@ -198,6 +209,44 @@ class Spectrum(Truncations):
 
 
 @dataclass(frozen=True, eq=False)
+class Halved(Truncations):
+    """The decomposition of a weight W (m x n) of which only the smaller factor is kept.
+
+    That one is square and invertible, whatever W is, and their product is W, so that the other one
+    follows from both.
+
+    Attributes:
+        sigma: as of :class:`Spectrum`.
+        square: its ``left`` (m x m) if m <= n, else its ``right`` (n x n).
+        weight: returns W, float64.
+    """
+
+    sigma: Tensor
+    square: Tensor
+    weight: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, found: Spectrum, weight: Callable[[], Tensor]) -> Halved:
+        """A decomposition with less of it in memory."""
+        wide = len(found.left) <= found.right.shape[1]
+        return cls(found.sigma, (found.left if wide else found.right).clone(), weight)
+
+    def losses(self, ranks: Ranks) -> Losses:
+        """Predicted loss at each rank."""
+        return cast("Losses", tail(0.5 * self.sigma.square()).cpu().numpy()[ranks])
+
+    def factors(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        """The first r components, (m x r) and (r x n)."""
+        assert isinstance(rank, int)
+        weight, square = self.weight(), self.square.to(torch.float64)
+        if len(weight) <= weight.shape[1]:
+            right = torch.linalg.solve(square, weight)[:rank]
+            return self.square[:, :rank], right.to(self.square.dtype)
+        left = torch.linalg.solve(square, weight, left=False)[:, :rank]
+        return left.to(self.square.dtype), self.square[:rank]
+
+
+@dataclass(frozen=True, eq=False)
 class Target:
     """One weight, or several on one input stacked to one, as a form sees it.
 
@@ -206,12 +255,14 @@ class Target:
         quadratic: the metric; None once it was given up, to free its memory.
         views: what was computed of :meth:`truncations`.
         producers: of a hidden value, the weights of what produces it; W is that of its consumer.
+        chosen: what forms for hidden values take of it, by their names.
     """
 
     weight: Tensor
     quadratic: Quadratic | None
     views: dict[View, Truncations] = field(default_factory=dict)
     producers: tuple[Tensor, ...] = ()
+    chosen: dict[str, Truncations] = field(default_factory=dict)
 
     def truncations(self, view: View = "matrix") -> Truncations:
         """Approximations of W in a view, computed when they are first asked for."""
@@ -220,6 +271,18 @@ class Target:
             found = next((each for each in given if each is not None), None)
             self.views[view] = found or self._computed(view)
         return self.views[view]
+
+    def channels(self, order: Tensor | None = None) -> Channels:
+        """W with fewer channels of its input, taken in an order, and refitted in the metric.
+
+        Args:
+            order: all channels (n), int64; the one that the metric chooses if it is None.
+        """
+        if order is not None:
+            return self._metric.channels(self.weight, order)
+        found = self.truncations("channels")
+        assert isinstance(found, Channels)
+        return found
 
     @property
     def spectrum(self) -> Spectrum:
@@ -237,7 +300,7 @@ class Target:
 
     def without_metric(self) -> Target:
         """The target with no more than what was computed already, to free the metric."""
-        return Target(self.weight, None, self.views, self.producers)
+        return replace(self, quadratic=None)
 
     def _computed(self, view: View) -> Truncations:
         metric = self._metric

@@ -258,7 +258,10 @@ def build_template(
     values = tuple(dict.fromkeys(readers[role] for role in roles))
     if len(values) > 1:
         message = f"{', '.join(roles)} read different values ({', '.join(f'${v}' for v in values)})"
-        hint = "a template replaces operators that read the same value"
+        hint = (
+            "a template replaces operators that read the same value; what makes a value and what "
+            "reads it get smaller together with 'form: narrow'"
+        )
         problems.append(Fault(("outputs",), "bad-outputs", message, hint))
     for step in steps:
         _check_references(step, graph, values, problems)

@@ -62,7 +62,8 @@ def add_word(word: FormWord) -> None:
     """
     known = _WORDS.get(word.name)
     if known is not None:
-        if known.joint or word.joint or known.operators & word.operators:
+        alone = not any(each.joint or each.hidden for each in (known, word))
+        if not alone or known.operators & word.operators:
             raise ValueError(f"a form named {word.name!r} is already registered")
         word = replace(word, operators=known.operators | word.operators)
     _WORDS[word.name] = word
@@ -91,6 +92,17 @@ def joint_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
     """The names among ``forms`` that rewrite several operators together, in the order given."""
     words = form_words()
     return tuple(form for form in forms if form in words and words[form].joint)
+
+
+def hidden_forms(forms: tuple[str, ...]) -> tuple[str, ...]:
+    """The names among ``forms`` that rewrite an operator and what produces its input, in order.
+
+    >>> import fxcompress
+    >>> hidden_forms(("pivoted", "narrow"))
+    ('narrow',)
+    """
+    words = form_words()
+    return tuple(form for form in forms if form in words and words[form].hidden)
 
 
 for _word in BUILT_IN.values():

@@ -34,8 +34,10 @@ from fxcompress.pipeline.decomposition import (
     Decomposed,
     Decomposition,
     decompose,
+    decompose_narrowed,
     metric_from,
     stacked,
+    weight_left,
 )
 from fxcompress.pipeline.pricing import Costs, Pricing
 from fxcompress.pipeline.sites import Site, decoded
@@ -125,19 +127,28 @@ class Thresholded:
     def ranks(self) -> dict[str, int | None]:
         """Rank of every site, as the solver encodes it, that of its bundle if it has one."""
         return {
-            site.name: choice.rank
+            site.name: group.narrowing.width if group.narrowing else choice.rank
             for group, choice in self.solution.decided(self.analysis.groups)
             for site in group.sites
         }
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
         """Every site that does not stay as it is, with its new weight (canonical layout)."""
-        for group, choice in self.solution.decided(self.analysis.groups):
+        analysis = self.analysis
+        for group, choice in self.solution.decided(analysis.groups):
+            if group.narrowing is not None:
+                hidden = analysis.group(group.narrowing.hidden)
+                weight = weight_left(
+                    analysis.model, hidden, analysis.decomposed, group, choice.form, choice.rank
+                )
+                if weight is not None:
+                    yield hidden.sites[group.narrowing.member], weight
+                continue
             if choice.form is None or choice.rank is None:
                 continue
             form = group.forms[choice.form]
             rank = decoded(form.full_rank(), choice.rank)
-            factors = form.factors(self.analysis.decomposed.groups[group.name].target, rank)
+            factors = form.factors(analysis.decomposed.groups[group.name].target, rank)
             found = zip(group.sites, form.products(factors), strict=True)
             yield from ((site, weight) for site, weight in found if weight is not None)
 
@@ -185,12 +196,15 @@ def threshold(
         return decompose(survey.model, groups[name], metric)
 
     found: dict[str, Decomposed] = {}
-    for name in groups:
+    left: dict[str, Decomposed] = {}
+    for name, group in groups.items():
         found[name] = decomposed(name, ITERATIONS[0])
+        around = [metrics[site.name] for site in group.sites]
+        left |= decompose_narrowed(group, found[name], around)
         tick()
     full = {name for name in found if name not in starts}
     for iterations in (*ITERATIONS[1:], None, None):
-        analysis = _analysis(survey, found, metrics)
+        analysis = _analysis(survey, found, left, metrics)
         solution = solve(analysis, pricings, {})
         more = _uncertain(analysis, solution, pricings)
         if not more:
@@ -203,16 +217,21 @@ def threshold(
     else:
         full = {*found}
         found = {name: decomposed(name, None) for name in found}
-        analysis = _analysis(survey, found, metrics)
+        analysis = _analysis(survey, found, left, metrics)
         solution = solve(analysis, pricings, {})
     return Thresholded(
         analysis, solution, dict(_starts(analysis, metrics, solution)), frozenset(full)
     )  # fmt: skip
 
 
-def _analysis(survey: Survey, found: Mapping[str, Decomposed], metrics: Metrics) -> Analysis:
+def _analysis(
+    survey: Survey,
+    found: Mapping[str, Decomposed],
+    left: Mapping[str, Decomposed],
+    metrics: Metrics,
+) -> Analysis:
     idle = tuple(name for name in found if metrics[name].null)
-    return Analysis.of(survey, Estimate(Calibration({})), Decomposition(found, idle))
+    return Analysis.of(survey, Estimate(Calibration({})), Decomposition({**found, **left}, idle))
 
 
 def _uncertain(analysis: Analysis, solution: Solution, pricings: Mapping[str, Pricing]) -> set[str]:
@@ -292,7 +311,7 @@ def _starts(
     chosen = {**choices, **{site.name: choices[g.name] for g in joint for site in g.sites}}
     grouped = {site.name for site in analysis.sites if site.match.group is not None}
     for name, decomposed in found.items():
-        choice = chosen.get(name)
+        choice = chosen.get(name) if name in metrics else None
         if choice is None or choice.form is None or not choice.rank:
             continue
         if name in grouped:  # one rank for several: no component is judged by itself

@@ -39,7 +39,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fxcompress.forms.target import Losses, Rank, Ranks, Truncations, tail
+from fxcompress.forms.target import Channels, Losses, Rank, Ranks, tail
 from fxcompress.metric.scaled import normalized, times_power
 from fxcompress.metric.whiten import BlockWhitener, Whitener, cholesky
 
@@ -55,7 +55,7 @@ RESOLUTION = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelTruncations(Truncations):
+class ChannelTruncations(Channels):
     """A weight with k of its n input channels, 1 <= k <= n.
 
     Attributes:
@@ -121,9 +121,17 @@ class ChannelTruncations(Truncations):
 
 
 def chosen(
-    weight: Tensor, inputs: Whitener, outputs: Whitener | BlockWhitener
+    weight: Tensor,
+    inputs: Whitener,
+    outputs: Whitener | BlockWhitener,
+    order: Tensor | None = None,
 ) -> ChannelTruncations:
     """Channels of a weight (m x n), or (m x n x kernel), in the metric of two factors.
+
+    Args:
+        weight: W.
+        inputs, outputs: of A and G.
+        order: in which channels are taken (n), int64; by what they gain if it is None.
 
     Raises:
         ValueError: the weight is not finite.
@@ -131,11 +139,12 @@ def chosen(
     _check(weight)
     half = outputs.into(weight.detach().to(torch.float64).flatten(1))
     if inputs.diagonal:
-        found = independent(weight, inputs.into(half.T).T)
+        found = independent(weight, inputs.into(half.T).T, order)
     else:  # whatever their size is, squares stay in range
         half, exponent = normalized(half)
         a, more = normalized(inputs.dense(half.shape[1]).to(half))
-        order = greedy(half, a, math.prod(weight.shape[2:]))
+        if order is None:
+            order = greedy(half, a, math.prod(weight.shape[2:]))
         sigma = gained(half, a, order) * inputs.unit * 2.0 ** (more / 2)
         found = ChannelTruncations(weight, 1, order, times_power(sigma, exponent), inputs)
     if inputs.null or outputs.null:
@@ -143,7 +152,9 @@ def chosen(
     return found
 
 
-def independent(weight: Tensor, whitened: Tensor) -> ChannelTruncations:
+def independent(
+    weight: Tensor, whitened: Tensor, order: Tensor | None = None
+) -> ChannelTruncations:
     """Channels of a weight in a metric without products of two of them.
 
     There is nothing to make up for, so that what they lose by themselves is the order that has the
@@ -152,6 +163,7 @@ def independent(weight: Tensor, whitened: Tensor) -> ChannelTruncations:
     Args:
         weight: (m x n), or (m x n x kernel).
         whitened: in coordinates in which the metric is the identity (m x n·t), float64.
+        order: in which channels are taken (n), if that is given.
 
     Raises:
         ValueError: the weight is not finite.
@@ -159,11 +171,14 @@ def independent(weight: Tensor, whitened: Tensor) -> ChannelTruncations:
     _check(weight)
     whitened, exponent = normalized(whitened)
     energies = whitened.square().sum(0).reshape(weight.shape[1], -1).sum(1)
-    order = torch.argsort(energies, descending=True, stable=True)
+    if order is None:
+        order = torch.argsort(energies, descending=True, stable=True)
     return ChannelTruncations(weight, 1, order, times_power(energies[order].sqrt(), exponent))
 
 
-def zeroed(weight: Tensor, loss: Callable[[Tensor], float]) -> ChannelTruncations:
+def zeroed(
+    weight: Tensor, loss: Callable[[Tensor], float], order: Tensor | None = None
+) -> ChannelTruncations:
     """Channels of a weight in a metric of which nothing is known but losses.
 
     They stand in the order of what is lost without each one alone, and the weight that reads some
@@ -172,6 +187,7 @@ def zeroed(weight: Tensor, loss: Callable[[Tensor], float]) -> ChannelTruncation
     Args:
         weight: (m x n), or (m x n x kernel).
         loss: predicted, of a change.
+        order: in which channels are taken (n), if that is given.
 
     Raises:
         ValueError: the weight is not finite.
@@ -185,9 +201,10 @@ def zeroed(weight: Tensor, loss: Callable[[Tensor], float]) -> ChannelTruncation
         change[:, channels] = -wide[:, channels]
         return max(loss(change), 0.0)
 
-    every = torch.arange(count, device=weight.device)
-    alone = torch.tensor([lost(one) for one in every[:, None]], dtype=torch.float64)
-    order = torch.argsort(alone, descending=True, stable=True).to(weight.device)
+    if order is None:
+        every = torch.arange(count, device=weight.device)
+        alone = torch.tensor([lost(one) for one in every[:, None]], dtype=torch.float64)
+        order = torch.argsort(alone, descending=True, stable=True).to(weight.device)
     losses = [lost(order[k:]) for k in range(count)] + [0.0]
     best, least = [0], losses[:1]
     for k, each in enumerate(losses[1:], 1):

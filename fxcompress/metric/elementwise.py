@@ -18,7 +18,7 @@ has its exact loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -88,10 +88,15 @@ class Elementwise(QuadraticForm):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return _Iterated(w, f, view == "tucker2", weight.dim() == 2, dtype, self.unit)
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Fewer channels, each of which loses its own entries: nothing makes up for them."""
         whitened = self.entries.sqrt() * weight.detach().to(torch.float64).flatten(1)
-        return independent(weight, whitened * self.unit)
+        return independent(weight, whitened * self.unit, order)
+
+    def restricted(self, rows: Tensor | None = None, inputs: Tensor | None = None) -> Elementwise:
+        """The weights of some entries of a matrix."""
+        entries = self.entries if rows is None else self.entries[rows]
+        return replace(self, entries=entries if inputs is None else entries[:, inputs])
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Entry by entry, by weights that are raised to a millionth of their mean."""

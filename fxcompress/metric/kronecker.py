@@ -65,9 +65,18 @@ class Kronecker(QuadraticForm):
             return self.warm.truncations(weight.flatten(1), self.inputs, self.outputs)
         return decompose_whitened(weight.flatten(1), self.inputs, self.outputs)
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Fewer channels of a weight (m x n), or (m x n x kernel), the rest refitted."""
-        return chosen(weight, self.inputs, self.outputs)
+        return chosen(weight, self.inputs, self.outputs, order)
+
+    def restricted(self, rows: Tensor | None = None, inputs: Tensor | None = None) -> Kronecker:
+        """With rows and columns of A and G left out, damping included."""
+        outputs = self.outputs
+        assert isinstance(outputs, Whitener)
+        return Kronecker(
+            self.inputs if inputs is None else self.inputs.restricted(inputs),
+            outputs if rows is None else outputs.restricted(rows),
+        )
 
     def _split(self, weight: Tensor, view: View) -> SplitTruncations:
         return SplitTruncations.of(weight, self.inputs, self.outputs, view)

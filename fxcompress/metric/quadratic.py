@@ -6,8 +6,8 @@ convolution (g x m/g x n/g x kernel), so that nothing else has to know of groups
 
 A new form says :attr:`QuadraticForm.null`, :meth:`QuadraticForm.loss`,
 :meth:`QuadraticForm.truncations` and :meth:`QuadraticForm.solve`.  What it does not say beyond
-that it does without: it is decomposed in full every time, offers no joint forms, and refits nothing
-where channels are dropped.
+that it does without: it is decomposed in full every time, offers no joint forms, and where channels
+are dropped it refits nothing and offers no forms for what is left.
 """
 
 from __future__ import annotations
@@ -79,15 +79,30 @@ class QuadraticForm(ABC):
             gradient: with respect to the weight (canonical layout).
         """
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Approximations of a weight (canonical layout) by fewer channels of its input.
 
         This one asks for nothing but losses, 2n of them: nothing is refitted.
 
+        Args:
+            weight: W.
+            order: in which channels are taken (n), int64; the metric chooses if it is None.
+
         Raises:
             ValueError: the weight is not finite.
         """
-        return zeroed(weight, self.loss)
+        return zeroed(weight, self.loss, order)
+
+    def restricted(
+        self, rows: Tensor | None = None, inputs: Tensor | None = None
+    ) -> QuadraticForm | None:
+        """The form for changes in some rows and input channels only; None if there is none.
+
+        Args:
+            rows: outputs of a matrix (int64); None for all.
+            inputs: of its inputs (int64); None for all.
+        """
+        return None
 
     @property
     def by_group(self) -> tuple[QuadraticForm, ...]:
@@ -189,10 +204,10 @@ class Grouped(QuadraticForm):
         parts = zip(self.groups, weight, strict=True)
         return GroupedTruncations(tuple(group.truncations(part, view) for group, part in parts))
 
-    def channels(self, weight: Tensor) -> ChannelTruncations:
+    def channels(self, weight: Tensor, order: Tensor | None = None) -> ChannelTruncations:
         """Fewer channels of the one group that there is; of several, none are chosen."""
         if len(self.groups) == 1:
-            return replace(self.groups[0].channels(weight[0]), weight=weight, axis=2)
+            return replace(self.groups[0].channels(weight[0], order), weight=weight, axis=2)
         return refused(weight, "each group of the convolution reads channels of its own")
 
     def solve(self, gradient: Tensor) -> Tensor:

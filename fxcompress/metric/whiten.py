@@ -130,6 +130,21 @@ class Whitener:
         """The whitener without the factor itself, which products do not need."""
         return replace(self, matrix=None)
 
+    def restricted(self, places: Tensor) -> Whitener:
+        """The whitener of some rows and columns of the factor (k x k), its damping included.
+
+        Args:
+            places: which (k), int64.
+        """
+        if self.null or self.plain:
+            return self
+        if self.scale is not None:
+            return replace(self, scale=self.scale[places])
+        matrix = self.dense(0)[places][:, places]
+        if self.lower is not None:  # damped: a part of it is no nearer to singular (Cauchy)
+            return Whitener(lower=cholesky(matrix), matrix=matrix, unit=self.unit)
+        return whitener(matrix, 0.0, self.unit)
+
     def _powers(self, x: Tensor, power: int) -> Tensor:
         """A power of the symmetric root, times x."""
         assert self.few is not None

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import BudgetError, RecordError, RewriteError
-from fxcompress.forms import Body, Fitted, FormError, find_form, fit
+from fxcompress.forms import Body, Fitted, FormError, Rank, find_form, fit
 from fxcompress.forms.ordered import blocks_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
-from fxcompress.operators.modules import canonical_weight
+from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.shape import channels_of
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
+from fxcompress.pipeline.decomposition import widened
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
 from fxcompress.plans.plan import BudgetOutcome, Limit, Plan, SitePlan, Size, total_size
@@ -98,13 +99,14 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
 
 def _as_built(analysis: Analysis, planned: Plan, bodies: Mapping[str, Body]) -> Plan:
     """The plan with the orders that bodies put channels in; it had counted the largest ones."""
+    units = {key: (group, form, rank) for key, group, form, rank in _units(analysis, planned)}
     saved: dict[str, Size] = {}
     entries = []
     for entry in planned.sites:
-        if entry.form is not None and not entry.bundle:
-            group, body = analysis.group(entry.group), bodies[entry.group]
-            form, rank = entry.choice
+        if entry.name in units:
+            group, form, rank = units[entry.name]
             if group.forms[form].places():
+                body = bodies[entry.name]
                 order = blocks_of(body.heads[0])
                 (after,) = group.sizes(form, rank, body, order)
                 saved[entry.name] = entry.after - after
@@ -186,69 +188,88 @@ def student(model: nn.Module, analysis: Analysis) -> Student:
     given_up = _GivenUp()
     while True:
         planned = given_up.plan(analysis)
-        instead = {name: _trained(analysis, group) for name, group in planned.groups.items()}
-        trained = planned.model_copy(
-            update={
-                "sites": tuple(
-                    site.model_copy(update={"form": instead.get(site.group)})
-                    for site in planned.sites
-                )
-            }
-        )
+        units = [*_units(analysis, planned)]
+        instead = {key: group.forms[form].form.trains_as or form for key, group, form, _ in units}
         bodies, failures = _build(analysis, planned, instead)
         if not failures:
             break
         given_up.add(failures)
     made = skeleton(model)
-    apply_plan(made, trained, bodies)
+    apply_plan(made, _trained(planned, instead), bodies)
     nn.Module.train(made, False)
 
     def weights() -> Iterator[tuple[Site, Tensor, Tensor | None]]:
-        for name, body in bodies.items():
-            group = analysis.group(name)
-            if body.kept is not None:
-                for site in group.sites:
-                    weight, bias = _widened(analysis, site, body.kept, operator_at(made, site.name))
-                    yield site, site.shape.stored(weight), bias
-                continue
-            built = _form(group, instead[name], planned)
-            found = zip(group.sites, built.weights(body), built.biases(body), strict=True)
-            for site, weight, bias in found:
+        for name, entries in planned.groups.items():
+            group, body = analysis.group(name), bodies[name]
+            if body.kept is None:
+                form = _form(group, instead[name], planned)
+                found = [*zip(form.weights(body), form.biases(body), strict=True)]
+            else:
+                found = [
+                    _widened(analysis, group, entry.member, body.kept, narrowed(group, entry))
+                    for entry in entries
+                ]
+            for site, (weight, bias) in zip(group.sites, found, strict=True):
                 yield site, site.shape.stored(weight), bias
 
+    def narrowed(group: Group, entry: SitePlan) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of what is left of an operator."""
+        if entry.then is None:
+            layer = operator_at(made, entry.name)
+            return canonical_weight(layer), getattr(layer, "bias", None)
+        left = group.left_of(*entry.narrowing)
+        form, body = _form(left, instead[entry.name], planned), bodies[entry.name]
+        (weight,), (bias,) = form.weights(body), form.biases(body)
+        return weight, bias
+
     parts: list[nn.Module] = []
-    for name, body in bodies.items():
-        sites = analysis.group(name).sites if body.kept is not None else ()
-        parts += [operator_at(made, site.name) for site in sites] or body.parts
+    for name, entries in planned.groups.items():
+        body = bodies[name]
+        own = [operator_at(made, entry.name) for entry in entries]
+        parts += body.parts if body.kept is None else own
     parameters = [parameter for part in parts for parameter in part.parameters()]
     return Student(made, planned, parameters, weights)
 
 
-def _widened(
-    analysis: Analysis, site: Site, kept: Tensor, narrowed: nn.Module
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of all channels of a hidden value, given a layer of the channels kept.
+def _units(analysis: Analysis, planned: Plan) -> Iterator[tuple[str, Group, str, Rank]]:
+    """All that a body is built for: what its key is, the operators, a form and its rank.
 
-    A producer has its other rows as they were; a consumer reads zeros there.
+    A narrowed hidden value has one by the name of its group, and each of its operators that takes
+    another form beside that has one by its own name, after it.
     """
-    weight: Tensor = canonical_weight(narrowed)
-    bias: Tensor | None = getattr(narrowed, "bias", None)
-    dense = site.weight_in(analysis.model).to(weight.dtype, copy=True)
-    if len(weight) < len(dense):
-        dense[kept] = weight
-        own = getattr(operator_at(analysis.model, site.name), "bias", None)
-        if bias is not None and own is not None:
-            bias = own.detach().index_copy(0, kept, bias)
-        return dense, bias
-    wide = torch.zeros_like(dense)
-    wide[:, kept] = weight
-    return wide, bias
+    for name, entries in planned.groups.items():
+        group = analysis.group(name)
+        yield name, group, *entries[0].choice
+        for entry in entries:
+            if entry.then is not None:
+                left = group.left_of(*entry.narrowing)
+                yield entry.name, left, entry.then.form, entry.then.rank
 
 
-def _trained(analysis: Analysis, entries: Sequence[SitePlan]) -> str:
-    """The form whose body is trained in the place of the one that was chosen."""
-    chosen, _ = entries[0].choice
-    return analysis.group(entries[0].group).forms[chosen].form.trains_as or chosen
+def _trained(planned: Plan, instead: Mapping[str, str]) -> Plan:
+    """The plan with the forms whose bodies are trained in the place of those that were chosen."""
+    sites = []
+    for site in planned.sites:
+        then = site.then and site.then.model_copy(update={"form": instead[site.name]})
+        sites.append(site.model_copy(update={"form": instead.get(site.group), "then": then}))
+    return planned.model_copy(update={"sites": tuple(sites)})
+
+
+def _widened(
+    analysis: Analysis,
+    group: Group,
+    member: int,
+    kept: Tensor,
+    narrowed: tuple[Tensor, Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias for all channels of a hidden value, given those of the channels kept."""
+    weight, bias = narrowed
+    site = group.sites[member]
+    wide = widened(group, member, kept, weight, site.weight_in(analysis.model))
+    own = getattr(operator_at(analysis.model, site.name), "bias", None)
+    if bias is None or own is None or len(bias) == len(own):
+        return wide, bias
+    return wide, own.detach().index_copy(0, kept, bias)
 
 
 def _form(group: Group, name: str, planned: Plan) -> Fitted:
@@ -269,31 +290,48 @@ def _build(
     tick = analysis.request.show.stage("rewrite", len(planned.rewritten))
     bodies: dict[str, Body] = {}
     failures: dict[str, _Failure] = {}
-    for name, entries in planned.groups.items():
-        group = analysis.group(name)
-        chosen, rank = entries[0].choice
+    for key, group, chosen, rank in _units(analysis, planned):
         form = group.forms[chosen]
-        built = _form(group, instead[name], planned) if instead else form
-        modules = [operator_at(analysis.model, site.name) for site in group.sites]
-        bodies[name] = body = built.empty(rank)
+        built = _form(group, instead[key], planned) if instead else form
+        modules = _operators(analysis, group, bodies)
+        bodies[key] = body = built.empty(rank)
         try:
-            factors = form.factors(analysis.decomposed.groups[name].target, rank)
+            factors = form.factors(analysis.decomposed.groups[group.name].target, rank)
             built.fill(body, factors, [getattr(module, "bias", None) for module in modules])
             if not instead:
-                for module, bias in zip(modules, form.biases(body), strict=True):
-                    _require_still_bias(module, bias)
+                for site, bias in zip(group.sites, form.biases(body), strict=True):
+                    _require_still_bias(operator_at(analysis.model, site.name), bias)
                 if group.hidden:
                     _verify_hidden(analysis, group, body, factors)
                 else:
                     exact = form.products([factor.to(torch.float64) for factor in factors])
-                    for index, (site, weight) in enumerate(zip(group.sites, exact, strict=True)):
+                    for index, (module, weight) in enumerate(zip(modules, exact, strict=True)):
                         assert weight is not None
-                        _verify(analysis, site, body.member(index), weight)
+                        inputs = _inputs(analysis, group, index, bodies)
+                        _verify(module, inputs, body.member(index), weight)
         except FormError as error:
-            failures[name] = _Failure(chosen, str(error))
-        for _ in group.sites:
+            failures[group.name] = _Failure(chosen, str(error))
+        for _ in group.sites if group.narrowing is None else ():
             tick()
     return bodies, failures
+
+
+def _operators(analysis: Analysis, group: Group, bodies: Mapping[str, Body]) -> list[nn.Module]:
+    """What bodies take the place of: layers of the model, or what narrowing one leaves."""
+    if group.narrowing is not None:
+        head = bodies[group.narrowing.hidden].heads[group.narrowing.member]
+        return [head.get_submodule("linear")]
+    return [operator_at(analysis.model, site.name) for site in group.sites]
+
+
+def _inputs(analysis: Analysis, group: Group, index: int, bodies: Mapping[str, Body]) -> Tensor:
+    """What an operator of a group was given in the recorded pass, or would be."""
+    inputs, place = _sample(analysis, group.sites[index]), group.narrowing
+    if place is None or place.member < len(analysis.group(place.hidden).sites) - 1:
+        return inputs
+    kept = bodies[place.hidden].kept
+    assert kept is not None
+    return inputs if inputs.shape[-1] == len(kept) else inputs[..., kept]
 
 
 def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
@@ -314,15 +352,14 @@ def _require_still_bias(original: nn.Module, bias: Tensor | None) -> None:
         raise FormError("its bias is frozen, and this form mixes it with the weight, which learns")
 
 
-def _verify(analysis: Analysis, site: Site, body: nn.Module, weight: Tensor) -> None:
+def _verify(operator: nn.Module, inputs: Tensor, body: nn.Module, weight: Tensor) -> None:
     """Compare a body with its operator given the weight that the body stands for."""
-    inputs = _sample(analysis, site)
-    operator = copy.deepcopy(operator_at(analysis.model, site.name)).double()
+    shape, operator = shape_of(operator), copy.deepcopy(operator).double()
     wide = inputs.double() if inputs.is_floating_point() else inputs
     with torch.no_grad():
-        operator.weight = nn.Parameter(site.shape.stored(weight))
+        operator.weight = nn.Parameter(shape.stored(weight))
         exact = operator(wide)
-    verify(body, exact, inputs, channels_of(site.shape))
+    verify(body, exact, inputs, channels_of(shape))
 
 
 def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequence[Tensor]) -> None:

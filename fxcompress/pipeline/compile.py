@@ -24,7 +24,7 @@ from fxcompress.pipeline.analysis import analyse, legality_in, match_model, work
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.sites import gather_sites
+from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
@@ -160,14 +160,29 @@ def explain(
         recording = record_operators(work, [example], forward=forward)
         matched = match_model(work, loaded, recording)
         templates = {template.name: template for template in loaded.templates.values()}
-        *_, refused = gather_sites(
+        _, groups, refused = gather_sites(
             work, recording, matched, templates, legality_in(work, recording)
         )
-        return Explanation.of(matched, rule=rule, refused=refused)
+        return Explanation.of(matched, rule=rule, refused=refused, hidden=_hidden(groups))
     examples = None if example is None else [example]
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         analysis = analyse(model, loaded, request)
         planned = make_plan(analysis, {})
     dense = {site.weight: site.reason for site in planned.sites if site.form is None}
-    return Explanation.of(analysis.matched, dense, rule=rule, refused=analysis.refused)
+    return Explanation.of(
+        analysis.matched,
+        dense,
+        rule=rule,
+        refused=analysis.refused,
+        hidden=_hidden(analysis.groups),
+    )
+
+
+def _hidden(groups: Iterable[Group]) -> dict[str, dict[str, str]]:
+    """Weights of what reads hidden values, with those that make them, and their paths."""
+    return {
+        group.sites[-1].weight: {site.weight: site.name for site in group.sites[:-1]}
+        for group in groups
+        if group.hidden
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
 from fxcompress.pipeline.analysis import Analysis, Survey
+from fxcompress.pipeline.decomposition import narrowing_loss, weight_left
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
-from fxcompress.pipeline.sites import Group, Site, decoded, on_meta
+from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
@@ -28,6 +29,7 @@ from fxcompress.plans.plan import (
     Plan,
     SitePlan,
     Size,
+    Then,
     history,
     total_size,
 )
@@ -129,7 +131,10 @@ def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor | None:
     group = analysis.group(entry.group)
     form, rank = entry.choice
     target = analysis.decomposed.groups[group.name].target
-    return group.approximated(form, target, rank)[entry.member]
+    if entry.then is None:
+        return group.approximated(form, target, rank)[entry.member]
+    left, (code,) = group.left_of(*entry.narrowing), encoded(np.array([entry.then.rank]))
+    return weight_left(analysis.model, group, analysis.decomposed, left, entry.then.form, int(code))
 
 
 def price(analysis: Survey) -> dict[str, Pricing]:
@@ -161,10 +166,17 @@ def _with_seconds(
     What several take together counts for the first.
     """
     told: set[str] = set()
+    factorized = {entry.group for entry in sites if entry.then is not None}
     out = []
     for entry in sites:
         before = after = pricing.dense(analysis.group(entry.name))
-        if entry.form is not None:
+        if entry.group in factorized:  # every one of them takes its own time
+            left = analysis.group(entry.group).left_of(*entry.narrowing)
+            after = pricing.dense(left)
+            if entry.then is not None:
+                at = np.array([entry.then.rank], dtype=np.int64)
+                after = float(pricing.at(left, entry.then.form, at)[0])
+        elif entry.form is not None:
             form, rank = entry.choice
             at = np.array([rank], dtype=np.int64)
             again = entry.group in told
@@ -186,6 +198,7 @@ class _Chosen:
         rank: of the form; None if the site stays dense.
         parts: that its body consists of.
         member: its place in the group.
+        then: the form of what is left of it, if the group is narrowed and it has one.
     """
 
     site: Site
@@ -197,6 +210,7 @@ class _Chosen:
     rank: Rank | None
     parts: tuple[Part, ...] = ()
     member: int = 0
+    then: Then | None = None
 
     @property
     def bundle(self) -> str:
@@ -206,6 +220,9 @@ class _Chosen:
 
 def _chosen(group: Group, analysis: Analysis, choice: Choice) -> Iterator[_Chosen]:
     """What becomes of the sites of a group."""
+    if group.narrowing is not None:
+        yield _narrowed(group, group.narrowing, analysis, choice)
+        return
     if choice.form is None or choice.rank is None:
         for site in group.sites:
             size = site.dense_size()
@@ -223,13 +240,36 @@ def _chosen(group: Group, analysis: Analysis, choice: Choice) -> Iterator[_Chose
         )
 
 
+def _narrowed(left: Group, place: Narrowing, analysis: Analysis, choice: Choice) -> _Chosen:
+    """What becomes of a site of a narrowed hidden value, given what is left of it."""
+    group = analysis.group(place.hidden)
+    form, decomposed = group.forms[place.form], analysis.decomposed.groups[group.name]
+    body = on_meta(form).empty(place.width)
+    loss = narrowing_loss(group, decomposed, place.form, place.width)
+    predicted = decomposed.predicted(loss, place.width)[place.member] + choice.loss
+    after, then = group.sizes(place.form, place.width, body)[place.member], None
+    parts = layers(body)[place.member]
+    if choice.form is not None and choice.rank is not None:
+        own = left.forms[choice.form]
+        full = own.full_rank()
+        then = Then(form=choice.form, rank=decoded(full, choice.rank), full_rank=full)
+        inside = on_meta(own).empty(then.rank)
+        (after,), (parts,) = left.sizes(then.form, then.rank, inside), layers(inside)
+    narrow = replace(choice, form=place.form, rank=place.width, loss=loss)
+    return _Chosen(
+        group.sites[place.member], group, narrow, predicted, after, form.full_rank(), place.width,
+        parts, place.member, then,
+    )  # fmt: skip
+
+
 def _site_plan(
     chosen: _Chosen, analysis: Analysis, excluded: Mapping[str, frozenset[str]]
 ) -> SitePlan:
     site, choice = chosen.site, chosen.choice
     dense = choice.form is None
-    view = "matrix" if choice.form is None else chosen.group.forms[choice.form].form.view
-    sigma = analysis.decomposed.groups[chosen.group.name].target.truncations(view).sigma
+    target = analysis.decomposed.groups[chosen.group.name].target
+    found = None if choice.form is None else chosen.group.forms[choice.form].form
+    sigma = (target.truncations() if found is None else found.truncations(target)).sigma
     squares = sigma.square()
     whole = 0.5 * float(squares.sum())
     lost = whole and float(choice.loss) / whole
@@ -257,6 +297,7 @@ def _site_plan(
         full_rank=chosen.full_rank,
         bundle=chosen.bundle,
         member=chosen.member,
+        then=chosen.then,
         parts=chosen.parts,
         predicted=chosen.predicted,
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
@@ -277,7 +318,8 @@ def _dense_reason(
     if not forms:
         return f"no form fits: {analysis.refused.get(site.weight, 'its rule offers none for it')}"
     single = analysis.group(site.name).forms.values()
-    misfits = [reason for form in single if (reason := form.misfit())]
+    offered = [form for group in analysis.groups_of(site.name) for form in group.forms.values()]
+    misfits = [reason for form in offered if (reason := form.misfit())]
     if misfits and len(misfits) == len(forms):
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):

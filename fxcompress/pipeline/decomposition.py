@@ -10,14 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxcompress.forms import Target
-from fxcompress.forms.target import Components, Losses
+from fxcompress.forms.target import (
+    Components,
+    Halved,
+    Losses,
+    Rank,
+    Spectrum,
+    Truncations,
+    View,
+)
 from fxcompress.metric import Metric, Moments, QuadraticForm
 from fxcompress.metric.whiten import Whiteners
-from fxcompress.pipeline.sites import Group, Site
+from fxcompress.pipeline.sites import Group, Site, decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +99,8 @@ def decompose_groups(
     hidden = {group.sites[-1].name: group for group in groups if group.hidden}
     waiting = {site.name: each for each in several for site in each.sites}
     parts: dict[str, QuadraticForm] = {}  # of sites whose group is not complete yet
+    around: dict[str, QuadraticForm] = {}  # of the producers of hidden values whose consumer is not
+    producers = {s.name for g in hidden.values() if g.narrowed for s in g.sites[:-1]}
     for single in groups:
         if len(single.sites) > 1:
             continue
@@ -98,8 +109,13 @@ def decompose_groups(
         found[site.name] = decompose(model, single, own)
         if own.null:
             idle.append(site.name)
+        if site.name in producers:
+            around[site.name] = own
         if (narrowed := hidden.get(site.name)) is not None:
             found[narrowed.name] = decompose(model, narrowed, own)
+            if narrowed.narrowed:
+                metrics = [around.pop(each.name) for each in narrowed.sites[:-1]]
+                found |= decompose_narrowed(narrowed, found[narrowed.name], [*metrics, own])
         if (joint := waiting.get(site.name)) is not None:
             parts[site.name] = own
             if all(member.name in parts for member in joint.sites):
@@ -162,15 +178,146 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
     if group.hidden:
         *producers, weight = weights
         target = Target(weight, metric, producers=tuple(producers))
-        losses = {name: f.losses(target, group.ranks(name)) for name, f in group.forms.items()}
+        losses = _losses(group, target)
         of_last = torch.tensor([*(0.0 for _ in producers), 1.0], dtype=torch.float64)
         return Decomposed(target.without_metric(), losses, lambda rank: of_last)
     target = Target(weights[0] if len(weights) == 1 else torch.cat(weights), metric)
-    losses = {name: form.losses(target, group.ranks(name)) for name, form in group.forms.items()}
+    losses = _losses(group, target)
     whole = target.truncations()  # for reports, whatever view the forms have
     parts = metric.shares(target.weight, whole, group.rows) if len(weights) > 1 else None
     again = any(form.projects for form in group.forms.values())
     return Decomposed(target if again else target.without_metric(), losses, parts)
+
+
+def decompose_narrowed(
+    hidden: Group, decomposed: Decomposed, metrics: Sequence[QuadraticForm]
+) -> dict[str, Decomposed]:
+    """Approximate what is left of the operators around a hidden value, at every width offered.
+
+    The consumer reads the least-squares estimate of the whole from the channels that are kept. Its
+    error is orthogonal to them: what a change of it loses adds to what narrowing loses.
+
+    Args:
+        hidden: the group.
+        decomposed: of it.
+        metrics: at its sites.
+
+    Returns:
+        By the names of the groups of :attr:`Group.narrowed`; without those that cannot be said
+        anything of.
+    """
+    found: dict[str, Decomposed] = {}
+    if any(metric.null for metric in metrics):
+        return found
+    for left in hidden.narrowed:
+        to = left[0].narrowing
+        assert to is not None
+        kept, weights = narrowed_weights(hidden, decomposed.target, to.form, to.width)
+        for member, (group, metric, weight) in enumerate(zip(left, metrics, weights, strict=True)):
+            last = member == len(left) - 1
+            own = metric.restricted(inputs=kept) if last else metric.restricted(rows=kept)
+            if own is None or not group.forms:
+                continue
+            target = Target(weight, own)
+            losses = _losses(group, target)
+            if not any(form.projects for form in group.forms.values()):
+                again = partial(
+                    _narrowed_weight, hidden, decomposed.target, to.form, to.width, member
+                )
+                target = Target(weight.to("meta"), None, _halved(target, again))
+            found[group.name] = Decomposed(target, losses)
+    return found
+
+
+def narrowing_loss(hidden: Group, decomposed: Decomposed, form: str, width: int) -> float:
+    """Predicted loss of a hidden value with one of the numbers of channels that are permitted."""
+    return float(decomposed.losses[form][hidden.ranks(form).tolist().index(width)])
+
+
+def narrowed_weights(
+    hidden: Group, target: Target, form: str, width: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The channels of a hidden value that are kept (k), and the weights of every site for these."""
+    kept, refitted, *rows = hidden.forms[form].factors(target, width)
+    return kept.to(torch.int64), (*rows, refitted)
+
+
+def widened(hidden: Group, member: int, kept: Tensor, weight: Tensor, dense: Tensor) -> Tensor:
+    """The weight of an operator around a hidden value with all its channels, given that of some.
+
+    A producer has its other rows as they were, a consumer reads zeros there.
+
+    Args:
+        hidden: the group.
+        member: place of the operator in it.
+        kept: the channels (k).
+        weight: of these.
+        dense: with all of them.
+    """
+    consumer = member == len(hidden.sites) - 1
+    wide = dense.to(weight.dtype, copy=True)
+    wide = torch.zeros_like(wide) if consumer else wide
+    wide[(slice(None), kept) if consumer else kept] = weight
+    return wide
+
+
+def weight_left(
+    model: nn.Module,
+    hidden: Group,
+    decomposition: Decomposition,
+    left: Group,
+    form: str | None,
+    rank: Rank | None,
+) -> Tensor | None:
+    """The weight of an operator around a narrowed hidden value, given a form for what is left.
+
+    It has all channels (:func:`widened`), float64; None for a producer that has fewer rows and is
+    the same otherwise.
+
+    Args:
+        model: has the weights.
+        hidden: the group that is narrowed.
+        decomposition: of it, and of what it leaves.
+        left: what it leaves of the operator.
+        form: None for none.
+        rank: of the form, as the solver has it.
+    """
+    place = left.narrowing
+    assert place is not None
+    target = decomposition.groups[hidden.name].target
+    kept, weights = narrowed_weights(hidden, target, place.form, place.width)
+    weight = weights[place.member].to(torch.float64)
+    if form is not None and isinstance(rank, int):
+        own = left.forms[form]
+        decided = decoded(own.full_rank(), rank)
+        (found,) = left.approximated(form, decomposition.groups[left.name].target, decided)
+        assert found is not None
+        weight = found
+    elif place.member < len(hidden.sites) - 1:
+        return None
+    dense = hidden.sites[place.member].weight_in(model)
+    return widened(hidden, place.member, kept, weight, dense)
+
+
+def _narrowed_weight(hidden: Group, target: Target, form: str, width: int, member: int) -> Tensor:
+    return narrowed_weights(hidden, target, form, width)[1][member].to(torch.float64)
+
+
+def _halved(target: Target, weight: Callable[[], Tensor]) -> dict[View, Truncations]:
+    """Decompositions in less memory, where that is possible."""
+    return {
+        view: Halved.of(found, weight) if isinstance(found, Spectrum) else found
+        for view, found in target.views.items()
+    }
+
+
+def _losses(group: Group, target: Target) -> dict[str, Losses]:
+    """What every form loses at its ranks; one that has none is not asked."""
+    ranks = {name: group.ranks(name) for name in group.forms}
+    return {
+        name: form.losses(target, ranks[name]) if len(ranks[name]) else np.empty(0)
+        for name, form in group.forms.items()
+    }
 
 
 def wanted_directions(

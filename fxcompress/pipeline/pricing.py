@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from fxcompress.budget import Alternatives, Candidate, Entity, Mode, Option
 from fxcompress.forms.target import Losses, Ranks
-from fxcompress.pipeline.decomposition import Decomposition
+from fxcompress.pipeline.decomposition import Decomposition, narrowing_loss
 from fxcompress.pipeline.latency import Table, Timing, entries_for, interpolated
-from fxcompress.pipeline.sites import Group, encoded
+from fxcompress.pipeline.sites import Group, encoded, with_narrowed
 from fxcompress.plans.units import CountedUnit
 from fxcompress.rules import Bundle, Match
 
@@ -78,7 +79,7 @@ def timed(
         tick: called as the measurement goes on.
     """
     entries: list[Timing] = []
-    for group in groups:
+    for group in with_narrowed(groups):
         entries += [Timing((shape,)) for shape in group.shapes]
         for name, form in group.forms.items():
             if len(ranks := group.ranks(name)):
@@ -94,8 +95,8 @@ def problems(
 ) -> list[tuple[Entity, ...]]:
     """What the solver is to choose, with costs in each of several units.
 
-    Several sites are alternatives of two modes: all by themselves, or one candidate with the joint
-    forms, which has the name of their group.
+    Several sites are alternatives of modes: all by themselves, one candidate with the joint forms,
+    which has the name of their group, or a hidden value of some width and what that leaves.
 
     A rank is offered if it saves as much as its rule asks for in one of the units; none of a
     site without a measured influence on the output, unless its rule asks for that.
@@ -111,35 +112,47 @@ def problems(
     def measured(group: Group) -> bool:
         return group.name not in idle or group.sites[0].match.limits.unmeasured
 
-    offered = []
-    for group in groups:
+    def offers(group: Group) -> list[list[Option]]:
+        """Every form that is worth it, at its ranks in every unit."""
+        found = []
         dense = [pricing.dense(group) for pricing in pricings]
-        offers = []
-        for form in group.forms if measured(group) else ():
+        for form in group.forms if measured(group) and group.name in decomposed.groups else ():
             if form not in excluded.get(group.name, ()):
                 ranks = group.ranks(form)
                 costs = [pricing.at(group, form, ranks) for pricing in pricings]
                 loss = decomposed.groups[group.name].losses[form]
-                offers.append(_options(form, ranks, loss, costs, dense, group.match))
-        offered.append((group, dense, offers))
+                if options := _options(form, ranks, loss, costs, dense, group.match):
+                    found.append(options)
+        return found
+
+    offered = {each.name: offers(each) for each in with_narrowed(groups)}
+
+    def candidate(group: Group, at: int) -> Candidate:
+        options = tuple(offer[at] for offer in offered[group.name])
+        if len(group.sites) > 1:
+            return Candidate(group.name, None, options)
+        equal = group.sites[0].match.group if measured(group) and not group.narrowing else None
+        return Candidate(group.name, pricings[at].dense(group), options, equal)
+
+    def ways(group: Group, at: int) -> list[Mode]:
+        """Several sites as one, or what is left of them at widths of a hidden value."""
+        found = [Mode(group.name, (candidate(group, at),))]
+        for left in group.narrowed:
+            to = left[0].narrowing
+            assert to is not None
+            loss = narrowing_loss(group, decomposed.groups[group.name], to.form, to.width)
+            given_up = to.form in excluded.get(group.name, ())
+            if any(offered[each.name] for each in left) and np.isfinite(loss) and not given_up:
+                members = tuple(candidate(each, at) for each in left)
+                found.append(Mode(f"{group.name}, {to.form} {to.width}", members, loss))
+        return found
+
+    several = [group for group in groups if len(group.sites) > 1 and offered[group.name]]
     return [
         tuple(
             _entities(
-                {
-                    group.name: Candidate(
-                        group.name,
-                        dense[at],
-                        _taken(offers, at),
-                        group.sites[0].match.group if measured(group) else None,
-                    )
-                    for group, dense, offers in offered
-                    if len(group.sites) == 1
-                },
-                [
-                    (group, _taken(offers, at))
-                    for group, _, offers in offered
-                    if len(group.sites) > 1 and _taken(offers, at)
-                ],
+                {g.name: candidate(g, at) for g in groups if len(g.sites) == 1},
+                [(group, ways(group, at)) for group in several],
             )
         )
         for at in range(len(pricings))
@@ -147,16 +160,21 @@ def problems(
 
 
 def _entities(
-    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, tuple[Option, ...]]]
+    candidates: Mapping[str, Candidate], several: Sequence[tuple[Group, Sequence[Mode]]]
 ) -> Iterator[Entity]:
-    """Sites by themselves, and sites that are in groups of several as alternatives."""
+    """Sites by themselves, and sites that are in groups of several as alternatives.
+
+    Args:
+        candidates: of the sites.
+        several: groups, each with what may be chosen for it instead of its sites by themselves.
+    """
     import networkx as nx  # takes a while, and most uses of the package do without
 
     links = nx.Graph()
     links.add_nodes_from(candidates)
     for group, _ in several:
         nx.add_path(links, [site.name for site in group.sites])
-    wholes = {group.name: Candidate(group.name, None, options) for group, options in several}
+    ways = {group.name: found for group, found in several}
     for names in nx.connected_components(links):
         groups = [group for group, _ in several if group.sites[0].name in names]
         members = [candidate for name, candidate in candidates.items() if name in names]
@@ -166,9 +184,11 @@ def _entities(
         modes = []
         for chosen in _disjoint(groups):
             taken = {site.name for group in chosen for site in group.sites}
-            rest = (member for member in members if member.name not in taken)
-            name = " + ".join(group.name for group in chosen) or "single"
-            modes.append(Mode(name, (*rest, *(wholes[group.name] for group in chosen))))
+            rest = tuple(member for member in members if member.name not in taken)
+            for way in product(*(ways[group.name] for group in chosen)):
+                name = " + ".join(mode.name for mode in way) or "single"
+                inside = (*rest, *(member for mode in way for member in mode.members))
+                modes.append(Mode(name, inside, sum(mode.loss for mode in way)))
         yield Alternatives(" | ".join(group.name for group in groups), tuple(modes))
 
 
@@ -184,11 +204,6 @@ def _disjoint(groups: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
     for rest in _disjoint(others):
         if own.isdisjoint(site.name for group in rest for site in group.sites):
             yield (first, *rest)
-
-
-def _taken(offers: Sequence[Sequence[Option]], at: int) -> tuple[Option, ...]:
-    """The options in one unit; a form without a rank that is worth it offers none."""
-    return tuple(offer[at] for offer in offers if offer)
 
 
 def _options(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,13 +22,13 @@ from fxcompress.forms import (
     fit,
 )
 from fxcompress.forms.target import Ranks, Target
-from fxcompress.forms.words import BUILT_IN
+from fxcompress.forms.words import forms_for, hidden_forms
 from fxcompress.graph.hidden import hidden_value
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.recorder import Recording
 from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
-from fxcompress.plans.plan import Size, total_size
+from fxcompress.plans.plan import AND_INPUT, Size, total_size
 from fxcompress.rules import Bundle, Match, MatchResult
 
 
@@ -69,6 +69,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """Where an operator stands that a narrowed hidden value leaves.
+
+    Attributes:
+        hidden: name of the group that is narrowed.
+        form: by which.
+        width: channels that are kept.
+        member: place in that group.
+    """
+
+    hidden: str
+    form: str
+    width: int
+    member: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Sites that forms rewrite together: a single one, or several on one input.
 
@@ -78,6 +95,9 @@ class Group:
         forms: to choose from, by name.
         match: rule id, location and bounds on the rank.
         hidden: whether the last site reads what the others produce.
+        narrowed: of a hidden value, what is left of its sites at several widths: of each site a
+            group of one, with forms to choose from beside the narrowing.
+        narrowing: of such a group of one, what it is left of.
     """
 
     name: str
@@ -85,6 +105,13 @@ class Group:
     forms: Mapping[str, Fitted]
     match: Match | Bundle
     hidden: bool = False
+    narrowed: tuple[tuple[Group, ...], ...] = ()
+    narrowing: Narrowing | None = None
+
+    def left_of(self, form: str, width: int, member: int) -> Group:
+        """What a hidden value with fewer channels leaves of one of the sites."""
+        place = Narrowing(self.name, form, width, member)
+        return next(each for left in self.narrowed for each in left if each.narrowing == place)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -200,7 +227,8 @@ def gather_sites(
     """The matched weights of a recording in graph order, their groups, and what cannot be one.
 
     Every site is a group of one; groups of several come after these.  The last value says of
-    weights that a rule would narrow the input of why that cannot be done.
+    weights that a rule would narrow the input of why that cannot be done, but for those whose
+    output is narrowed.
 
     Args:
         model: the working copy.
@@ -218,7 +246,7 @@ def gather_sites(
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if not HIDDEN.isdisjoint(match.forms):
+        if wanted := hidden_forms(match.forms):
             found = hidden_value(recording, consumer)
             producers = [] if isinstance(found, str) else [operators[n] for n in found.producers]
             reason = found if isinstance(found, str) else None
@@ -233,13 +261,13 @@ def gather_sites(
                 elif own is None and (illegal := legality(each)):
                     reason = reason or f"{each.path} cannot be rewritten: {illegal}"
             if reason is not None:
-                refused[match.weight] = f"{_listed(match)}: {reason}"
+                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
                 continue
             for producer in producers:
                 alone = replace(match, weight=str(producer.weight), forms=(), group=None)
                 _add_site(by_weight, model, recording, producer, matches.get(alone.weight, alone))
             weights = (*(str(each.weight) for each in producers), match.weight)
-            hidden.append((f"{consumer.path} and its input", weights, match))
+            hidden.append((f"{consumer.path}{AND_INPUT}", weights, match))
     order = [operator.weight for operator in recording.operators if operator.weight in by_weight]
     sites = tuple(by_weight[str(weight)] for weight in dict.fromkeys(order))
     groups = [
@@ -253,15 +281,8 @@ def gather_sites(
             for name, weights, match in hidden
         ),
     ]
-    return sites, tuple(groups), refused
-
-
-def _listed(match: Match) -> str:
-    return ", ".join(form for form in match.forms if form in HIDDEN)
-
-
-HIDDEN = frozenset(word.name for word in BUILT_IN.values() if word.hidden)
-"""Names of forms that rewrite an operator together with what produces its input."""
+    makers = {weight for _, weights, _ in hidden for weight in weights}
+    return sites, tuple(groups), {w: why for w, why in refused.items() if w not in makers}
 
 
 def _add_site(
@@ -291,6 +312,45 @@ def _group(
 ) -> Group:
     """Sites with the forms that a match offers them."""
     shapes = [site.shape for site in sites]
-    names = [each for each in match.forms if (each in HIDDEN) == hidden]
+    channels = hidden_forms(match.forms)
+    names = channels if hidden else [each for each in match.forms if each not in channels]
     forms = {each: fit(find_form(each, sites[0].op, templates), shapes) for each in names}
-    return Group(name, sites, forms, match, hidden)
+    group = Group(name, sites, forms, match, hidden)
+    if not hidden or isinstance(match, Bundle) or not match.then:
+        return group
+    return replace(group, narrowed=tuple(_narrowed(group, match, templates)))
+
+
+WIDTHS = 8
+"""Widths of a hidden value at which other forms are offered for what is left."""
+
+
+def _narrowed(
+    group: Group, match: Match, templates: Mapping[str, Template]
+) -> Iterator[tuple[Group, ...]]:
+    """What is left of the operators around a hidden value, at some widths."""
+    for name, form in group.forms.items():
+        permitted, full = group.ranks(name), form.full_rank()
+        assert isinstance(full, int)
+        grid = np.linspace(0, full, WIDTHS + 2)[1:-1] if len(permitted) else ()
+        for width in sorted({int(permitted[np.abs(permitted - at).argmin()]) for at in grid}):
+            left = []
+            for member, (site, shape) in enumerate(zip(group.sites, form.left(width), strict=True)):
+                offered = forms_for(site.op, match.then)
+                forms = {
+                    each: fit(find_form(each, site.op, templates), [shape]) for each in offered
+                }
+                place = Narrowing(group.name, name, width, member)
+                own = replace(site, shape=shape)
+                left.append(
+                    Group(f"{site.name}, {name} {width}", (own,), forms, match, narrowing=place)
+                )
+            yield tuple(left)
+
+
+def with_narrowed(groups: Iterable[Group]) -> Iterator[Group]:
+    """Groups, each followed by what is left of it where it is a hidden value that is narrowed."""
+    for group in groups:
+        yield group
+        for left in group.narrowed:
+            yield from left

@@ -22,7 +22,7 @@ from fxcompress.budget import (
 from fxcompress.errors import BudgetError
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.pricing import Pricing, problems
-from fxcompress.pipeline.sites import Group
+from fxcompress.pipeline.sites import Group, with_narrowed
 from fxcompress.plans.plan import Limit
 from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
@@ -43,9 +43,14 @@ class Solution:
     limits: tuple[Limit, ...]
 
     def decided(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Choice]]:
-        """Groups with what was chosen for them: of every site either its own, or one of several."""
+        """Groups with what was chosen for them: of every site either its own, or one of several.
+
+        Of a hidden value that is narrowed to a width with forms for what is left, these.
+        """
         choices = self.allocation.choices
-        return ((group, choices[group.name]) for group in groups if group.name in choices)
+        return (
+            (group, choices[group.name]) for group in with_narrowed(groups) if group.name in choices
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _rule_demand(
         keep=keep, of="matched", unit=unit, limit=keep * dense, cost=dense, dense=dense,
         multiplier=None, rule=rule,
     )  # fmt: skip
-    names = {group.name for group in groups}
+    names = {group.name for group in with_narrowed(groups)}
     return _Demand(limit, tuple(_only(names, entity) for entity in entities))
 
 

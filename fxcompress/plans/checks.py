@@ -18,7 +18,7 @@ import torch
 from fxcompress.forms import Fitted, JointForm, Rank, Shape, find_form, fit
 from fxcompress.operators.modules import parse_shape
 from fxcompress.pipeline.agreement import units
-from fxcompress.plans.layers import layers
+from fxcompress.plans.layers import left, site_layers
 from fxcompress.plans.plan import Fidelity, Limit, Part, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import UNITS, CountedUnit
 
@@ -54,16 +54,18 @@ def plan_problems(plan: Plan, *, parts: bool = True) -> Iterator[Flaw]:
     yield from _step_problems(plan, parts)
 
 
-def body_problems(plan: Plan, parts: Callable[[str], Sequence[tuple[Part, ...]]]) -> Iterator[Flaw]:
+def body_problems(
+    plan: Plan, parts: Callable[[Sequence[SitePlan]], Sequence[tuple[Part, ...]]]
+) -> Iterator[Flaw]:
     """Sites whose parts are not those of their bodies.
 
     Args:
         plan: without :func:`plan_problems`.
-        parts: of a site or of all members of a bundle, by its name.
+        parts: of a site, or of all members of a bundle.
     """
     places = {site.name: f"sites[{index}].parts" for index, site in enumerate(plan.sites)}
-    for name, sites in plan.groups.items():
-        for site, found in zip(sites, parts(name), strict=True):
+    for sites in plan.groups.values():
+        for site, found in zip(sites, parts(sites), strict=True):
             if site.parts != found:
                 yield places[site.name], "they are not what the form consists of"
 
@@ -92,7 +94,7 @@ def _step_problems(plan: Plan, parts: bool) -> Iterator[Flaw]:
     if not sound:
         return
     if parts:
-        yield from body_problems(plan, lambda name: _parts(plan, name, shapes))
+        yield from body_problems(plan, lambda sites: _parts(plan, sites, shapes))
     yield from _folded_problems(plan, shapes)
     yield from _total_problems(plan)
     yield from _budget_problems(plan)
@@ -144,11 +146,8 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
     if misfit := found.misfit():
         yield "form", misfit
         return
-    if site.order and (site.order > found.places() or found.places() % site.order):
-        yield (
-            "order",
-            f"{form} does not put its channels in order in {site.order} blocks",
-        )
+    if problem := _order_problem(site, found):
+        yield "order", problem
         return
     yield from _rank_problems(site, found.full_rank())
     if site.full_rank != found.full_rank():
@@ -165,6 +164,13 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
                 counted = fit(found.form, [shape.counted_on(rows, ())])
                 if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
                     yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
+
+
+def _order_problem(site: SitePlan, found: Fitted) -> str | None:
+    """Why the body of a form cannot put channels in the order of a site, or None."""
+    if not site.order or (site.order <= found.places() and found.places() % site.order == 0):
+        return None
+    return f"{found.form.name} does not put its channels in order in {site.order} blocks"
 
 
 def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Flaw]:
@@ -227,7 +233,7 @@ def _bundle_problems(
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
-    if any(site.order for site in sites):
+    if any(site.order and site.then is None for site in sites):
         yield "order", f"{form} puts no input in order"
         return
     if misfit := found.misfit():
@@ -240,11 +246,40 @@ def _bundle_problems(
     if any(site.full_rank != full for site in sites) or len({site.rank for site in sites}) > 1:
         yield "rank", "its sites differ in rank"
         return
+    fixed = [unit for unit in first.after.units if not unit.per_row]
+    if isinstance(found.form, JointForm) and found.form.hidden:
+        for site, shape in zip(sites, found.left(rank), strict=True):
+            yield from _narrowed_problems(site, shape, plan, fixed)
+        return
+    if any(site.then is not None for site in sites):
+        yield "then", f"{form} leaves no operators with fewer channels"
     ranks = np.array([rank], dtype=np.int64)
     after = total_size(site.after for site in sites)
-    fixed = [unit for unit in after.units if not unit.per_row]
     if any(after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
         yield "after", "they are not what the form has at this rank"
+
+
+def _narrowed_problems(
+    site: SitePlan, shape: Shape, plan: Plan, fixed: Sequence[CountedUnit]
+) -> Iterator[Flaw]:
+    """Of what a narrowed hidden value leaves of a site, an operator of a shape."""
+    if site.then is None:
+        if any(site.after[unit.word] != unit.of_operator(shape) for unit in fixed):
+            yield "after", f"{site.name} is not what {site.form} leaves"
+        return
+    found = _fitted(site.then.form, site.op, plan, [shape], site.order)
+    if found is None or site.op not in found.form.operators:
+        yield "then", f"{site.then.form} is no form for one {site.op}"
+        return
+    if misfit := found.misfit() or _order_problem(site, found):
+        yield "then", misfit
+        return
+    if site.then.full_rank != found.full_rank():
+        yield "then", f"full_rank is {site.then.full_rank}, and {shape} has {found.full_rank()}"
+        return
+    ranks = np.array([site.then.rank], dtype=np.int64)
+    if any(site.after[unit.word] != int(unit.of_form(found, ranks)[0]) for unit in fixed):
+        yield "after", f"{site.name} is not what {site.then.form} has at this rank"
 
 
 def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
@@ -258,13 +293,18 @@ def _unconnected(shapes: Sequence[Shape], found: Fitted) -> str | None:
     return None if alike else "its sites differ in type or input"
 
 
-def _parts(plan: Plan, name: str, shapes: dict[str, Shape]) -> list[tuple[Part, ...]]:
+def _parts(
+    plan: Plan, sites: Sequence[SitePlan], shapes: dict[str, Shape]
+) -> list[tuple[Part, ...]]:
     """Of the bodies of a site or a bundle, without memory."""
-    sites = plan.groups[name]
     form, rank = sites[0].choice
-    found = find_form(form, sites[0].op, plan.templates)
     own = [shapes[site.name] for site in sites]
-    return layers(fit(found, own, sites[0].order).empty(rank))
+    found = fit(find_form(form, sites[0].op, plan.templates), own, sites[0].own_order)
+    bodies = {sites[0].group: found.empty(rank)}
+    for site in sites:
+        if site.then is not None:
+            bodies[site.name] = left(site, plan, found).empty(site.then.rank)
+    return site_layers(sites, bodies)
 
 
 # ---- what is about several sites ------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import fx, nn
 
-from fxcompress.forms import Body
+from fxcompress.forms import Body, Fitted, find_form, fit
 from fxcompress.forms.ordered import ordering
 from fxcompress.operators.modules import shape_of
-from fxcompress.plans.plan import Part
+from fxcompress.plans.plan import Part, Plan, SitePlan
 
 
 def layers(body: Body) -> list[tuple[Part, ...]]:
@@ -21,6 +23,37 @@ def layers(body: Body) -> list[tuple[Part, ...]]:
     shared = () if body.shared is None else _parts(body.shared, "shared.")
     heads = [_parts(head) for head in body.heads]
     return [(*shared, *heads[0]), *heads[1:]]
+
+
+def left(site: SitePlan, plan: Plan, narrowed: Fitted) -> Fitted:
+    """The form that a site takes beside a narrowing, for what that leaves of it.
+
+    Args:
+        site: of a hidden value that is narrowed.
+        plan: that it is of.
+        narrowed: the form of the hidden value.
+
+    Raises:
+        KeyError: there is no form of that name.
+    """
+    assert site.then is not None
+    _, width, member = site.narrowing
+    form = find_form(site.then.form, site.op, plan.templates)
+    return fit(form, [narrowed.left(width)[member]], site.order)
+
+
+def site_layers(sites: Sequence[SitePlan], bodies: Mapping[str, Body]) -> list[tuple[Part, ...]]:
+    """What each of the sites that are rewritten together consists of then.
+
+    Args:
+        sites: of one group.
+        bodies: by the name of the group, and of a site that takes a form beside a narrowing.
+    """
+    parts = layers(bodies[sites[0].group])
+    for index, site in enumerate(sites):
+        if site.then is not None:
+            (parts[index],) = layers(bodies[site.name])
+    return parts
 
 
 def _parts(graph: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:

@@ -157,6 +157,40 @@ class Part(_Frozen):
     kernel: tuple[Whole, ...] = ()
 
 
+class Then(_Frozen):
+    """The form of what a narrowed hidden value leaves of an operator.
+
+    Attributes:
+        form: its name.
+        rank: of it.
+        full_rank: the rank at which it would lose nothing more.
+    """
+
+    form: str
+    rank: Rank
+    full_rank: Rank
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not _within(self.rank, self.full_rank):
+            raise ValueError(f"rank {self.rank} is not within 1..{self.full_rank}")
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank, or both of them."""
+        return _as_tuple(self.rank)
+
+    @property
+    def full_ranks(self) -> tuple[int, ...]:
+        """The rank, or both of them, at which nothing more would be lost."""
+        return _as_tuple(self.full_rank)
+
+
+AND_INPUT = " and its input"
+"""Ends the name of a bundle that is a hidden value, after the path of what reads it."""
+
+
 class SitePlan(_Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
@@ -181,6 +215,7 @@ class SitePlan(_Frozen):
         member: place in that bundle, from 0, in the order of the rule's pattern.
         order: in how many blocks the body puts the channels of its input in order (a convolution
             those of its output); 0 if they stay as they are.
+        then: the form that it takes beside that of a narrowed bundle; None if it takes none.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
             of the batches held back, if there are any that reach the site.
@@ -211,6 +246,7 @@ class SitePlan(_Frozen):
     bundle: str = ""
     member: Whole = 0
     order: Whole = 0
+    then: Then | None = None
     parts: tuple[Part, ...] = ()
     predicted: float
     energy: float
@@ -227,7 +263,14 @@ class SitePlan(_Frozen):
             raise ValueError(f"{self.name}: a form needs a rank, and a rank a form")
         if self.rank is not None and not _within(self.rank, self.full_rank):
             raise ValueError(f"{self.name}: rank {self.rank} is not within 1..{self.full_rank}")
+        if self.then is not None and not self.bundle:
+            raise ValueError(f"{self.name}: 'then' is for what a narrowed bundle leaves")
         return self
+
+    @property
+    def own_order(self) -> int:
+        """The order of the body of its form; that of a bundle has none, whatever is left then."""
+        return 0 if self.bundle else self.order
 
     @property
     def choice(self) -> tuple[str, Rank]:
@@ -235,6 +278,23 @@ class SitePlan(_Frozen):
         assert self.form is not None
         assert self.rank is not None
         return self.form, self.rank
+
+    @property
+    def narrowing(self) -> tuple[str, int, int]:
+        """Form, width and place of a site of a hidden value that is narrowed."""
+        form, width = self.choice
+        assert isinstance(width, int)
+        return form, width, self.member
+
+    @property
+    def form_text(self) -> str:
+        """The form, and what it is followed by: ``"narrow, pivoted"``; ``"dense"`` without one."""
+        return f"{self.form or 'dense'}{f', {self.then.form}' if self.then else ''}"
+
+    @property
+    def reader(self) -> str:
+        """Path of what reads the hidden value that its bundle is; empty if it is none."""
+        return self.bundle.removesuffix(AND_INPUT) if self.bundle.endswith(AND_INPUT) else ""
 
     @property
     def group(self) -> str:
@@ -541,6 +601,11 @@ class Plan(_Frozen):
         for site in self.rewritten:
             found[site.group] = bundles.get(site.group, (site,))
         return found
+
+    @property
+    def narrowed(self) -> tuple[SitePlan, ...]:
+        """The sites that take another form beside a narrowing."""
+        return tuple(site for site in self.sites if site.then is not None)
 
     @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:

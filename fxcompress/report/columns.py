@@ -6,13 +6,13 @@ A new column is one more object here, with its place in :data:`TERMINAL` or :dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size, total_size
 from fxcompress.plans.units import COUNTED, CountedUnit
-from fxcompress.report.fold import child_name
+from fxcompress.report.fold import below, child_name, common, parent
 from fxcompress.report.quantities import count, loss, loss_label, percent, short, span, sparkline
 
 BARS = 12
@@ -43,9 +43,16 @@ class Entry:
 
     @property
     def found(self) -> list[MeasuredSite]:
-        """What was measured of these sites; a bundle counts for its first site."""
-        pairs = ((self.measured.get(site.name), site.name) for site in self.sites)
-        return [one for one, name in pairs if one is not None and one.sites[0] == name]
+        """What was measured of these sites; a bundle counts for its first site.
+
+        A hidden value counts for what reads it.
+        """
+        pairs = ((self.measured.get(site.name), site) for site in self.sites)
+        return [
+            one
+            for one, site in pairs
+            if one is not None and (site.reader or one.sites[0]) == site.name
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,21 @@ def _size(unit: CountedUnit, when: str) -> Column:
     )
 
 
-def ranks_of(sites: tuple[SitePlan, ...]) -> list[list[int]]:
+def ranks_of(sites: Sequence[SitePlan]) -> list[list[int]]:
     """Ranks of rewritten sites, one list for each rank that their form has."""
     return [list(axis) for axis in zip(*(site.ranks for site in sites), strict=True)]
 
 
+def ranks_of_then(sites: Sequence[SitePlan]) -> list[list[int]]:
+    """Ranks of the forms beside a narrowing, one list for each; none if there are none."""
+    after = [site.then.ranks for site in sites if site.then is not None]
+    return [list(axis) for axis in zip(*after, strict=True)]
+
+
 def ranks_text(sites: tuple[SitePlan, ...], bars: int, whole: str = "") -> str:
     """``96..208 ▄▅█▇``, ``8..12×16`` of two; no bars if there is nothing to compare.
+
+    Of a narrowed hidden value with another form the width stands first: ``1024, then 96..208``.
 
     Args:
         sites: that are alike.
@@ -120,6 +135,9 @@ def ranks_text(sites: tuple[SitePlan, ...], bars: int, whole: str = "") -> str:
         whole: stands between both, `` of 576``.
     """
     axes = ranks_of(sites)
+    if after := ranks_of_then(sites):
+        then = "×".join(span(axis, "{:.0f}".format) for axis in after)
+        return f"{span(axes[0], '{:.0f}'.format)}{whole}, then {then}"
     text = "×".join(span(axis, "{:.0f}".format) for axis in axes) + whole
     first = axes[0]
     return text if min(first) == max(first) else f"{text} {sparkline(first, bars)}"
@@ -129,7 +147,11 @@ def _rank_below(entry: Entry) -> str:
     if len(entry.sites) > 1:
         return f"mean {100 * _rank_share(entry):.0f}%"
     (site,) = entry.sites
-    return " / ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+    text = " / ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+    if site.then is None:
+        return text
+    ranks, full = ("×".join(map(str, each)) for each in (site.then.ranks, site.then.full_ranks))
+    return f"{text}, then {ranks} / {full}"
 
 
 def _rank_share(entry: Entry) -> float:
@@ -140,11 +162,26 @@ def _form_below(entry: Entry) -> str:
     rewritten = [site for site in entry.sites if site.form is not None]
     if len(entry.sites) > 1:
         return f"{len(rewritten)} of {len(entry.sites)}"
-    return entry.sites[0].form or "dense"
+    return entry.sites[0].form_text
 
 
 def _predicted(entry: Entry) -> float:
     return math.fsum(site.predicted for site in entry.sites)
+
+
+def _elsewhere(entry: Entry) -> str:
+    """``with down_proj`` where the loss of a hidden value stands beside what reads it."""
+    names = {
+        "" if site.then or site.reader in ("", site.name) else _beside(site.reader, site.name)
+        for site in entry.sites
+    }
+    first = names.pop()
+    return f"with {first}" if first and not names else ""
+
+
+def _beside(path: str, other: str) -> str:
+    """A path as it is within the innermost module around two operators."""
+    return below(path, common(parent(path), parent(other)))
 
 
 def _measured(entry: Entry) -> float:
@@ -152,8 +189,13 @@ def _measured(entry: Entry) -> float:
 
 
 def measured_text(entry: Entry) -> str:
-    """``0.0005..0.0044``; that of a bundle stands beside its first site, ``with q_proj`` else."""
-    first = entry.measured[entry.sites[0].name].sites[0]
+    """``0.0005..0.0044``; that of a bundle stands beside its first site, ``with q_proj`` else.
+
+    That of a hidden value stands beside what reads it.
+    """
+    if elsewhere := _elsewhere(entry):
+        return elsewhere
+    first = entry.sites[0].reader or entry.measured[entry.sites[0].name].sites[0]
     if first != entry.sites[0].name:
         return f"with {child_name(first)}"
     return span((entry.measured[site.name].measured for site in entry.sites), loss)
@@ -161,7 +203,7 @@ def measured_text(entry: Entry) -> str:
 
 OPERATOR = Column("operator", alike=lambda entry: entry.sites[0].operator, width=17)
 FORM = Column(
-    "form", alike=lambda entry: str(entry.sites[0].form), below=_form_below, width=9, left=True
+    "form", alike=lambda entry: entry.sites[0].form_text, below=_form_below, width=9, left=True
 )
 KEPT = Column(
     "parameters kept",
@@ -174,8 +216,8 @@ KEPT = Column(
 )
 PREDICTED = Column(
     "predicted {loss}",
-    alike=lambda entry: span((site.predicted for site in entry.sites), loss),
-    below=lambda entry: loss(_predicted(entry)),
+    alike=lambda entry: _elsewhere(entry) or span((site.predicted for site in entry.sites), loss),
+    below=lambda entry: _elsewhere(entry) or loss(_predicted(entry)),
     order=_predicted,
     brief="{loss}",
     width=16,

@@ -16,13 +16,28 @@ from fxcompress.report import columns, summary
 from fxcompress.report.columns import MEASURED, PREDICTED, Entry, measured_sites
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import BlockGroup, Row, fold_blocks
-from fxcompress.report.quantities import WIDEST, counts, loss_label, short, span
+from fxcompress.report.quantities import (
+    WIDEST,
+    count,
+    counts,
+    loss,
+    loss_label,
+    short,
+    span,
+    sparkline,
+)
 from fxcompress.report.unchanged import Unchanged, unchanged
 from fxcompress.rules.matching.folding import fold
 
 LEGEND = (
     "The numbers beside operators are their parameters, biases included; r is the rank.\n"
     "A bar is the rank of one block, in graph order, from 0 to the largest of its line."
+)
+
+
+CHANNELS = (
+    "k is the number of channels that a hidden value keeps: what makes it and what reads it\n"
+    "change together, what is between them stays, and what that loses is told once."
 )
 
 
@@ -77,7 +92,8 @@ class Diff:
         losses = [summary.predicted_line(plan), *summary.fidelity_lines(plan), *rounds_lines(plan)]
         sections.append([*summary.budget_lines(plan), *losses, *summary.graph_lines(plan)])
         if self.groups:
-            sections.append([LEGEND])
+            narrowed = any(site.reader for site in plan.rewritten)
+            sections.append([LEGEND, CHANNELS] if narrowed else [LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
 
     def to_json(self) -> dict[str, Any]:
@@ -156,14 +172,53 @@ def unchanged_lines(those: tuple[Unchanged, ...]) -> list[str]:
 
 def _group_lines(group: BlockGroup, plan: Plan, measured: Mapping[str, MeasuredSite]) -> list[str]:
     lines = group_title(group)
-    rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in group.rows]
-    for row, rule, following in zip(group.rows, rules, [*rules[1:], ""], strict=True):
-        partners = [other.name for other in group.rows if _together(other, row)]
-        losses = _losses_text(Entry(row.sites, measured), plan)
-        lines += _row_lines(row, losses, partners, plan)
+    chains: dict[str, list[Row]] = {}
+    for row in group.rows:
+        chains.setdefault(row.sites[0].reader, []).append(row)
+    rest = chains.pop("", [])
+    for chain in chains.values():
+        lines += _chain_lines(chain, plan, measured)
+    rules = [f"  rule {row.sites[0].rule} ({row.sites[0].location})" for row in rest]
+    for row, rule, following in zip(rest, rules, [*rules, ""][1:], strict=True):
+        partners = [other.name for other in rest if _together(other, row)]
+        lines += _row_lines(row, _losses_text(Entry(row.sites, measured), plan), partners, plan)
         if rule != following:
             lines.append(rule)
     return lines
+
+
+def _chain_lines(
+    chain: Sequence[Row], plan: Plan, measured: Mapping[str, MeasuredSite]
+) -> list[str]:
+    """One hidden value: its channels, what it costs, and the operators that get smaller.
+
+    ::
+
+          gate_proj, up_proj: 1,536 → 896..1,200 channels ▅▆█▇, read by down_proj  KL 0.0004..0.0031
+        - gate_proj           linear 576→1536         884,736
+        + gate_proj           linear 576→k            516k..691k
+        ...
+        - down_proj           linear 1536→576         884,736
+        + down_proj           linear k→576            516k..691k    refitted
+          narrow, rule mlp (decoder.yaml:22)
+    """
+    *producers, reader = chain
+    site = reader.sites[0]
+    losses = _losses_text(Entry(reader.sites, measured), plan)
+    made = ", ".join(row.label for row in producers)
+    (widths,) = columns.ranks_of(reader.sites)
+    channels = f"{site.full_rank:,} → {span(widths, count)} channels"
+    if len({*widths}) > 1:
+        channels += f" {sparkline(widths)}"
+    lines = [f"  {made}: {channels}, read by {reader.label}  {losses}"]
+    for row in chain:
+        notes = ["refitted"] if row is reader else []
+        if (then := row.sites[0].then) is not None:
+            own = "×".join(span(axis, count) for axis in columns.ranks_of_then(row.sites))
+            alone = "" if row is reader else f"  {loss_label(plan.loss_unit)} {_predicted(row)}"
+            notes.append(f"then {then.form}, r {own}{alone}")
+        lines += _row_lines(row, ", ".join(notes), (), plan)
+    return [*lines, f"  {site.form}, rule {site.rule} ({site.location})"]
 
 
 def _ranks_text(row: Row) -> str:
@@ -181,6 +236,10 @@ def _losses_text(entry: Entry, plan: Plan) -> str:
     """``KL 0.0004..0.0031``, ``KL 0.0004..0.0031, measured 0.0005..0.0044``."""
     text = f"{loss_label(plan.loss_unit)} {PREDICTED.alike(entry)}"
     return text if plan.fidelity is None else f"{text}, measured {MEASURED.alike(entry)}"
+
+
+def _predicted(row: Row) -> str:
+    return span((site.predicted for site in row.sites), loss)
 
 
 def _remarks(site: SitePlan, plan: Plan) -> Mapping[str, str]:
@@ -206,7 +265,8 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
     layers = [at for at, part in enumerate(site.parts) if part.path]
     if not layers:
         made = part_text(row, 0) if site.parts else str(site.form)
-        lines.append(_line("+", name, made, after, f"{losses}  {_ranks_text(row)}"))
+        note = losses if site.reader else f"{losses}  {_ranks_text(row)}"
+        lines.append(_line("+", name, made, after, note))
         return lines
     # The rank stands beside the first layer, unless another operator holds what has it.
     first, last = layers[0], layers[-1]
@@ -246,25 +306,34 @@ def part_text(row: Row, index: int) -> str:
     parts = [site.parts[index] for site in row.sites]
     if parts[0].in_features is None:
         return parts[0].op
-    axes = columns.ranks_of(row.sites)
-    widths = [[getattr(s, end) for s in row.sites] for end in ("in_features", "out_features")]
     ends = ([part.in_features for part in parts], [part.out_features for part in parts])
     kernel = "×".join(map(str, parts[0].kernel))
-    text = f"{parts[0].op} {'→'.join(_features(end, axes, widths) for end in ends)} {kernel}"
+    shown = "→".join(_features(end, row.sites) for end in ends)
+    text = f"{parts[0].op} {shown} {kernel}"
     return text.rstrip()
 
 
-def _features(
-    sizes: Sequence[int | None], axes: Sequence[Sequence[int]], widths: Sequence[Sequence[int]]
-) -> str:
+def _features(sizes: Sequence[int | None], sites: Sequence[SitePlan]) -> str:
+    """``r``, ``k``, ``1536-r`` or ``k-r`` where sizes are that in every site; else their range."""
     if len(set(sizes)) == 1:
         return str(sizes[0])
-    for axis, ranks in enumerate(axes):
-        if list(sizes) == list(ranks):
-            return "r" if len(axes) == 1 else f"r{axis + 1}"
-        for width in widths:
-            if list(sizes) == [m - r for m, r in zip(width, ranks, strict=True)]:
-                return f"{width[0]}-r"
+    axes = columns.ranks_of(sites)
+    kept = axes.pop(0) if sites[0].reader else None
+    axes += columns.ranks_of_then(sites)
+    names = ["r"] if len(axes) == 1 else [f"r{axis + 1}" for axis in range(len(axes))]
+    known = [*zip(names, axes, strict=True), *([("k", kept)] if kept else [])]
+    wholes = [
+        (str(sites[0].in_features), [site.in_features for site in sites]),
+        (str(sites[0].out_features), [site.out_features for site in sites]),
+        *known[len(axes) :],
+    ]
+    for name, values in known:
+        if list(sizes) == values:
+            return name
+    for name, values in known:
+        for text, whole in wholes:
+            if text != name and list(sizes) == [m - r for m, r in zip(whole, values, strict=True)]:
+                return f"{text}-{name}"
     return span((size or 0 for size in sizes), "{:.0f}".format)
 
 

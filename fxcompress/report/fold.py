@@ -61,38 +61,71 @@ class BlockGroup:
 def fold_blocks(sites: Sequence[SitePlan]) -> tuple[BlockGroup, ...]:
     """Group the blocks (parents of sites) whose structure is equal, in graph order.
 
+    Sites that are rewritten together are in one block: the innermost module around all of them.
     A block that differs, say because one of its sites stayed dense and is not among
     ``sites``, goes to a group of its own or to that of the blocks that differ likewise.
     """
-    blocks: dict[str, list[SitePlan]] = {}
+    around, blocks = _around(sites), dict[str, list[SitePlan]]()
     for site in sites:
-        blocks.setdefault(parent(site.name), []).append(site)
+        blocks.setdefault(around.get(site.bundle, parent(site.name)), []).append(site)
     alike: dict[tuple[Literals, Structure], list[str]] = {}
     for path, children in blocks.items():
         literals, _ = split_indices(path)
-        alike.setdefault((literals, structure(children)), []).append(path)
+        alike.setdefault((literals, structure(children, path)), []).append(path)
     return tuple(
         BlockGroup(
             patterns=fold(paths),
             count=len(paths),
-            rows=_rows([blocks[path] for path in paths]),
+            rows=_rows([(path, blocks[path]) for path in paths]),
         )
         for paths in alike.values()
     )
 
 
-def structure(children: Sequence[SitePlan]) -> Structure:
+def _around(sites: Sequence[SitePlan]) -> dict[str, str]:
+    """The path of the innermost module around the sites of every bundle."""
+    around: dict[str, str] = {}
+    for site in sites:
+        if site.bundle:
+            inside = parent(site.name)
+            around[site.bundle] = common(around.get(site.bundle, inside), inside)
+    return around
+
+
+def common(module: str, other: str) -> str:
+    """The path of the innermost module around two, of which it may be one.
+
+    >>> common("layer.0.intermediate", "layer.0.output")
+    'layer.0'
+    """
+    while module and not f"{other}.".startswith(f"{module}."):
+        module = parent(module)
+    return module
+
+
+def structure(children: Sequence[SitePlan], block: str) -> Structure:
     """What makes blocks alike: everything about their sites but ranks and what follows from them.
 
-    >>> structure([up_proj])                                        # doctest: +SKIP
-    (('up_proj', 'linear 576→1536', False, 'float32', 'pivoted', 'mlp', 'rules.yaml:22'),)
+    >>> structure([up_proj], "model.layers.0.mlp")                              # doctest: +SKIP
+    (('up_proj', None, 'linear 576→1536', False, 'float32', 'pivoted', 'mlp', 'rules.yaml:22'),)
     """
-    return tuple((child_name(site.name), *_kind(site)) for site in children)
+    first: dict[str, int] = {}
+    for position, site in enumerate(children):
+        first.setdefault(site.bundle, position)
+    return tuple(
+        (below(site.name, block), first[site.bundle] if site.bundle else None, *_kind(site))
+        for site in children
+    )
 
 
 def parent(path: str) -> str:
     """Path of the enclosing module, empty for the root's children."""
     return path.rpartition(".")[0]
+
+
+def below(path: str, block: str) -> str:
+    """A path as it is within a block around it."""
+    return path.removeprefix(f"{block}.")
 
 
 def child_name(path: str) -> str:
@@ -105,28 +138,30 @@ def _kind(site: SitePlan) -> tuple[object, ...]:
         site.operator,
         site.bias,
         site.dtype,
-        site.form,
+        site.form and site.form_text,
         site.rule,
         site.location,
     )
 
 
-def _rows(blocks: Sequence[Sequence[SitePlan]]) -> tuple[Row, ...]:
+def _rows(blocks: Sequence[tuple[str, Sequence[SitePlan]]]) -> tuple[Row, ...]:
     """Children by position, which their structure makes the same in every block.
 
     The members of a list of equal layers have only numbers for names; they share a row.
     """
+    path, first = blocks[0]
     positions: dict[tuple[object, ...], list[int]] = {}
-    for position, site in enumerate(blocks[0]):
-        name = child_name(site.name)
+    for position, site in enumerate(first):
+        name = below(site.name, path)
         # Two weights of one module share its name, so the position tells named children apart.
-        key = ("#", *_kind(site)) if name.isdigit() and split_indices(name)[1] else (position,)
+        numbered = not site.reader and name.isdigit() and split_indices(name)[1]
+        key = ("#", *_kind(site)) if numbered else (position,)
         positions.setdefault(key, []).append(position)
     return tuple(
         Row(
-            name=fold(child_name(blocks[0][at].name) for at in together)[0],
+            name=fold(below(first[at].name, path) for at in together)[0],
             per_block=len(together),
-            sites=tuple(block[at] for block in blocks for at in together),
+            sites=tuple(block[at] for _, block in blocks for at in together),
         )
         for together in positions.values()
     )

@@ -140,21 +140,24 @@ def spectrum_plot(site: SitePlan) -> Plot | None:
     """Singular values by their number, cut between the last that is kept and the next.
 
     Returns:
-        None if there are none but zeros.
+        None if there are none but zeros, and for what makes a hidden value, whose channels are
+        chosen where it is read.
     """
     top, full = max(site.spectrum, default=0.0), site.full_ranks[0]
-    if top <= 0:
+    if top <= 0 or site.reader not in ("", site.name):
         return None
     values = [max(value, top * 10.0**-DECADES) for value in site.spectrum]
-    x, y = indices(full, WIDTH, "component"), decades(values, HEIGHT)
+    component = "channel" if site.reader else "component"
+    x, y = indices(full, WIDTH, component), decades(values, HEIGHT)
     # The plan holds a selection that is spaced evenly from the first to the last value.
     step = (full - 1) / max(len(values) - 1, 1)
     curve = tuple((1 + step * at, value) for at, value in enumerate(values))
-    title, cut = f"Spectrum of {site.name}", None
+    title, cut = f"{'Channels' if site.reader else 'Spectrum'} of {site.name}", None
     lines: tuple[Line, ...] = ()
     if site.rank is not None:
         rank, whole = ("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
-        title += f", cut at rank {rank} of {whole}"
+        kept = f"{rank} channels" if site.reader else f"rank {rank}"
+        title += f", cut at {kept} of {whole}"
         cut = site.ranks[0] + 0.5
-        lines = (Line("cut", (cut, cut), (y.high, y.low), f"rank {rank}"),)
+        lines = (Line("cut", (cut, cut), (y.high, y.low), kept),)
     return Plot(title, x, y, curve, lines=lines, shade=cut)

@@ -14,6 +14,7 @@ from fxcompress.forms import Body, Shape, find_form, fit
 from fxcompress.graph.canonical import canonicalize
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import kind_of, shape_of
+from fxcompress.plans.layers import left
 from fxcompress.plans.plan import Folded, Plan, SitePlan
 from fxcompress.rewrite.applied import hold_planned
 from fxcompress.rewrite.attention import expand_attention
@@ -25,7 +26,10 @@ from fxcompress.rewrite.skeleton import prepared
 from fxcompress.rewrite.substitute import Provenance, substitute, substituting
 
 Bodies = Mapping[str, Body]
-"""What takes the place of the sites of a plan, by the name of their group."""
+"""What takes the place of the sites of a plan, by the name of their group.
+
+What a narrowed hidden value leaves of a site and takes another form has that by the site's name.
+"""
 
 
 def empty_bodies(
@@ -49,8 +53,11 @@ def empty_bodies(
     for name, sites in plan.groups.items():
         form, rank = sites[0].choice
         found = find_form(form, sites[0].op, plan.templates)
-        shapes = [shape(site) for site in sites]
-        bodies[name] = fit(found, shapes, sites[0].order).empty(rank)
+        fitted = fit(found, [shape(site) for site in sites], sites[0].own_order)
+        bodies[name] = fitted.empty(rank)
+        for site in sites:
+            if site.then is not None:
+                bodies[site.name] = left(site, plan, fitted).empty(site.then.rank)
     return bodies
 
 
@@ -72,6 +79,11 @@ def apply_plan(model: nn.Module, plan: Plan, bodies: Bodies) -> None:
         for name, sites in plan.groups.items():
             form = find_form(sites[0].choice[0], sites[0].op, plan.templates)
             substitute(model, bodies[name], form, [_origin(site) for site in sites], places)
+            for site in sites:
+                if site.then is not None:
+                    form = find_form(site.then.form, site.op, plan.templates)
+                    origin = replace(_origin(site), form=site.then.form, rank=site.then.rank)
+                    substitute(model, bodies[site.name], form, [origin], places)
     disable_fast_paths(model, names)
 
 

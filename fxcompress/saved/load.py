@@ -34,7 +34,7 @@ from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.plans.checks import Flaw, body_problems, plan_problems
-from fxcompress.plans.layers import layers
+from fxcompress.plans.layers import site_layers
 from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
 from fxcompress.rewrite import (
     Bodies,
@@ -279,7 +279,7 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
 
 
 def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Flaw]:
-    return body_problems(plan, lambda name: layers(bodies[name]))
+    return body_problems(plan, lambda sites: site_layers(sites, bodies))
 
 
 # ---- weights --------------------------------------------------------------------------
@@ -380,6 +380,7 @@ def parse_plan(text: str, path: str | Path, *, parts: bool = True) -> Plan:
         raise
     steps = (*plan.earlier, plan)
     used = {str(site.form) for step in steps for site in step.rewritten}
+    used |= {site.then.form for step in steps for site in step.sites if site.then is not None}
     if unknown := sorted(used - {*form_words(), *(name for s in steps for name in s.templates)}):
         raise LoadError(
             f"{path} uses forms that are not known here: {', '.join(unknown)}; install or import "

@@ -42,7 +42,8 @@ def test_it_is_a_schema() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_rule_files_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcompress.forms.words._WORDS", dict(form_words()))
-    add_word(FormWord("monarch4", frozenset({"linear"})))  # examples/monarch.py registers it
+    for name in ("monarch4", "blocks16"):  # examples/monarch.py and blocks.py register them
+        add_word(FormWord(name, frozenset({"linear"})))
     words = dict.fromkeys((*metric_words(), "factored"))  # examples/factored_fisher.py
     monkeypatch.setattr("fxcompress.metric.words._WORDS", words)
     data = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -61,6 +61,9 @@ def json_schema() -> dict[str, Any]:
     rewrite = models["Rewrite"]["properties"]
     _restrict(rewrite["form"], form_words())
     rewrite["any_of"]["anyOf"][0]["items"] = {"type": "string", "enum": list(form_words())}
+    alone = [name for name, word in form_words().items() if not (word.joint or word.hidden)]
+    one, many = rewrite["then"]["anyOf"][0]["anyOf"]
+    one["enum"] = many["items"]["enum"] = alone
     for name, keys in _EXACTLY_ONE.items():
         models[name]["oneOf"] = [{"required": [key]} for key in keys]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -29,7 +29,7 @@ Identifier = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 _OneOrMany = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
 Globs = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
-Ops = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
+Words = Annotated[tuple[Text, ...], _OneOrMany, Field(min_length=1)]
 Reference = Annotated[str, Field(strict=True, pattern=r"^\$[A-Za-z_][A-Za-z0-9_]*$")]
 AttributePattern = Annotated[Any, AfterValidator(_freeze)]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fxcompress.forms.template import JOINT, Template, TemplateErrors, build_template
-from fxcompress.forms.words import form_words, forms_for
+from fxcompress.forms.words import form_words, forms_for, hidden_forms
 from fxcompress.rules.language.diagnostics import choices, suggest
 from fxcompress.rules.language.document import KeyPath
 from fxcompress.rules.language.expressions import (
@@ -59,6 +59,7 @@ def check_rewrite(
             message = f"unknown form '{form}'"
             findings.unknown(places[form], "unknown-form", message, form, words)
             known = False
+    known &= _check_then(findings, rewrite, path)
     if not patterns:
         return None
     if rewrite.graph is not None:
@@ -69,6 +70,26 @@ def check_rewrite(
         if bound and all(each.ops for each in bound.values()):
             _Forms(findings, places, pattern, bound, targets is not None).check(rewrite, path)
     return None
+
+
+def _check_then(findings: Findings, rewrite: Rewrite, path: KeyPath) -> bool:
+    """Report forms of ``then`` that are none, or that are for several operators."""
+    words, known = form_words(), True
+    for index, form in enumerate(rewrite.then or ()):
+        place = (*path, "then", index)
+        able = [name for name, word in words.items() if not word.joint and not word.hidden]
+        if form not in words:
+            findings.unknown(place, "unknown-form", f"unknown form '{form}'", form, able)
+            known = False
+        elif form not in able:
+            message = f"{form} is no form for one operator, as 'then' needs it"
+            findings.report(place, "wrong-place", message, choices(able), value=True)
+    if rewrite.then and not any(f in words and words[f].hidden for f in rewrite.forms):
+        hidden = " or ".join(name for name, word in words.items() if word.hidden)
+        message = f"'then' is about what {hidden} leaves, which is not among the forms"
+        hint = f"for example any_of: [{', '.join(dict.fromkeys(('narrow', *rewrite.forms)))}]"
+        findings.report((*path, "then"), "wrong-place", message, hint)
+    return known
 
 
 def _check_nodes(
@@ -86,6 +107,9 @@ def _check_nodes(
             message = f"'{name}' is {' or '.join(bound[name].ops)}, which has no weight to rewrite"
             findings.report(place, "not-rewritable", message, value=True)
     return frozenset(rewrite.nodes) & bound.keys()
+
+
+_READER = 'node: {op: linear, name: "*.down_proj"}'
 
 
 class _Forms:
@@ -114,6 +138,8 @@ class _Forms:
         alone = tuple(form for form in rewrite.forms if not words[form].joint)
         for form in joint:
             self.check_joint(form)
+        for form in hidden_forms(alone):
+            self.check_hidden(form)
         if joint and rewrite.group is not None:
             message = f"'group' asks for equal ranks, and {joint[0]} has one rank anyway"
             place = (*path, "group")
@@ -124,6 +150,12 @@ class _Forms:
     def misfit(self, form: str, message: str, hint: str) -> None:
         place = self.places[form]
         self.findings.report(place, "form-does-not-apply", message, hint, value=True)
+
+    def check_hidden(self, form: str) -> None:
+        """A form for a hidden value needs an operator that reads it alone."""
+        if self.pattern.kind == "group":
+            message = f"{form} is for a value that one operator reads; a group shares its value"
+            self.misfit(form, message, f"match what reads the value: {_READER}")
 
     def check_alone(self, forms: tuple[str, ...]) -> None:
         words, named = form_words(), " and ".join(forms)

@@ -27,12 +27,12 @@ from fxcompress.rules.language.fields import (
     Globs,
     Identifier,
     Name,
-    Ops,
     Reference,
     Share,
     Text,
     Whole,
     WithAttributes,
+    Words,
 )
 from fxcompress.rules.language.settings import Budget, Defaults, Metric, Solver, different_budgets
 
@@ -80,7 +80,7 @@ class Limits:
 class NodePattern(WithAttributes):
     """One operator: ``{op: conv2d, as: c, name: "*.conv1", kernel_size: [3, 3]}``."""
 
-    op: Ops
+    op: Words
     """The operator, or a list of which it is one."""
     bound_name: Identifier = Field(
         default="node", alias="as", description="The operator's name in expressions."
@@ -106,7 +106,7 @@ class GroupPattern(NodePattern):
 class GraphNode(WithAttributes):
     """One of several operators: ``{op: linear, input: $x, name: "*.q_proj"}``."""
 
-    op: Ops
+    op: Words
     """The operator, or a list of which it is one."""
     name: Globs | None = None
     """Globs on the module path; * crosses dots, {q,k} is an or."""
@@ -234,6 +234,9 @@ class Rewrite(FrozenModel):
     """The form that its operators take."""
     any_of: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Forms that the solver chooses from."""
+    then: Words | None = None
+    """Of a form that narrows a hidden value (narrow): the forms that each of its operators may take
+    beside that, at widths of a coarse grid."""
     graph: Annotated[dict[Identifier, TemplateNode] | None, Field(min_length=1, max_length=64)] = (
         None
     )
@@ -268,6 +271,8 @@ class Rewrite(FrozenModel):
     def _consistent(self) -> Self:
         self._has_one_of(REWRITE_KINDS, "rewrite", "missing-form")
         self._have_beside_them(("outputs", "cost"), "graph")
+        if self.then is not None and self.graph is not None:
+            raise PydanticCustomError("wrong-place", "'then' goes with 'form' or 'any_of'")
         low, high = self.min_rank, self.max_rank
         if low is not None and high is not None and low > high:
             raise PydanticCustomError("bad-number", f"min_rank {low} is above max_rank {high}")

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from fxcompress.forms.words import hidden_forms
 from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.folding import fold_numbers, fold_paths, words_of
-from fxcompress.rules.matching.result import Funnel, Instance, MatchResult
+from fxcompress.rules.matching.result import Funnel, Instance, Match, MatchResult
 
 _OUTCOME = "rewritten"
 _MOST_LINES = 12
@@ -65,6 +66,9 @@ class RuleExplanation:
         funnel: sites left after every step.
         near: what got furthest and was lost all the same.
         rejected: everything else, the furthest first.
+        without: sites that the rule has, and for which it has one form less.
+        together: sites that may be rewritten with what makes the value that they read, and what
+            that is.
         matched: what a rule about several operators has; empty for other rules.
     """
 
@@ -73,6 +77,8 @@ class RuleExplanation:
     funnel: Funnel
     near: tuple[LostSites, ...]
     rejected: tuple[LostSites, ...]
+    without: tuple[LostSites, ...] = ()
+    together: tuple[LostSites, ...] = ()
     matched: tuple[Matched, ...] = ()
 
 
@@ -96,6 +102,7 @@ class Explanation:
         *,
         rule: str | None = None,
         refused: Mapping[str, str] = MappingProxyType({}),
+        hidden: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> Explanation:
         """Explain a result.
 
@@ -105,14 +112,15 @@ class Explanation:
                 418"``). Matched weights without an entry count as rewritten. None: there is
                 no plan, and the funnel ends with what was matched.
             rule: explain this rule only.
-            refused: weight -> why one of the forms that its rule offers cannot rewrite it.
+            refused: weight -> why the forms for hidden values that its rule offers cannot have it.
+            hidden: weight of what reads a hidden value -> weights of what makes it -> paths.
 
         Raises:
             KeyError: there is no rule of that id.
         """
         wanted = tuple(result.funnels) if rule is None else (rule,)
         return cls(
-            tuple(_explain(result, rule_id, outcomes, refused) for rule_id in wanted),
+            tuple(_explain(result, rule_id, outcomes, refused, hidden) for rule_id in wanted),
             tuple(item.text for item in result.problems if item.rule_id in wanted),
         )
 
@@ -129,6 +137,8 @@ class Explanation:
                 **_matched_json(item),
                 "near_misses": [_group_json(group) for group in item.near],
                 "rejected": [_group_json(group) for group in item.rejected],
+                **({"left_out": [*map(_group_json, item.without)]} if item.without else {}),
+                **({"together": [*map(_group_json, item.together)]} if item.together else {}),
             }
             for item in self.rules
         ]
@@ -140,18 +150,26 @@ def _explain(
     rule_id: str,
     outcomes: Mapping[str, str] | None,
     refused: Mapping[str, str],
+    hidden: Mapping[str, Mapping[str, str]],
 ) -> RuleExplanation:
     funnel = result.funnels[rule_id]
+    won = [match for match in result.matches if match.rule_id == rule_id]
+    readers = [match for match in won if match.weight in hidden]
+    made = {weight for match in readers for weight in hidden[match.weight]}
     losses: list[tuple[str, str, str, str]] = [
         (miss.step, miss.reason, miss.location, miss.path or miss.operator)
         for miss in result.misses_of(rule_id)
+        if miss.weight not in made
     ]
-    won = [match for match in result.matches if match.rule_id == rule_id]
-    losses += [
-        ("legal", refused[m.weight], m.location, m.path or m.operators[0])
-        for m in won
-        if m.weight in refused
-    ]
+    fewer: list[tuple[str, str, str, str]] = []
+    lost: set[str] = set()
+    for m in won:
+        if m.weight in refused:
+            rest = set(m.forms).difference(hidden_forms(m.forms))
+            row = ("legal", refused[m.weight], m.location, m.path or m.operators[0])
+            (fewer if rest else losses).append(row)
+            lost |= set() if rest else {m.weight}
+    funnel = _without(funnel, lost, result.instances.get(rule_id))
     if outcomes is not None:
         dense = [match for match in won if match.weight in outcomes]
         losses += [
@@ -172,7 +190,34 @@ def _explain(
     near = tuple(g for g in folded if _DEPTHS[g.step] == furthest and furthest > 0)
     rejected = tuple(folded[len(near) :])
     matched = _matched(result.instances.get(rule_id, ()))
-    return RuleExplanation(rule_id, funnel.location, funnel, near, rejected, matched)
+    without = tuple(_grouped(fewer, {*refused.values()}))
+    together = tuple(_grouped([_with_makers(m, hidden[m.weight]) for m in readers], ()))
+    return RuleExplanation(
+        rule_id, funnel.location, funnel, near, rejected, without, together, matched
+    )
+
+
+def _with_makers(match: Match, makers: Mapping[str, str]) -> tuple[str, str, str, str]:
+    """``narrow: with gate_proj and up_proj``, paths as they are in the module around all."""
+    parts = [path.split(".") for path in (match.path, *makers.values())]
+    depth = 0
+    while all(len(path) > depth + 1 and path[depth] == parts[0][depth] for path in parts):
+        depth += 1
+    *most, last = (".".join(path[depth:]) for path in parts[1:])
+    named = f"{', '.join(most)} and {last}" if most else last
+    reason = f"{' and '.join(hidden_forms(match.forms))}: with {named}"
+    return "legal", reason, match.location, match.path
+
+
+def _without(funnel: Funnel, lost: set[str], instances: Sequence[Instance] | None) -> Funnel:
+    """A funnel that does not count matches of which nothing can be rewritten."""
+    gone = len(lost)
+    if instances is not None:
+        gone = sum(one.counted for one in instances if lost and lost.issuperset(one.claimed))
+    if not gone:
+        return funnel
+    last = {step: count - gone for step, count in funnel.steps if step in ("legal", "kept")}
+    return replace(funnel, steps=tuple((step, last.get(step, n)) for step, n in funnel.steps))
 
 
 def _grouped(
@@ -215,6 +260,8 @@ def _matched(instances: Sequence[Instance]) -> tuple[Matched, ...]:
 
 def _rule_text(item: RuleExplanation) -> str:
     rows = [("near miss", *row) for group in item.near for row in _rows(group)]
+    rows += [("left out", *row) for group in item.without for row in _rows(group)]
+    rows += [("together", *row) for group in item.together for row in _rows(group)]
     rows += [("rejected", *row) for group in item.rejected for row in _rows(group)]
     widths = [
         min(_WIDEST, max((len(row[column]) for row in rows), default=0)) for column in range(3)

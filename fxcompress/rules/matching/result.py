@@ -28,6 +28,7 @@ class Match:
         group: name of the group whose sites get equal ranks, None without one.
         location: ``"file:line"`` of the rule.
         path: module path of the first operator.
+        then: forms that operators around a narrowed hidden value may take beside that.
     """
 
     rule_id: str
@@ -39,6 +40,7 @@ class Match:
     group: str | None
     location: str
     path: str
+    then: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

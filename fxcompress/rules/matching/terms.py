@@ -167,6 +167,7 @@ class Terms:
             location=self._location,
             path=site.path,
             limits=self._limits,
+            then=(self.rewrite.then or ()) if self.rewrite else (),
         )
 
     def bundle(self, offer: Offer) -> Bundle:
