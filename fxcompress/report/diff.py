@@ -244,8 +244,9 @@ def _predicted(row: Row) -> str:
 
 def _remarks(site: SitePlan, plan: Plan) -> Mapping[str, str]:
     """What the form says of its functions; nothing if it is not registered here."""
+    form = site.form if site.then is None else site.then.form
     try:
-        return find_form(str(site.form), site.op, plan.templates).remarks
+        return find_form(str(form), site.op, plan.templates).remarks
     except KeyError:
         return {}
 
