@@ -162,7 +162,10 @@ def renamed(rng: random.Random, plan: Any) -> tuple[Any, dict[str, str]]:
 # ---- watching -------------------------------------------------------------------------
 
 _SAFE = ("object.", "sys._getframe", "code.__new__", "builtins.id", "gc.")
-_CALLS = {"torch.cat", "torch.index_select", "torch._C._nn.linear", "torch.conv1d", "getattr"}
+_CALLS = {
+    *("torch.cat", "torch.index_select", "torch.narrow", "torch.unflatten", "torch.flatten"),
+    *("torch._C._nn.linear", "torch.conv1d", "getattr", "combine.add_"),
+}
 _NODES = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Call),
     *(ast.Name, ast.Attribute, ast.Load, ast.Store, ast.Constant, ast.Tuple, ast.List),

@@ -413,13 +413,11 @@ def _cut(state: dict[str, Tensor]) -> None:
     ("change", "words"),
     [
         (lambda state: state.pop("head.weight"), ["the file has no head.weight"]),
-        (lambda state: state.pop("up.body.order"), ["the file has no up.body.order"]),
         (lambda state: state.pop("norm.running_mean"), ["the file has no norm.running_mean"]),
         (lambda state: state.clear(), ["the file has no", "more)"]),
         (lambda state: state.update(new=torch.ones(1)), ["the model has no new"]),
         (_rename, ["the file has no up.body.pivot.weight", "the model has no up.body.other"]),
         (_cut, ["up.body.pivot.weight is", "in the file"]),
-        (lambda s: s.update({"up.body.order": s["up.body.order"].float()}), ["torch.float32"]),
         (lambda s: s.update({"head.weight": s["head.weight"].int()}), ["head.weight", "int32"]),
     ],
 )
@@ -427,6 +425,42 @@ def test_weights_that_do_not_fit(
     change: Callable[[dict[str, Tensor]], Any], words: list[str], tmp_path: Path
 ) -> None:
     saved(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    change(state)
+    save_file(state, tmp_path / WEIGHTS)
+    refuse(tmp_path, *words)
+
+
+def _ordered(path: Path) -> Net:
+    """A small net of which one layer has no pivots among its first channels, saved."""
+    model = net()
+    with torch.no_grad():
+        model.up.weight[:, :8] = 0
+    small = fxcompress.compile(model, rules(0.5), data())
+    fxcompress.save(small, path)
+    return small
+
+
+def test_an_order_of_the_input_is_loaded(tmp_path: Path) -> None:
+    small = _ordered(tmp_path)
+    (order,) = (site.order for site in plan_of(small).sites if site.name == "up")
+    assert order == len(small.up.body.order) > 0  # type: ignore[operator, union-attr, arg-type]
+    assert_same(small, fxcompress.load(tmp_path, net()), data()[0])
+    stored = load_file(tmp_path / WEIGHTS)
+    assert sum(t.nbytes for t in stored.values()) == plan_of(small).model_after.bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("up.body.order"), ["the file has no up.body.order"]),
+        (lambda s: s.update({"up.body.order": s["up.body.order"].float()}), ["torch.float32"]),
+    ],
+)
+def test_orders_that_do_not_fit(
+    change: Callable[[dict[str, Tensor]], Any], words: list[str], tmp_path: Path
+) -> None:
+    _ordered(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     change(state)
     save_file(state, tmp_path / WEIGHTS)
@@ -471,7 +505,7 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda plan: plan.update(format=4), ["format 4", "reads 3"]),
+        (lambda plan: plan.update(format=3), ["format 3", "reads 4"]),
         (lambda plan: plan.update(format="2"), ["format 2"]),
         (lambda plan: plan.pop("format"), ["format None"]),
         (lambda plan: plan.update(extra=1), ["not a valid plan", "extra"]),
@@ -484,6 +518,9 @@ def _site(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_site(rank=-3), ["up: rank -3"]),
         (_site(rank=10**9), ["up: rank 1000000000"]),
         (_site(rank=2), ["sites[0].after.parameters"]),
+        (_site(order=5), ["sites[0].order", "does not put its channels in order in 5 blocks"]),
+        (_site(order=48), ["sites[0].order"]),
+        (_site(order=24), ["sites[0].after.bytes"]),
         (_site(dtype="load"), ["not a valid plan", "dtype"]),
         (_site(name="nowhere"), ["no linear layer nowhere"]),
         (_site(name=""), ["no linear layer"]),

@@ -200,7 +200,8 @@ def test_measured_and_shown() -> None:
     assert {one.name for one in found.sites} == {"0.down and its input", "1.down and its input"}
     assert found.measured > 0
     told = str(fxcompress.diff(model, small))
-    assert "linear k→r" in told, told
+    assert "linear r→k" in told, told
+    assert "add_ (the pivots, as they are)" in told, told
     assert "refitted, then pivoted, r 4" in told, told
     assert "narrow, pivoted" in str(fxcompress.plan_of(small))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
@@ -20,13 +21,21 @@ from fxcompress.operators.per_channel import PerChannel
 from fxcompress.operators.shape import Shape
 
 
-def fit(form: Form | JointForm, shapes: Sequence[Shape], held: Sequence[PerChannel] = ()) -> Fitted:
+def fit(
+    form: Form | JointForm,
+    shapes: Sequence[Shape],
+    held: Sequence[PerChannel] = (),
+    *,
+    order: int | None = None,
+) -> Fitted:
     """A form for these operators.
 
     Args:
-        form: the form.
+        form: of one operator, or of several.
         shapes: of the operators.
         held: of a hidden value, what else goes with its channels.
+        order: in how many blocks its body puts channels in order; None where that is not known
+            yet, as it depends on the weight.
 
     Raises:
         ValueError: it is for another number or kind of operators.
@@ -36,7 +45,7 @@ def fit(form: Form | JointForm, shapes: Sequence[Shape], held: Sequence[PerChann
             raise ValueError(f"{form.name} is for several operators of its kinds")
     elif len(shapes) != 1:
         raise ValueError(f"{form.name} is for one operator")
-    return Fitted(form, tuple(shapes), tuple(held))
+    return Fitted(form, tuple(shapes), tuple(held), order)
 
 
 class Fitted:
@@ -46,14 +55,19 @@ class Fitted:
         form: the form.
         shapes: of the operators.
         held: of a hidden value, what operators between these have of every channel.
+        order: in how many blocks its body puts channels in order; None if that is not known yet.
         projects: whether the form has factors of its own, and asks for the metric to make them.
         predicts: whether the form has losses of its own, not those of truncation.
     """
 
     def __init__(
-        self, form: Form | JointForm, shapes: tuple[Shape, ...], held: tuple[PerChannel, ...] = ()
+        self,
+        form: Form | JointForm,
+        shapes: tuple[Shape, ...],
+        held: tuple[PerChannel, ...] = (),
+        order: int | None = None,
     ) -> None:
-        self.form, self.shapes, self.held = form, shapes, held
+        self.form, self.shapes, self.held, self.order = form, shapes, held, order
         self._joint = isinstance(form, JointForm)
         self._form: Any = form  # whose methods take one shape, or all of them:
         self._shape: Any = shapes if self._joint else shapes[0]
@@ -98,16 +112,26 @@ class Fitted:
         found: Counts = self._form.macs(self._shape, ranks)
         return found
 
-    def bytes(self, ranks: Ranks) -> Counts:
-        """Bytes of everything stored at each rank (biases not counted)."""
-        found: Counts = self._form.bytes(self._shape, ranks)
-        return found - self._gone(ranks, sum(each.bytes for each in self.held))
-
     def _gone(self, ranks: Ranks, of_channel: int) -> Counts | int:
         """What goes with the channels that go, given how much of it goes with one."""
         full = self.full_rank() if of_channel else 0
         assert isinstance(full, int)
         return of_channel * (full - ranks) if of_channel else 0
+
+    def places(self) -> int:
+        """In how many blocks a body may put channels in order, at most; 0 if it never does."""
+        found: int = 0 if self._joint else self._form.places(self._shape)
+        return found
+
+    def bytes(self, ranks: Ranks) -> Counts:
+        """Bytes of everything stored at each rank (biases not counted), at most.
+
+        They are exact once the order is known.
+        """
+        found: Counts = self._form.bytes(self._shape, ranks)
+        fewer = 0 if self.order is None else self.places() - self.order
+        gone = self._gone(ranks, sum(each.bytes for each in self.held))
+        return found - fewer * torch.int32.itemsize - gone
 
     def losses(self, target: Target, ranks: Ranks) -> Losses:
         """Predicted loss of all operators together at each rank."""
@@ -130,6 +154,8 @@ class Fitted:
     def empty(self, rank: Rank) -> Body:
         """The body with uninitialized parameters."""
         made = self._form.empty(self._shape, rank)
+        if self.order:
+            self._form.put_in_order(made, self._shape, self.order)
         return made if self._joint else Body(None, (made,))
 
     def fill(self, body: Body, factors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from fxcompress.forms.body import Body, dense_bias_of, dense_weight_of
+from fxcompress.forms.ordered import order_input
 from fxcompress.forms.target import Losses, Rank, Ranks, Target, Truncations, View
 from fxcompress.operators.linear import LinearShape
 from fxcompress.operators.shape import Shape
@@ -69,10 +70,21 @@ class Form(ABC):
         rows: int = shape.rows
         return self.parameters(shape, ranks) * rows
 
+    def places(self, shape: Any) -> int:
+        """In how many blocks a body may put channels in order, at most; 0 if it never does.
+
+        What :meth:`fill` makes of an :meth:`empty` body (:mod:`fxcompress.forms.ordered`).
+        """
+        return 0
+
+    def put_in_order(self, body: fx.GraphModule, shape: Any, blocks: int) -> None:
+        """Make a body without an order put its input in one, which is not filled in yet."""
+        order_input(body, shape.in_features, blocks, shape.device)
+
     def bytes(self, shape: Any, ranks: Ranks) -> Counts:
-        """Bytes of everything stored at each rank (the bias not counted)."""
+        """Bytes of everything stored at each rank, at most (the bias not counted)."""
         size: int = shape.dtype.itemsize
-        return self.parameters(shape, ranks) * size
+        return self.parameters(shape, ranks) * size + self.places(shape) * torch.int32.itemsize
 
     def truncations(self, target: Target) -> Truncations:
         """The approximations that it chooses from; by default those of its view."""

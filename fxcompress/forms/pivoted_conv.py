@@ -8,12 +8,13 @@ after::
 
     h = pivot(x)                              # n → r, the whole kernel: rows of W_r
     rest = combine(h)                         # r → m - r, 1 x 1
-    y = index_select(cat([h, rest]), order)   # along the channels
+    y = cat([h, rest])                        # along the channels; put in order where need be
 
-It is :mod:`fxcompress.forms.pivoted` on the weight as a matrix (m x n·k), and computes
-exactly what ``channel`` does with ``r·n·k + r(m - r)`` weights: it saves at every rank below m.
-For a 1 x 1 convolution that is the linear map of every position.  With g groups each has r
-pivots, and the weights are those of all of them.
+It is :mod:`fxcompress.forms.pivoted` on the weight as a matrix (m x n·k), with rows for pivots: a
+column is one tap of the kernel, and no channel.  It computes exactly what ``channel`` does with
+``r·n·k + r(m - r)`` weights, so it saves at every rank below m.  For a 1 x 1 convolution that is
+the linear map of every position.  With g groups each has r pivots, and the weights are those of all
+of them.  The first r channels are the pivots where they are good enough, which saves a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor, fx, nn
 
 from fxcompress.forms.convolution import ConvForm, class_name, convolution
 from fxcompress.forms.form import Counts, Form, assign
-from fxcompress.forms.pivoted import choose_pivots, complement
+from fxcompress.forms.ordered import blocks_of, order_output
+from fxcompress.forms.pivoted import choose_pivots, complement, good_enough
 from fxcompress.forms.separable import CHANNEL
 from fxcompress.forms.target import Ranks
 from fxcompress.operators.convolution import ConvShape
@@ -35,7 +37,7 @@ from fxcompress.operators.modules import canonical_weight, shape_of
 
 class _PivotedConvolution(Form):
     name = "pivoted"
-    remarks = MappingProxyType({"index_select": "channels back in order"})
+    remarks = MappingProxyType({"cat": "the pivots, then the others"})
     operators = ConvForm.operators
 
     def full_rank(self, shape: ConvShape) -> int:
@@ -57,9 +59,11 @@ class _PivotedConvolution(Form):
         each = shape.part(shape.groups, shape.groups, none, shape.bias, pivot.outputs).macs
         return ranks * pivot.macs + ranks * (shape.group_out - ranks) * each
 
-    def bytes(self, shape: ConvShape, ranks: Ranks) -> Counts:
-        order = shape.out_channels * torch.int32.itemsize
-        return self.parameters(shape, ranks) * shape.dtype.itemsize + order
+    def places(self, shape: ConvShape) -> int:
+        return shape.out_channels
+
+    def put_in_order(self, body: fx.GraphModule, shape: ConvShape, blocks: int) -> None:
+        order_output(body, blocks, -shape.dims - 1, shape.device)
 
     def _layers(self, shape: ConvShape, rank: int) -> tuple[ConvShape, ConvShape]:
         pivots = shape.groups * rank
@@ -76,15 +80,12 @@ class _PivotedConvolution(Form):
         channels = -shape.dims - 1
         root, graph = nn.Module(), fx.Graph()
         root.pivot = pivot.bare()
-        order = torch.arange(shape.out_channels, dtype=torch.int32, device=shape.device)
-        root.register_buffer("order", order)
         value = graph.call_module("pivot", (graph.placeholder("input"),))
         if combine.out_channels:  # torch knows no convolution to no channels
             root.combine = combine.bare()
             rest = graph.call_module("combine", (value,))
             value = graph.call_function(torch.cat, ((value, rest), channels))
-        places = graph.create_node("get_attr", "order")
-        graph.output(graph.call_function(torch.index_select, (value, channels, places)))
+        graph.output(value)
         return fx.GraphModule(root, graph, class_name=class_name(self.name))
 
     def fill(self, body: fx.GraphModule, factors: Sequence[Tensor], bias: Tensor | None) -> None:
@@ -92,9 +93,11 @@ class _PivotedConvolution(Form):
         groups, rows, rank = left.shape
         biases = None if bias is None else bias.to(torch.float64).view(groups, rows)
         pivots, kept, mixed, shifts = [], [], [], []
+        layer = convolution(body, "pivot")
         for group in range(groups):
             basis, triangle = torch.linalg.qr(left[group])
-            chosen, combination = choose_pivots(basis)
+            weight = left[group] @ right[group]
+            chosen, combination = _pivots(weight, basis, groups, layer.weight.dtype)
             others = complement(chosen, rows)
             pivots.append((chosen, others))
             kept.append(basis[chosen] @ (triangle @ right[group]))
@@ -103,7 +106,6 @@ class _PivotedConvolution(Form):
                 own = biases[group]
                 # combine() sees pivot channels with their bias: take its image out again.
                 shifts.append((own[chosen], own[others] - combination @ own[chosen]))
-        layer = convolution(body, "pivot")
         pivot = shape_of(layer)
         weight = torch.stack(kept).reshape(groups, rank, -1, *pivot.kernel_size)
         assign(layer.weight, pivot.stored(weight))
@@ -117,7 +119,10 @@ class _PivotedConvolution(Form):
                 rest = convolution(body, "combine").bias
                 assert rest is not None
                 assign(rest, torch.cat([shift for _, shift in shifts]))
-        body.get_buffer("order").copy_(_order(pivots, rows, rank))
+        order = _order(pivots, rows, rank)
+        if not torch.equal(order, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+            order_output(body, len(order), -len(pivot.kernel_size) - 1, order.device)
+            body.get_buffer("order").copy_(order)
 
     def weight(self, body: fx.GraphModule, shape: ConvShape) -> Tensor:
         kept = canonical_weight(convolution(body, "pivot"))
@@ -127,7 +132,8 @@ class _PivotedConvolution(Form):
             combination = weight.reshape(shape.groups, -1, kept.shape[1])
             rest = torch.einsum("gor,gr...->go...", combination, kept)
             rows = torch.cat([rows, rest.flatten(0, 1)])
-        rows = rows.index_select(0, body.get_buffer("order"))
+        if blocks_of(body):
+            rows = rows.index_select(0, body.get_buffer("order"))
         return rows.reshape(shape.groups, -1, *rows.shape[1:])
 
     def bias(self, body: fx.GraphModule, shape: ConvShape) -> Tensor | None:
@@ -140,7 +146,24 @@ class _PivotedConvolution(Form):
             combination = combine.weight.reshape(shape.groups, -1, len(bias) // shape.groups)
             image = torch.einsum("gor,gr->go", combination, bias.view(shape.groups, -1))
             bias = torch.cat([bias, combine.bias + image.flatten()])
-        return bias.index_select(0, body.get_buffer("order"))
+        return bias.index_select(0, body.get_buffer("order")) if blocks_of(body) else bias
+
+
+def _pivots(
+    weight: Tensor, basis: Tensor, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows of an orthonormal basis (m x r) that span the others: the first ones, or the best.
+
+    Args:
+        weight: of the group (m x n·k), float64.
+        basis: of its columns.
+        groups: of the convolution; where there are several the channels are not in order anyway.
+        dtype: of the body.
+    """
+    combination = good_enough(weight.T, basis, dtype) if groups == 1 else None
+    if combination is None:
+        return choose_pivots(basis)
+    return torch.arange(basis.shape[1], device=basis.device), combination.T
 
 
 def _order(pivots: Sequence[tuple[Tensor, Tensor]], rows: int, rank: int) -> Tensor:

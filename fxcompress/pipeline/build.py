@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxcompress.errors import BudgetError, RecordError, RewriteError
 from fxcompress.forms import Body, Fitted, FormError, Rank, find_form, fit
 from fxcompress.forms.narrow import rows_of
+from fxcompress.forms.ordered import blocks_of
 from fxcompress.graph.paths import containing
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
@@ -25,7 +26,8 @@ from fxcompress.pipeline.decomposition import widened
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.sites import Group, Site
 from fxcompress.pipeline.speed import measured_speed
-from fxcompress.plans.plan import Plan, SitePlan, Size
+from fxcompress.plans.plan import BudgetOutcome, Limit, Plan, SitePlan, Size, total_size
+from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.rewrite import (
     ProjectedAttention,
     apply_plan,
@@ -54,6 +56,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
         if not failures:
             analysis.request.show.stage("verify", None)
             rewritten = skeleton(model)
+            planned = _as_built(analysis, planned, bodies)
             apply_plan(rewritten, planned, bodies)
             after, failures = _rerecord(rewritten, analysis, planned)
         if not failures:
@@ -96,6 +99,39 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
                 if isinstance(module, ProjectedAttention)
             ),
             "warnings": (*analysis.notes, *notes, *slow),
+        }
+    )
+
+
+def _as_built(analysis: Analysis, planned: Plan, bodies: Mapping[str, Body]) -> Plan:
+    """The plan with the orders that bodies put channels in; it had counted the largest ones."""
+    units = {key: (group, form, rank) for key, group, form, rank in _units(analysis, planned)}
+    saved: dict[str, Size] = {}
+    entries = []
+    for entry in planned.sites:
+        if entry.name in units:
+            group, form, rank = units[entry.name]
+            if group.forms[form].places():
+                body = bodies[entry.name]
+                order = blocks_of(body.heads[0])
+                (after,) = group.sizes(form, rank, body, order)
+                saved[entry.name] = entry.after - after
+                entry = entry.model_copy(update={"order": order, "after": after})
+        entries.append(entry)
+
+    def cost(limit: Limit | BudgetOutcome, rule: str) -> dict[str, float]:
+        """What is saved counts for a budget of all, or of one rule."""
+        mine = [s.name for s in entries if s.name in saved and rule in ("", s.rule)]
+        counted = isinstance(UNITS[limit.unit], CountedUnit)
+        less = sum(saved[name][limit.unit] for name in mine) if counted else 0
+        return {"cost": limit.cost - less}
+
+    return planned.model_copy(
+        update={
+            "sites": tuple(entries),
+            "model_after": planned.model_after - total_size(saved.values()),
+            "budget": planned.budget.model_copy(update=cost(planned.budget, "")),
+            "limits": tuple(one.model_copy(update=cost(one, one.rule)) for one in planned.limits),
         }
     )
 

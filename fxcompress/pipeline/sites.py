@@ -145,16 +145,20 @@ class Group:
             ]
         return permitted if chosen.misfit() is None else permitted[:0]
 
-    def sizes(self, form: str, rank: Rank, body: Body) -> tuple[Size, ...]:
+    def sizes(
+        self, form: str, rank: Rank, body: Body, order: int | None = None
+    ) -> tuple[Size, ...]:
         """Size of every operator at a rank of a form; what is shared counts for the first.
 
         Args:
             form: its name.
             rank: of ``body``.
             body: of the form, with or without values.
+            order: in how many blocks it puts channels in order; None to count the most.
         """
         ranks = np.array([rank], dtype=np.int64)
-        whole = Size.of(lambda unit: unit.of_form(self.forms[form], ranks)[0])
+        chosen = fit(self.forms[form].form, self.shapes, self.held, order=order)
+        whole = Size.of(lambda unit: unit.of_form(chosen, ranks)[0])
         if self.hidden:
             assert isinstance(rank, int)
             rest = [*map(_operator_size, narrowed(self.shapes, rank)[1:])]

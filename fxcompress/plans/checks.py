@@ -135,13 +135,13 @@ def _dense_problems(site: SitePlan, shape: Shape) -> Iterator[Flaw]:
         yield "full_rank", f"{site.full_rank}, and {site.operator} has {shape.full_rank}"
     if site.after != site.before:
         yield "after", "it is not as before, and the site stays dense"
-    if site.bundle or site.parts or site.predicted:
-        yield "form", "bundle, parts and predicted are for sites that are rewritten"
+    if site.bundle or site.order or site.parts or site.predicted:
+        yield "form", "bundle, order, parts and predicted are for sites that are rewritten"
 
 
 def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]:
     form, rank = site.choice
-    found = _fitted(form, site.op, plan, [shape])
+    found = _fitted(form, site.op, plan, [shape], order=site.order)
     if found is None or site.op not in found.form.operators:
         yield "form", f"{form} is no form for one {site.op}"
         return
@@ -149,6 +149,9 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
         yield "forms", f"they lack the form {form}"
     if misfit := found.misfit():
         yield "form", misfit
+        return
+    if problem := _order_problem(site, found):
+        yield "order", problem
         return
     yield from _rank_problems(site, found.full_rank())
     if site.full_rank != found.full_rank():
@@ -165,6 +168,13 @@ def _single_problems(site: SitePlan, plan: Plan, shape: Shape) -> Iterator[Flaw]
                 counted = fit(found.form, [shape.counted_on(rows, ())])
                 if site.after[unit.word] != int(unit.of_form(counted, ranks)[0]):
                     yield f"after.{unit.word}", f"they are not those of {form} at rank {rank}"
+
+
+def _order_problem(site: SitePlan, found: Fitted) -> str | None:
+    """Why the body of a form cannot put channels in the order of a site, or None."""
+    if not site.order or (site.order <= found.places() and found.places() % site.order == 0):
+        return None
+    return f"{found.form.name} does not put its channels in order in {site.order} blocks"
 
 
 def _rank_problems(site: SitePlan, full: Rank) -> Iterator[Flaw]:
@@ -195,12 +205,17 @@ def _size_problems(
 
 
 def _fitted(
-    form: str, op: str, plan: Plan, shapes: Sequence[Shape], held: Sequence[Held] = ()
+    form: str,
+    op: str,
+    plan: Plan,
+    shapes: Sequence[Shape],
+    held: Sequence[Held] = (),
+    order: int = 0,
 ) -> Fitted | None:
     """A form for operators; None if there is none of that name for them."""
     known = [PerChannel(each.name, each.parameters, each.bytes) for each in held]
     try:
-        return fit(find_form(form, op, plan.templates), shapes, known)
+        return fit(find_form(form, op, plan.templates), shapes, known, order=order)
     except (KeyError, ValueError):
         return None
 
@@ -228,6 +243,9 @@ def _bundle_problems(
         return
     if any(form not in site.forms for site in sites):
         yield "forms", f"they lack the form {form}"
+    if any(site.order and site.then is None for site in sites):
+        yield "order", f"{form} puts no input in order"
+        return
     if misfit := found.misfit():
         yield "form", misfit
         return
@@ -249,11 +267,11 @@ def _bundle_problems(
     for site in then:
         assert site.then is not None
         shape = narrowed(own, rank)[site.member]
-        beside = _fitted(site.then.form, site.op, plan, [shape])
+        beside = _fitted(site.then.form, site.op, plan, [shape], order=site.order)
         if beside is None or site.op not in beside.form.operators:
             yield "then", f"{site.then.form} is no form for one {site.op}"
             return
-        if misfit := beside.misfit():
+        if misfit := beside.misfit() or _order_problem(site, beside):
             yield "then", misfit
             return
         if site.then.full_rank != (full := beside.full_rank()):
@@ -285,7 +303,7 @@ def _parts(
     """Of the bodies of a site or a bundle, without memory."""
     form, rank = sites[0].choice
     own = [shapes[site.name] for site in sites]
-    found = fit(find_form(form, sites[0].op, plan.templates), own)
+    found = fit(find_form(form, sites[0].op, plan.templates), own, order=sites[0].own_order)
     bodies = {sites[0].group: found.empty(rank)}
     for site in sites:
         if site.then is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import fx, nn
 
 from fxcompress.forms import Body, Fitted, find_form, fit
 from fxcompress.forms.narrow import narrowed
+from fxcompress.forms.ordered import ordering
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Part, Plan, SitePlan
 
@@ -38,7 +40,7 @@ def left(site: SitePlan, plan: Plan, beside: Fitted) -> Fitted:
     assert site.then is not None
     _, width, member = site.narrowing
     form = find_form(site.then.form, site.op, plan.templates)
-    return fit(form, [narrowed(beside.shapes, width)[member]])
+    return fit(form, [narrowed(beside.shapes, width)[member]], order=site.order)
 
 
 def site_layers(sites: Sequence[SitePlan], bodies: Mapping[str, Body]) -> list[tuple[Part, ...]]:
@@ -57,7 +59,10 @@ def site_layers(sites: Sequence[SitePlan], bodies: Mapping[str, Body]) -> list[t
 
 def _parts(graph: fx.GraphModule, prefix: str = "") -> tuple[Part, ...]:
     parts = []
+    told = ordering(graph)  # by the order that the plan has
     for node in graph.graph.nodes:
+        if node in told or node.target is torch.narrow:  # a view
+            continue
         if node.op == "call_module":
             module = graph.get_submodule(node.target)
             path = f"{prefix}{node.target}"

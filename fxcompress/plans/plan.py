@@ -28,7 +28,7 @@ from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.structure import Structure, structure_of
 from fxcompress.plans.units import COUNTED, CountedUnit, CountedWord, UnitWord
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 """Version of ``plan.json``; files of another version are refused."""
 
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -226,6 +226,8 @@ class SitePlan(_Frozen):
         full_rank: the rank at which that form would lose nothing; min(m, n) if dense.
         bundle: name of the bundle that the form is for, empty for a site by itself.
         member: place in that bundle, from 0, in the order of the rule's pattern.
+        order: in how many blocks the body puts the channels of its input in order (a convolution
+            those of its output); 0 if they stay as they are.
         then: the form that it takes beside that of a narrowed bundle; None if it takes none.
         parts: what the form puts in the operator's place; empty if the site stays dense.
         predicted: predicted loss at that rank, in ``Plan.loss_unit``; 0 if dense.  By the moments
@@ -257,6 +259,7 @@ class SitePlan(_Frozen):
     full_rank: Rank
     bundle: str = ""
     member: Whole = 0
+    order: Whole = 0
     then: Then | None = None
     parts: tuple[Part, ...] = ()
     predicted: float
@@ -278,6 +281,11 @@ class SitePlan(_Frozen):
         if self.then is not None and not self.bundle:
             raise ValueError(f"{self.name}: 'then' is for what a narrowed bundle leaves")
         return self
+
+    @property
+    def own_order(self) -> int:
+        """The order of the body of its form; that of a bundle has none, whatever is left then."""
+        return 0 if self.bundle else self.order
 
     @property
     def choice(self) -> tuple[str, Rank]:
@@ -612,7 +620,7 @@ class Plan(_Frozen):
             in memory, and in files of before there were such ids.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     model_class: str
     rules: str
     metric: str

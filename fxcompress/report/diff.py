@@ -57,9 +57,9 @@ class Diff:
 
         model.layers.{0..29}.mlp                            30 alike
         - up_proj             linear 576→1536         884,736
-        + up_proj.pivot       linear 576→r            r 96..208 of 576 ▄▅█▇
-        + up_proj.combine     linear r→1536-r         194k..396k    KL 0.0004..0.0031
-        + up_proj             cat, index_select (rows back in order)
+        + up_proj.combine     linear 576-r→r          r 96..208 of 576 ▄▅█▇
+        + up_proj             add_ (the pivots, as they are)
+        + up_proj.pivot       linear r→1536           194k..396k    KL 0.0004..0.0031
           rule mlp (decoder.yaml:22)
 
     Attributes:
@@ -278,8 +278,9 @@ def _predicted(row: Row) -> str:
 
 def _remarks(site: SitePlan, plan: Plan) -> Mapping[str, str]:
     """What the form says of its functions; nothing if it is not registered here."""
+    form = site.form if site.then is None else site.then.form
     try:
-        return find_form(str(site.form), site.op, plan.templates).remarks
+        return find_form(str(form), site.op, plan.templates).remarks
     except KeyError:
         return {}
 
@@ -309,6 +310,8 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
         ranks = _ranks_text(row)
         cells[first] = (after, f"{losses}  {ranks}") if first == last else (ranks,)
     shared = [at for at in layers if site.parts[at].path.startswith(SHARED)]
+    if any(one.order for one in row.sites):
+        lines.append(f"+ {name:19} {_order_text(row)}")
     for is_layer, run in groupby(enumerate(site.parts), key=lambda item: bool(item[1].path)):
         if not is_layer:
             ops = [part.op for _, part in run]
@@ -321,6 +324,13 @@ def _row_lines(row: Row, losses: str, partners: Sequence[str], plan: Plan) -> li
             if shared and at == shared[-1]:
                 lines.append(f"  shared by {', '.join(partners)}")
     return lines
+
+
+def _order_text(row: Row) -> str:
+    """``channels in order, in 36..576 blocks (29 of 30)``."""
+    orders = [site.order for site in row.sites if site.order]
+    some = "" if len(orders) == len(row.sites) else f" ({len(orders)} of {len(row.sites)})"
+    return f"channels in order, in {span(orders, '{:,}'.format)} blocks{some}"
 
 
 def part_text(row: Row, index: int) -> str:
@@ -348,6 +358,7 @@ def _features(sizes: Sequence[int | None], sites: Sequence[SitePlan]) -> str:
     names = ["r"] if len(axes) == 1 else [f"r{axis + 1}" for axis in range(len(axes))]
     known = [*zip(names, axes, strict=True), *([("k", kept)] if kept else [])]
     wholes = [
+        (str(sites[0].in_features), [site.in_features for site in sites]),
         (str(sites[0].out_features), [site.out_features for site in sites]),
         *known[len(axes) :],
     ]

@@ -54,7 +54,7 @@ def empty_bodies(
     for name, sites in plan.groups.items():
         form, rank = sites[0].choice
         found = find_form(form, sites[0].op, plan.templates)
-        fitted = fit(found, [shape(site) for site in sites])
+        fitted = fit(found, [shape(site) for site in sites], order=sites[0].own_order)
         bodies[name] = fitted.empty(rank)
         for site in sites:
             if site.then is not None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcompress.forms import Form, Target, find_form
+from fxcompress.forms import Form, Target, find_form, fit
+from fxcompress.forms.ordered import blocks_of
 from fxcompress.forms.target import Rank
 from fxcompress.metric.kronecker import Kronecker
 from fxcompress.metric.quadratic import Grouped
@@ -117,6 +118,7 @@ def test_counts_are_exact(case: str, name: str) -> None:
     form, shape = form_for(name, layer)
     x = data(layer)
     measured = replace(shape, inputs=((len(x), *x.shape[2:]),))
+    target = Target(shape.canonical(layer.weight), metric(*factors(shape)))
     for rank in some_ranks(form.full_rank(shape)):
         body = form.empty(shape, rank)
         for parameter in body.parameters():
@@ -127,12 +129,38 @@ def test_counts_are_exact(case: str, name: str) -> None:
         assert form.macs(measured, ranks)[0] * 2 == flops.get_total_flops()
         weights = [p for key, p in body.named_parameters() if not key.endswith("bias")]
         assert form.parameters(shape, ranks)[0] == sum(p.numel() for p in weights)
-        stored = [*weights, *body.buffers()]
-        assert form.bytes(shape, ranks)[0] == sum(t.numel() * t.element_size() for t in stored)
+        filled = form.empty(shape, rank)
+        form.fill(filled, form.factors(target, rank), layer.bias)
+        for each in (body, filled):
+            weights = [p for key, p in each.named_parameters() if not key.endswith("bias")]
+            size = sum(t.numel() * t.element_size() for t in [*weights, *each.buffers()])
+            known = fit(form, [shape], blocks_of(each))
+            assert known.bytes(ranks)[0] == size <= form.bytes(shape, ranks)[0]
+            twin = known.empty(rank).heads[0]
+            twin.load_state_dict(each.state_dict(), strict=True)
+            assert torch.equal(twin(x), each(x))
     with FlopCounterMode(display=False) as flops:
         layer(x)
     assert measured.macs * 2 == flops.get_total_flops()
     assert shape.weights == layer.weight.numel()
+
+
+@torch.no_grad()
+def test_pivots_that_stand_first_need_no_order() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 12, 3).double()
+    form, shape = form_for("pivoted", layer)
+    right = torch.randn(1, 4, 6 * 9).double()
+    left = torch.cat([torch.eye(4), torch.randn(8, 4)]).double()[None, :, :, None]
+    dead = left.flip(1).clone()
+    dead[:, :4] = 0  # the first channels say nothing of the others
+    x = torch.randn(2, 6, 9, 9).double()
+    for factor, blocks in ((left, 0), (dead, 12)):
+        body = form.empty(shape, 4)
+        form.fill(body, (factor, right), layer.bias)
+        assert blocks_of(body) == blocks
+        expected = with_weight(layer, shape, form.product(shape, (factor, right)))
+        torch.testing.assert_close(body(x), expected(x), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["channel", "channel_input", "spatial"])

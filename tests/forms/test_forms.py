@@ -9,12 +9,18 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress.forms import FormError, LinearShape, find_form, fit, register_form
 from fxcompress.forms.form import Form
-from fxcompress.forms.pivoted import LARGEST_ENTRY, choose_pivots
+from fxcompress.forms.ordered import blocks_of, order_of
+from fxcompress.forms.pivoted import (
+    LARGEST_ENTRY,
+    amplification,
+    choose_blocks,
+    choose_pivots,
+)
 
 SHAPES = [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1), (40, 24)]
 FORMS = {name: find_form(name) for name in ("low_rank", "pivoted")}
@@ -60,12 +66,24 @@ def test_counts_are_exact(name: str, m: int, n: int, rank: int, bias: bool) -> N
     ranks = np.array([rank])
     biases = m if bias else 0
     assert sum(p.numel() for p in body.parameters()) == form.parameters(shape, ranks)[0] + biases
-    tensors = [*body.parameters(), *body.buffers()]
-    stored = sum(t.numel() * t.element_size() for t in tensors)
-    assert stored == form.bytes(shape, ranks)[0] + 2 * biases
+    assert _stored(body) == fit(form, [shape], 0).bytes(ranks)[0] + 2 * biases
+    left, right, b, _ = factors(m, n, rank)
+    form.fill(body, (left, right), b if bias else None)
+    order = blocks_of(body)
+    assert _stored(body) == fit(form, [shape], order).bytes(ranks)[0] + 2 * biases
+    assert _stored(body) <= form.bytes(shape, ranks)[0] + 2 * biases
+    twin = fit(form, [shape], order).empty(rank).heads[0]
+    twin.load_state_dict(body.state_dict(), strict=True)
+    assert _stored(twin) == _stored(body)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         body.to(torch.float32)(torch.randn(5, n))
     assert flops.get_total_flops() == 2 * 5 * form.macs(shape, ranks)[0]
+
+
+def _stored(body: nn.Module) -> int:
+    """Bytes of everything that a state dict holds."""
+    tensors = [*body.parameters(), *body.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_pivoted_saves_at_every_rank_below_full() -> None:
@@ -183,25 +201,34 @@ NASTY = [hilbert, kahan, wilkinson, repeated, graded, sparse, deficient]
 @pytest.mark.parametrize(("m", "r"), [(30, 12), (60, 40), (13, 12)])
 def test_pivoting_of_nasty_matrices(make: object, m: int, r: int) -> None:
     torch.manual_seed(0)
-    left = make(m, r)  # type: ignore[operator]
-    right = torch.randn(r, 20, dtype=torch.float64)
-    basis = torch.linalg.qr(left).Q
+    columns = make(m, r)  # type: ignore[operator]
+    left = torch.randn(70, r, dtype=torch.float64)
+    basis = torch.linalg.qr(columns).Q
     pivots, c = choose_pivots(basis)
     assert len(pivots.unique()) == r
     assert float(c.abs().max()) <= LARGEST_ENTRY * (1 + 1e-9)
     others = [i for i in range(m) if i not in set(pivots.tolist())]
     torch.testing.assert_close(c @ basis[pivots], basis[others], rtol=0, atol=1e-12)
     form = FORMS["pivoted"]
-    shape = LinearShape(20, m, False, torch.float64)
+    shape = LinearShape(m, 70, False, torch.float64)
     body = form.empty(shape, r)
-    form.fill(body, (left, right), None)
-    dense = left @ right
-    scale = float(dense.abs().max())
-    torch.testing.assert_close(form.weight(body, shape), dense, rtol=0, atol=1e-12 * scale * r)
-    # The pivot rows are rows of the product, as they are.
-    torch.testing.assert_close(
-        body.pivot.weight.detach(), dense[pivots], rtol=0, atol=1e-12 * scale * r
-    )
+    form.fill(body, (left, columns.T), None)
+    dense = left @ columns.T
+    bound = {"rtol": 0, "atol": 1e-12 * float(dense.abs().max()) * r}
+    torch.testing.assert_close(form.weight(body, shape), dense, **bound)
+    x = torch.randn(3, m, dtype=torch.float64)
+    torch.testing.assert_close(body(x), x @ dense.T, rtol=0, atol=m**0.5 * bound["atol"])
+    # The pivots are columns of the product, as they are.
+    order = order_of(body, m)
+    chosen = torch.arange(r) if order is None else order[:r]
+    torch.testing.assert_close(body.pivot.weight.detach(), dense[:, chosen], **bound)
+    # Whoever makes the input in the order that the form asks for needs none in the body.
+    order = form.input_order(columns.T)
+    assert order.sort().values.tolist() == list(range(m))
+    ready = form.empty(shape, r)
+    form.fill(ready, (left, columns.T[:, order]), None)
+    assert make is deficient or blocks_of(ready) == 0  # its row space has no one basis
+    torch.testing.assert_close(ready(x[:, order]), x @ dense.T, rtol=0, atol=m**0.5 * bound["atol"])
 
 
 def test_lu_alone_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +244,92 @@ def test_lu_alone_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pivoting_gives_up_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcompress.forms.pivoted.EXCHANGES", 1)
-    body = FORMS["pivoted"].empty(LinearShape(20, 60, False), 40)
+    body = FORMS["pivoted"].empty(LinearShape(60, 20, False), 40)
     with pytest.raises(FormError, match="did not settle within 1 row exchanges"):
-        FORMS["pivoted"].fill(body, (kahan(60, 40), torch.randn(40, 20).double()), None)
+        FORMS["pivoted"].fill(body, (torch.randn(20, 40).double(), kahan(60, 40).T), None)
+
+
+# ---- the order of the input -----------------------------------------------------------
+
+
+def filled(columns: Tensor, dtype: torch.dtype = torch.float32) -> tuple[fx.GraphModule, float]:
+    """A body for a weight with these columns (n x r) as its row space, and its relative error."""
+    n, r = columns.shape
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(50, r, generator=generator, dtype=torch.float64)
+    x = torch.randn(64, n, generator=generator, dtype=torch.float64).to(dtype)
+    form = FORMS["pivoted"]
+    body = form.empty(LinearShape(n, 50, False, dtype), r)
+    form.fill(body, (left, columns.T), None)
+    exact = x.double() @ columns @ left.T
+    return body, float((body(x).double() - exact).norm() / exact.norm())
+
+
+def test_an_input_whose_first_channels_are_good_pivots_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    columns = torch.cat([torch.eye(16), torch.randn(48, 16)]).double()
+    body, error = filled(columns)
+    assert blocks_of(body) == 0
+    assert not [*body.buffers()]
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(32, 4), (16, 8), (8, 16), (4, 32), (1, 128)])
+def test_the_largest_blocks_that_are_good_enough_are_moved(size: int, blocks: int) -> None:
+    """Good pivots are in blocks of one size that stand apart, or do not stand together at all."""
+    torch.manual_seed(0)
+    columns = 1e-5 * torch.randn(128, 64).double()
+    places = torch.arange(128).reshape(-1, size)[1::2].flatten()  # every other block
+    columns[places] = torch.eye(64).double()
+    body, error = filled(columns)
+    assert blocks_of(body) == blocks
+    assert order_of(body, 128)[:64].sort().values.tolist() == places.tolist()
+    assert error < 1e-6
+
+
+def test_narrow_types_ask_for_better_pivots() -> None:
+    torch.manual_seed(1)
+    columns = torch.randn(128, 64).double()
+    errors = {}
+    orders = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        body, errors[dtype] = filled(columns, dtype)
+        orders[dtype] = blocks_of(body)
+    assert orders[torch.float32] < orders[torch.bfloat16]
+    assert errors[torch.bfloat16] < 0.05
+
+
+def test_no_weight_at_all() -> None:
+    body, _ = filled(torch.zeros(24, 8).double())
+    assert not bool(body.pivot.weight.any())
+    assert bool(body.combine.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_blocks_are_an_order(size: int) -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 10).double()).Q
+    basis[:20] = 0  # dead channels, whose volume is zero
+    order = choose_blocks(basis, size)
+    assert order.sort().values.tolist() == list(range(40 // size))
+    assert bool((order[: 10 // size] >= 20 // size).all())
+
+
+def test_amplification_is_that_of_rounding() -> None:
+    """Against rounding every number at random, with inputs of equal size."""
+    torch.manual_seed(0)
+    pivots, combination = torch.randn(30, 12).double(), 3 * torch.randn(12, 40).double()
+    dense = torch.cat([pivots, pivots @ combination], 1)
+    x, unit = torch.randn(4000, 52).double(), 1e-6
+
+    def rounded(t: Tensor) -> Tensor:
+        return t * (1 + unit * torch.randn_like(t))
+
+    exact = x @ dense.T
+    middle = x[:, :12] + x[:, 12:] @ combination.T
+    errors = [rounded(middle) @ pivots.T - exact, x @ rounded(dense).T - exact]
+    measured = float(errors[0].norm() / errors[1].norm())
+    assert measured == pytest.approx(amplification(pivots, combination), rel=0.1)
 
 
 def test_all_forms_are_documented() -> None:

@@ -75,8 +75,8 @@ def parts(form: str, n: int, m: int, rank: int) -> tuple[Part, ...]:
         return ()
     if form == "low_rank":
         return (_layer("down", n, rank), _layer("up", rank, m))
-    functions = (Part(path="", op="cat"), Part(path="", op="index_select"))
-    return (_layer("pivot", n, rank), _layer("combine", rank, m - rank), *functions)
+    combine, pivot = _layer("combine", n - rank, rank), _layer("pivot", rank, m)
+    return (combine, Part(path="", op="add_"), pivot)
 
 
 def _layer(path: str, n: int, m: int) -> Part:

@@ -124,11 +124,24 @@ def test_one_rank_that_changes_leaves_other_lines_as_they_are() -> None:
     texts = [str(diff_plan(one)).splitlines() for one in (before, after)]
     differing = [old for old, new in zip(*texts, strict=True) if old != new]
     assert len(differing) == 1
-    assert differing[0].startswith("+ gate_proj.pivot")
+    assert differing[0].startswith("+ gate_proj.combine")
 
 
 def test_what_a_function_is_for_is_what_its_form_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "+ up_proj             cat, index_select"
-    assert f"{line} (rows back in order)" in str(diff_plan(llama()))
-    monkeypatch.setattr(type(PIVOTED), "remarks", {"cat": "side by side"})
-    assert f"{line} (side by side)" in str(diff_plan(llama()))
+    line = "+ up_proj             add_"
+    assert f"{line} (the pivots, as they are)" in str(diff_plan(llama()))
+    monkeypatch.setattr(type(PIVOTED), "remarks", {"add_": "both together"})
+    assert f"{line} (both together)" in str(diff_plan(llama()))
+
+
+def test_orders_of_inputs_are_told() -> None:
+    plan = llama()
+    wide = [site for site in plan.sites if site.name.endswith("up_proj")]
+    orders = {site.name: order for site, order in zip(wide, (36, 576), strict=False)}
+    sites = tuple(
+        site.model_copy(update={"order": orders.get(site.name, 0)}) for site in plan.sites
+    )
+    text = str(diff_plan(plan.model_copy(update={"sites": sites})))
+    said = f"+ up_proj             channels in order, in 36..576 blocks (2 of {len(wide)})\n"
+    assert f"{said}+ up_proj.combine " in text
+    assert text.count("channels in order") == 1

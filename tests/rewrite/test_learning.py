@@ -51,11 +51,6 @@ def test_linear_layers(form: str, frozen: str) -> None:
     model = linears()
     freeze(model, frozen)
     rewrite: Any = {"any_of": ["pivoted", "low_rank"]} if form == "any" else {"form": form}
-    if (form, frozen) == ("pivoted", "bias"):
-        # Its dense bias is a sum of biases and products with factors.
-        with pytest.raises(fxcompress.BudgetError, match="its bias is frozen"):
-            fxcompress.compile(model, rules(0.6, rewrite=rewrite), data(N), progress=False)
-        return
     small = fxcompress.compile(model, rules(0.6, rewrite=rewrite), data(N), progress=False)
     check(small, frozen)
     train(small, frozen)
@@ -113,6 +108,15 @@ def test_convolutions(frozen: str) -> None:
     images = data(8, 8, 8)
     small = fxcompress.compile(model, "convolutional", images, keep=0.6, progress=False)
     check(small, frozen)
+
+
+def test_a_bias_that_is_mixed_with_the_weight() -> None:
+    """The dense bias of ``pivoted`` convolutions is a sum of biases and products with factors."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
+    freeze(model, "bias")
+    only = rules(0.6, match={"node": {"op": "conv2d", "as": "c"}}, rewrite={"form": "pivoted"})
+    with pytest.raises(fxcompress.BudgetError, match="its bias is frozen"):
+        fxcompress.compile(model, only, data(8, 8, 8), progress=False)
 
 
 class Heads(nn.Module):

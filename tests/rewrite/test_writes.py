@@ -29,11 +29,11 @@ def layer(form: str = "low_rank") -> Factorized:
     return found
 
 
-def convolution() -> Factorized:
+def convolution(chosen: Any = "convolutional") -> Factorized:
     """A factorized convolution with a bias."""
     images = [torch.randn(4, 6, 8, 8) for _ in range(2)]
     model = nn.Sequential(nn.Conv2d(6, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
-    small = fxcompress.compile(model.eval(), "convolutional", images, keep=0.6, progress=False)
+    small = fxcompress.compile(model.eval(), chosen, images, keep=0.6, progress=False)
     return next(m for m in small.modules() if isinstance(m, Factorized))
 
 
@@ -85,7 +85,8 @@ def test_every_write_to_the_weight_raises(name: str, grad: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted(WRITES.keys() - {"init orthogonal"}))
 def test_so_does_every_write_to_a_computed_bias(name: str) -> None:
-    owner = layer("pivoted")
+    match = {"node": {"op": "conv2d", "as": "c"}}
+    owner = convolution(rules(match=match, rewrite={"form": "pivoted"}))
     before = owner.bias.clone()
     with torch.set_grad_enabled(name != "out"), pytest.raises(RuntimeError, match=LOST):
         WRITES[name](owner.bias)
