@@ -35,7 +35,7 @@ from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.latency import machine
 from fxcompress.pipeline.request import Request
 from fxcompress.progress import stages
-from fxcompress.rules import load_rules, with_keep
+from fxcompress.rules import load_rules, with_budget
 
 RESULTS = Path(__file__).parent / "results" / "latency.md"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -125,7 +125,7 @@ def compressed(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> d
     for keep in given.keeps:
         with stages(False) as silent:
             now = analysis.showing(silent)
-            now = replace(now, rules=with_keep(rules, keep))
+            now = replace(now, rules=with_budget(rules, keep))
             found[f"keep {keep:g}"], _ = rewrite(model, now)
     return found
 

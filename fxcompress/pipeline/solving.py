@@ -28,6 +28,10 @@ from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
 
+ROUNDING = 1e-12
+"""Of a sum of amounts, what its order may change."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """What the solver found.
@@ -130,6 +134,8 @@ def _demand(
         whole, rest = dense, 0.0
     limit = budget.keep * whole - rest
     least = least_cost(entities)
+    if math.isclose(least, limit, rel_tol=ROUNDING):  # seconds, summed up in another order
+        limit = max(limit, least)
     if least > limit:
         kept = sum(
             not site.match.limits.unmeasured
