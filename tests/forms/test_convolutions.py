@@ -134,7 +134,7 @@ def test_counts_are_exact(case: str, name: str) -> None:
         for each in (body, filled):
             weights = [p for key, p in each.named_parameters() if not key.endswith("bias")]
             size = sum(t.numel() * t.element_size() for t in [*weights, *each.buffers()])
-            known = fit(form, [shape], blocks_of(each))
+            known = fit(form, [shape], order=blocks_of(each))
             assert known.bytes(ranks)[0] == size <= form.bytes(shape, ranks)[0]
             twin = known.empty(rank).heads[0]
             twin.load_state_dict(each.state_dict(), strict=True)

@@ -66,13 +66,13 @@ def test_counts_are_exact(name: str, m: int, n: int, rank: int, bias: bool) -> N
     ranks = np.array([rank])
     biases = m if bias else 0
     assert sum(p.numel() for p in body.parameters()) == form.parameters(shape, ranks)[0] + biases
-    assert _stored(body) == fit(form, [shape], 0).bytes(ranks)[0] + 2 * biases
+    assert _stored(body) == fit(form, [shape], order=0).bytes(ranks)[0] + 2 * biases
     left, right, b, _ = factors(m, n, rank)
     form.fill(body, (left, right), b if bias else None)
     order = blocks_of(body)
-    assert _stored(body) == fit(form, [shape], order).bytes(ranks)[0] + 2 * biases
+    assert _stored(body) == fit(form, [shape], order=order).bytes(ranks)[0] + 2 * biases
     assert _stored(body) <= form.bytes(shape, ranks)[0] + 2 * biases
-    twin = fit(form, [shape], order).empty(rank).heads[0]
+    twin = fit(form, [shape], order=order).empty(rank).heads[0]
     twin.load_state_dict(body.state_dict(), strict=True)
     assert _stored(twin) == _stored(body)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
