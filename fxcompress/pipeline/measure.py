@@ -48,7 +48,15 @@ from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.agreement import assess, mean_with_error, units
 from fxcompress.pipeline.analysis import iterate, working_copy
 from fxcompress.pipeline.request import Request
-from fxcompress.plans.plan import Fidelity, HeldBack, Plan, history, plan_of, update_plan
+from fxcompress.plans.plan import (
+    Fidelity,
+    HeldBack,
+    Plan,
+    SitePlan,
+    history,
+    plan_of,
+    update_plan,
+)
 from fxcompress.progress import stages
 from fxcompress.rewrite import (
     apply_plan,
@@ -60,8 +68,18 @@ from fxcompress.rewrite import (
 )
 from fxcompress.rewrite.replace import replace_module
 
-Exchange = Sequence[tuple[nn.Module, nn.Module]]
-"""Modules of the dense model, each with what takes its place."""
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """What takes the place of a part of the dense model.
+
+    Attributes:
+        modules: of the dense model, each with another one.
+        parameters: by themselves: a module, the name in it, and another value.
+    """
+
+    modules: Sequence[tuple[nn.Module, nn.Module]]
+    parameters: Sequence[tuple[nn.Module, str, nn.Parameter]] = ()
 
 
 def measure(
@@ -106,9 +124,9 @@ def measure(
         compressed = skeleton(small)
         for each in (dense, compressed):
             nn.Module.train(each, False)  # torch.export forbids .eval() on what it returns
-        replacements = _replacements(model, compressed, plan)
+        source, entries = _source(model, compressed, plan), {site.name: site for site in plan.sites}
         exchanges = {
-            name: [(operator_at(dense, site), replacements[site]) for site in sites]
+            name: _exchange(dense, source, [entries[site] for site in sites])
             for name, sites in units(plan).items()
         }
         runs = len(exchanges) + 2
@@ -221,15 +239,14 @@ def _family(output: OutputKind, plan: Plan) -> OutputKind:
     )
 
 
-def _replacements(model: nn.Module, compressed: nn.Module, plan: Plan) -> Mapping[str, nn.Module]:
-    """The rewritten layer of every site.
+def _source(model: nn.Module, compressed: nn.Module, plan: Plan) -> nn.Module:
+    """A tree of modules with the rewritten layer of every site in its place.
 
     In an fx graph there are none, only nodes.  They come from a tree of the same modules that is
     rewritten by facades, with the parameters of the compressed model.
     """
-    names = [site.name for site in plan.rewritten]
     if not isinstance(compressed, fx.GraphModule):
-        return {name: operator_at(compressed, name) for name in names}
+        return compressed
     tree = nn.Module()
     for name, child in working_copy(model)._modules.items():
         tree.add_module(name, child)
@@ -237,12 +254,48 @@ def _replacements(model: nn.Module, compressed: nn.Module, plan: Plan) -> Mappin
     fold_batch_norms(tree, plan.folded)
     apply_plan(tree, plan.model_copy(update={"folded": ()}), empty_bodies(plan, model))
     nn.Module.train(tree, False)
-    found = {name: operator_at(tree, name) for name in names}
     for site in plan.rewritten:
-        facade: Any = found[site.name]
+        facade: Any = operator_at(tree, site.name)
         values = operator_at(compressed, site.name).state_dict()
-        (facade if site.bundle else facade.body).load_state_dict(values, assign=True)
-    return found
+        alone = not site.bundle or site.then is not None
+        (facade.body if alone else facade).load_state_dict(values, assign=True)
+        for held in site.held:
+            if (module := _module(tree, held.name)) is not None:
+                values = compressed.get_submodule(held.name).state_dict()
+                module.load_state_dict(values, assign=True)
+            else:
+                owner, key = _owner(tree, held.name)
+                owner._parameters[key] = compressed.get_parameter(held.name)
+    return tree
+
+
+def _exchange(dense: nn.Module, source: nn.Module, sites: Sequence[SitePlan]) -> Exchange:
+    """The sites that are rewritten together, and what has entries of the channels between them."""
+    modules: list[tuple[nn.Module, nn.Module]] = []
+    parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for site in sites:
+        find = nn.Module.get_submodule if site.reader else operator_at
+        modules.append((find(dense, site.name), find(source, site.name)))
+        for held in site.held:
+            if (module := _module(dense, held.name)) is not None:
+                modules.append((module, source.get_submodule(held.name)))
+            else:
+                parameters.append((*_owner(dense, held.name), source.get_parameter(held.name)))
+    return Exchange(modules, parameters)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    """A module of a model; None if the name is that of a parameter."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter, and its name there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
 
 
 @dataclass(frozen=True)
@@ -298,10 +351,15 @@ def _measure_batch(
 
 @contextmanager
 def _exchanged(model: nn.Module, exchange: Exchange) -> Iterator[None]:
-    for old, new in exchange:
+    before = [(owner, key, owner._parameters[key]) for owner, key, _ in exchange.parameters]
+    for old, new in exchange.modules:
         replace_module(model, old, new)
+    for owner, key, value in exchange.parameters:
+        owner._parameters[key] = value
     try:
         yield
     finally:
-        for old, new in exchange:
+        for old, new in exchange.modules:
             replace_module(model, new, old)
+        for owner, key, kept in before:
+            owner._parameters[key] = kept

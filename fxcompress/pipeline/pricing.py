@@ -220,7 +220,7 @@ def _linked(candidates: Collection[str], wholes: Sequence[_Whole]) -> Any:
 
 
 def _own(names: Collection[str], wholes: Sequence[_Whole]) -> list[_Whole]:
-    """Those whose sites are among some that are connected."""
+    """The groups whose sites are among some that are connected."""
     return [whole for whole in wholes if whole.sites[0] in names]
 
 

@@ -27,7 +27,6 @@ from fxcompress.plans.plan import Limit
 from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
-
 ROUNDING = 1e-12
 """Of a sum of amounts, what its order may change."""
 

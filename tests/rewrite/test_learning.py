@@ -106,7 +106,11 @@ def test_convolutions(frozen: str) -> None:
     )  # fmt: skip
     freeze(model, frozen)
     images = data(8, 8, 8)
-    small = fxcompress.compile(model, "convolutional", images, keep=0.6, progress=False)
+    kernels: Any = {"node": {"op": "conv2d", "as": "c"}}
+    forms: Any = {"any_of": ["channel", "channel_input", "spatial", "tucker2"]}
+    small = fxcompress.compile(
+        model, rules(0.6, match=kernels, rewrite=forms), images, progress=False
+    )
     check(small, frozen)
 
 

@@ -123,8 +123,8 @@ def test_forms() -> None:
 def test_convolutions_are_narrowed_inside_of_blocks() -> None:
     case = ZOO["resnet"]
     explained = fxcompress.explain(case.build(), "convolutional", case.batch())
-    lost = (each for rule in explained.rules for each in (*rule.near, *rule.rejected))
-    refused = [each for each in lost if "narrow: " in each.reason]
+    refused = [each for rule in explained.rules for each in rule.without]
+    assert all("narrow: " in each.reason for each in refused)
     layers = {path.rpartition(".")[2] for each in refused for path, _ in each.paths}
     assert layers == {"conv1", "0"}  # what reads the residual stream; conv2 reads a hidden value
 
