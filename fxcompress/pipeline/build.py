@@ -343,8 +343,13 @@ def _inputs(analysis: Analysis, group: Group, index: int, bodies: Mapping[str, B
     if place is None:
         return _sample(analysis, group.sites[index])
     hidden, kept = analysis.group(place.hidden), bodies[place.hidden].kept
-    site, inputs = hidden.sites[place.member], _sample(analysis, hidden.sites[place.member])
     assert kept is not None
+    return _kept_inputs(analysis, hidden, hidden.sites[place.member], kept)
+
+
+def _kept_inputs(analysis: Analysis, hidden: Group, site: Site, kept: Tensor) -> Tensor:
+    """What an operator around a hidden value is given when only some of its channels are left."""
+    inputs = _sample(analysis, site)
     if site is hidden.sites[-1] or site.shape.is_channelwise:
         inputs = inputs.index_select(channels_of(site.shape), kept)
     return inputs
@@ -391,9 +396,7 @@ def _verify_hidden(analysis: Analysis, group: Group, body: Body, factors: Sequen
     for site, head, factor in zip(group.sites, body.heads, (*rows, refitted), strict=True):
         exact = copy.deepcopy(head.get_submodule("layer")).double()
         shape, last = shape_of(exact), site is group.sites[-1]
-        inputs, bias = _sample(analysis, site), _bias(analysis, site)
-        if last or site.shape.is_channelwise:
-            inputs = inputs.index_select(channels_of(site.shape), kept)
+        inputs, bias = _kept_inputs(analysis, group, site, kept), _bias(analysis, site)
         weight = factor if last else shape.of_outputs(factor)
         places = rows_of(kept, site.out_features, group.sites[-1].in_features)
         with torch.no_grad():

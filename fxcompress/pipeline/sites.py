@@ -112,13 +112,12 @@ class Group:
     hidden: bool = False
     narrowed: tuple[tuple[Group, ...], ...] = ()
     narrowing: Narrowing | None = None
+    held: tuple[PerChannel, ...] = ()
 
     def left_of(self, form: str, width: int, member: int) -> Group:
         """What a hidden value with fewer channels leaves of one of the sites."""
         place = Narrowing(self.name, form, width, member)
         return next(each for left in self.narrowed for each in left if each.narrowing == place)
-
-    held: tuple[PerChannel, ...] = ()
 
     @property
     def equal(self) -> str | None:
@@ -271,7 +270,7 @@ def gather_sites(
     for match in matched.matches:
         consumer = operators[match.operators[0]]
         _add_site(by_weight, model, recording, consumer, match)
-        if wanted := hidden_forms(match.forms):
+        if hidden_forms(match.forms):
             found = hidden_value(model, recording, consumer)
             makers = [] if isinstance(found, str) else [operators[n] for n in found.weighted]
             reason = found if isinstance(found, str) else None
@@ -286,7 +285,7 @@ def gather_sites(
                 elif obstacle := resize_obstacle(model, each.path):
                     reason = reason or obstacle
             if isinstance(found, str) or reason is not None:
-                refused[match.weight] = f"{', '.join(wanted)}: {reason}"
+                refused[match.weight] = f"{listed(match)}: {reason}"
                 continue
             weights = (*(str(each.weight) for each in makers), match.weight)
             name = f"{consumer.path}{AND_INPUT}"

@@ -678,11 +678,6 @@ class Plan(_Frozen):
         return found
 
     @property
-    def narrowed(self) -> tuple[SitePlan, ...]:
-        """The sites that take another form beside a narrowing."""
-        return tuple(site for site in self.sites if site.then is not None)
-
-    @property
     def bundles(self) -> dict[str, tuple[SitePlan, ...]]:
         """The sites that are rewritten together, by the name of their bundle.
 
