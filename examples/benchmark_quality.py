@@ -32,7 +32,8 @@ from smollm2 import (
 from torch import nn
 
 from fxcompress.metric import METRICS, Calibration, Draws, KroneckerMetric, calibrate
-from fxcompress.pipeline.analysis import Analysis, analyse, match_model
+from fxcompress.pipeline.analysis import Analysis, analyse
+from fxcompress.pipeline.survey import match_model
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
 from fxcompress.pipeline.request import Request

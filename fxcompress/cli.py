@@ -59,6 +59,10 @@ Data = Annotated[
 Sequences = Annotated[int, typer.Option(min=1, help="how many sequences to cut from a text file")]
 Length = Annotated[int, typer.Option(min=1, help="tokens in each of them")]
 Keep = Annotated[float | None, typer.Option(help="overrides budget.keep of the rules")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="what the work may take beside the model, as in 8GiB; else most of it"),
+]
 Unit = Annotated[
     str | None, typer.Option(help=f"overrides budget.unit of the rules: {', '.join(UNITS)}")
 ]
@@ -94,6 +98,7 @@ def compile(
     data: Data = None,
     keep: Keep = None,
     unit: Unit = None,
+    memory: Memory = None,
     held_out: Annotated[
         str | None,
         typer.Option("--measure", help="other data, to measure what every site loses"),
@@ -128,6 +133,7 @@ def compile(
         load_data(data, model, sequences, length),
         keep=keep,
         unit=unit,
+        memory=memory,
         progress=True,
         checkpoint=checkpoint,
     )
@@ -164,6 +170,7 @@ def plan(
     data: Data = None,
     keep: Keep = None,
     unit: Unit = None,
+    memory: Memory = None,
     sequences: Sequences = 64,
     length: Length = 512,
     as_json: Json = False,
@@ -175,6 +182,7 @@ def plan(
         load_data(data, model, sequences, length),
         keep=keep,
         unit=unit,
+        memory=memory,
     )
     typer.echo(made.model_dump_json(indent=1) if as_json else str(made))
 
@@ -188,6 +196,7 @@ def sweep(
         str, typer.Option(help="what to keep: 0.9,0.7,0.5, or first:last:step")
     ] = "0.9:0.3:0.1",
     unit: Unit = None,
+    memory: Memory = None,
     evaluate: Annotated[
         str | None,
         typer.Option(help="file.py:function from a model to a number, or several by name"),
@@ -208,6 +217,7 @@ def sweep(
         load_data(data, model, sequences, length),
         keeps=fractions,
         unit=unit,
+        memory=memory,
         evaluate=measure,
     )
     if html is not None:
@@ -228,6 +238,7 @@ def explain(
     ] = False,
     keep: Keep = None,
     unit: Unit = None,
+    memory: Memory = None,
     sequences: Sequences = 64,
     length: Length = 512,
     as_json: Json = False,
@@ -240,13 +251,22 @@ def explain(
     if budget:
         calibration = () if batches is None else batches
         explanation = fxcompress.explain(
-            network, rules, example, rule=rule, calibration=calibration, keep=keep, unit=unit
+            network,
+            rules,
+            example,
+            rule=rule,
+            calibration=calibration,
+            keep=keep,
+            unit=unit,
+            memory=memory,
         )
     else:
         example = example if batches is None else _first(batches)
         if example is None:
             raise typer.BadParameter("explain runs the model once: give --data")
-        explanation = fxcompress.explain(network, rules, example, rule=rule, unit=unit)
+        explanation = fxcompress.explain(
+            network, rules, example, rule=rule, unit=unit, memory=memory
+        )
     plain = explanation.to_json()
     typer.echo(json.dumps(plain, ensure_ascii=False, indent=2) if as_json else str(explanation))
 
@@ -339,7 +359,7 @@ def _count(number: int, what: str) -> str:
 
 def _match_case(loaded: LoadedRules, case: Case, directory: Path) -> MatchResult:
     """What the rules match in the model of a test; its files stand next to the rules."""
-    from fxcompress.pipeline.analysis import match_model, working_copy
+    from fxcompress.pipeline.survey import match_model, working_copy
     from fxcompress.rewrite import record_operators
 
     def beside(source: str) -> str:

@@ -47,6 +47,10 @@ class CalibrationError(FxcompressError):
     """Missing, empty, rejected or non-finite calibration data, weights or activations."""
 
 
+class MemoryLimitError(FxcompressError):
+    """A limit on memory, or a disk, that is too small for what was asked; says what would do."""
+
+
 class BudgetError(FxcompressError):
     """A budget that is malformed or that no choice of ranks can meet."""
 

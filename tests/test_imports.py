@@ -20,7 +20,7 @@ ROOT = Path(fxcompress.__file__).parent
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "plans.structure", "plans.units"},
-    {"operators", "budget", "files", "processes"},
+    {"operators", "budget", "files", "parking", "processes"},
     {"graph", "forms"},
     {"metric"},
     {"rules", "plans.plan"},
@@ -30,7 +30,10 @@ LAYERS = [
         *("pipeline.decomposition", "pipeline.agreement", "pipeline.influence"),
         *("pipeline.held_back", "pipeline.rigid"),
     },
-    {"pipeline.analysis", "pipeline.pricing", "plans.checks", "saved.pretrained"},
+    {"pipeline.room"},
+    {"pipeline.survey", "pipeline.pricing", "plans.checks", "saved.pretrained"},
+    {"pipeline.estimate"},
+    {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},

@@ -78,6 +78,17 @@ class Padding:
         """A value with zeros for what is not finite at padding: nobody looks at it there."""
         return data
 
+    def marks_of(self, value: Tensor) -> Tensor | None:
+        """Marks of the entries of a value, of its shape; None if none of them is padding.
+
+        Raises:
+            CalibrationError: which of them are padding could not be followed.
+        """
+        return None
+
+    def mark(self, value: Tensor, marks: Tensor | None) -> None:
+        """Say of a value that was not computed here which entries are padding."""
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is not followed."""
@@ -106,6 +117,17 @@ class _Followed(Padding):
             # A row is padding if there is padding in it, and nothing real.
             marks = marks.flatten(-dims).amax(-1)
         return marks if bool((marks == PAD).any()) else None
+
+    def marks_of(self, value: Tensor) -> Tensor | None:
+        try:
+            marks = self.following.marks(value)
+        except Unfollowed as error:
+            raise CalibrationError(f"which rows are padding cannot be told: {error}") from error
+        return None if marks is None else marks.clone()
+
+    def mark(self, value: Tensor, marks: Tensor | None) -> None:
+        if marks is not None:
+            self.following.mark(value, marks)
 
     def clean(self, data: Tensor) -> Tensor:
         if not data.is_floating_point():

@@ -7,7 +7,7 @@ module becomes a ``call_module`` node, every torch function a ``call_function`` 
 is a true ``torch.fx.Graph``, used for matching and analysis; it is not executed.
 
 Other threads and other models notice nothing: a mode belongs to its thread, and a wrapper to one
-module (:func:`_wrapped`).
+module (:func:`fxcompress.graph.calling.called_through`).
 
 What makes two values "the same input" is the same producing node *and* the same tensor
 version: a tensor that was written in place between two reads is two values.
@@ -19,9 +19,8 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import RecordError
+from fxcompress.graph.calling import called_through
 from fxcompress.graph.canonical import canonicalize, is_leaf
 from fxcompress.graph.eager import eager
 from fxcompress.graph.flops import FlopCounter
@@ -109,7 +109,9 @@ class Recording:
         samples: for each weight, some of the input that it met, to verify a rewrite on: up to
             :data:`SAMPLE_ROWS` rows per call (rows x features), as many indices of an embedding, or
             items of a convolution (items x channels x extents).
-        called: paths of all modules that were called in any of the passes.
+        called: how often each module was called, by its path, in the order of the first calls; the
+            most of all passes.
+        opaque: paths of those that returned something other than tensors and plain values.
         drew: whether the (first) pass drew random numbers.
     """
 
@@ -118,7 +120,8 @@ class Recording:
     weights: Mapping[str, Weight]
     macs: int
     samples: Mapping[str, Tensor]
-    called: frozenset[str]
+    called: Mapping[str, int]
+    opaque: frozenset[str] = frozenset()
     drew: bool = False
 
     @cached_property
@@ -166,9 +169,12 @@ def record(
         name: _agree([run.weights[name] for run in runs], whole.names) for name in first.weights
     }
     samples = {name: each for run in reversed(runs) for name, each in run.samples.items()}
-    called = frozenset[str]().union(*(run.called for run in runs))
+    called: dict[str, int] = {}
+    for one in runs:
+        called |= {name: max(count, called.get(name, 0)) for name, count in one.called.items()}
+    opaque = frozenset[str]().union(*(run.opaque for run in runs))
     macs = sum(run.macs for run in runs)
-    return Recording(first.graph, whole.operators, weights, macs, samples, called)
+    return Recording(first.graph, whole.operators, weights, macs, samples, called, opaque)
 
 
 def _agree(facts: Sequence[Weight], names: Sequence[Mapping[str, str]]) -> Weight:
@@ -245,14 +251,15 @@ class _Recorder(TorchFunctionMode):
         self.inputs: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.samples: dict[int, list[Tensor]] = defaultdict(list)
         self.applications: dict[int, list[Shape | str]] = defaultdict(list)
-        self.called: set[str] = set()
+        self.called: dict[str, int] = {}
+        self.opaque: set[str] = set()
         self.thread = threading.get_ident()
 
     # ---- running -----------------------------------------------------------------
 
     def run(self, function: Callable[[], Any]) -> None:
         """Call ``function`` and record all that happens inside."""
-        with _wrapped(self.model, self.call), torch.no_grad(), eager(), self:
+        with called_through(self.model.modules(), self.call), torch.no_grad(), eager(), self:
             result = function()
         if isinstance(result, Iterator):
             raise RecordError(
@@ -268,7 +275,7 @@ class _Recorder(TorchFunctionMode):
         if threading.get_ident() != self.thread:  # a model may have its modules run by workers
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         name = self.module_names[id(module)]
-        self.called.add(name)
+        self.called[name] = self.called.get(name, 0) + 1
         leaf = not self.leaf_depth and is_leaf(module)
         if leaf:
             assert name is not None
@@ -292,6 +299,8 @@ class _Recorder(TorchFunctionMode):
                 if key is not None and before:
                     self.applied(key, node, before[0][0])
                 out = self.emit(node, before, out)
+        if not all(isinstance(each, (Tensor, *_PLAIN)) for each in tree_leaves(out)):
+            self.opaque.add(name)
         return out
 
     def __torch_function__(
@@ -499,8 +508,8 @@ class _Recorder(TorchFunctionMode):
             if len({part.shape[1:] for part in parts}) == 1:
                 samples[name] = torch.cat(parts)
         operators = tuple(_operator(node, weight_of.get(node.name)) for node in self.graph.nodes)
-        called = frozenset(self.called)
-        return Recording(self.graph, operators, weights, macs, samples, called)
+        opaque = frozenset(self.opaque)
+        return Recording(self.graph, operators, weights, macs, samples, self.called, opaque)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -537,26 +546,3 @@ def _operands(node: fx.Node) -> tuple[str, ...]:
 def _item(values: Any, index: int) -> Any:
     """Stands for one of several tensors that an operator returned."""
     return values[index]
-
-
-_SLOT = "_compiled_call_impl"
-
-
-@contextmanager
-def _wrapped(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Have the modules of a model called through ``call(module, *args, **kwargs)``.
-
-    ``nn.Module.__call__`` itself stays as it is, for it is one for the whole process: it runs what
-    a module has in the slot that ``nn.Module.compile`` fills.
-    """
-    modules = [*model.modules()]
-    compiled = [vars(module).get(_SLOT) for module in modules]
-    try:
-        for module in modules:
-            vars(module)[_SLOT] = partial(call, module)
-        yield
-    finally:
-        for module, before in zip(modules, compiled, strict=True):
-            vars(module).pop(_SLOT, None)
-            if before is not None:
-                vars(module)[_SLOT] = before

@@ -33,20 +33,13 @@ from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_m
 from fxcompress.metric import METRICS
 from fxcompress.operators.applied import operator_at
 from fxcompress.operators.modules import canonical_weight
-from fxcompress.pipeline.analysis import (
-    Estimate,
-    Survey,
-    calibrated_on,
-    described,
-    estimate,
-    limited,
-    survey,
-)
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.estimate import Estimate, calibrated_on, estimate, passes_over
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.survey import Survey, described, limited, survey
 from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
 from fxcompress.rewrite import (
@@ -147,7 +140,8 @@ def _begin(model: nn.Module, loaded: LoadedRules, request: Request) -> tuple[Tas
     objective = Objective(None if task else dense, loss if task else None, output, request.forward)
     usable = training if division.held else batches
     measured = [*limited(usable, spec.batches, None)[0]]
-    estimated = estimate(found, measured, division)
+    passes = passes_over(found, measured, len(measured), division.places)
+    estimated = estimate(found, division, passes)
     seen = (
         {id(batch) for batch in (*measured, *division.held)} if METRICS[spec.kind].backward else {}
     )

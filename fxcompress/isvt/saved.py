@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import TrainingError
-from fxcompress.pipeline.analysis import Survey
+from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Round
 from fxcompress.processes import digest_of
 

@@ -15,10 +15,10 @@ from fxcompress.isvt.saved import Standing
 from fxcompress.isvt.schedule import share
 from fxcompress.isvt.threshold import Metrics
 from fxcompress.metric import Calibration
-from fxcompress.pipeline.analysis import Survey
 from fxcompress.pipeline.held_back import DAMPING
 from fxcompress.pipeline.pricing import Pricing
 from fxcompress.pipeline.sites import Site
+from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Round
 from fxcompress.progress import Progress
 from fxcompress.rules import LoadedRules, at_progress

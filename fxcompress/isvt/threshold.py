@@ -29,7 +29,7 @@ from fxcompress.forms.target import Certificate, Losses, Ranks
 from fxcompress.metric import METRICS, Calibration, QuadraticForm
 from fxcompress.metric.metric import by_group
 from fxcompress.metric.moments import Moments
-from fxcompress.pipeline.analysis import Analysis, Estimate, Survey
+from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decomposition import (
     Decomposed,
     Decomposition,
@@ -39,9 +39,11 @@ from fxcompress.pipeline.decomposition import (
     stacked,
     weight_left,
 )
+from fxcompress.pipeline.estimate import Estimate
 from fxcompress.pipeline.pricing import Costs, Pricing
 from fxcompress.pipeline.sites import Site, decoded
 from fxcompress.pipeline.solving import Solution, solve
+from fxcompress.pipeline.survey import Survey
 from fxcompress.rules import LoadedRules
 
 Metrics = Mapping[str, QuadraticForm]

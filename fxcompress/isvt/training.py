@@ -38,11 +38,12 @@ from fxcompress.isvt.threshold import (
     threshold,
 )
 from fxcompress.metric import Loss, Moments
-from fxcompress.pipeline.analysis import Estimate, Survey, estimate, limited, survey
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.estimate import Estimate, estimate, passes_over
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.survey import Survey, limited, survey
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import Progress, stages
 from fxcompress.rules import Rules, at_progress, read_rules, with_budget
@@ -307,7 +308,9 @@ class ISVT(Generic[M]):
     def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
         spec = self._survey.rules.rules.metric
         division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
-        found = estimate(self._survey.showing(show), division, division)
+        survey = self._survey.showing(show)
+        passes = passes_over(survey, division, division.count, division.places)
+        found = estimate(survey, division, passes)
         self._calibration = replace(found.calibration, moments={})
         self._damping = found.damping
         self._set_metric(found.calibration.moments)

@@ -1,4 +1,4 @@
-"""Moments of every site, from one pass over the calibration data."""
+"""Moments of every site, from passes over the calibration data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxcompress.metric.moment_sums import MomentSums
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.output import Loss
 from fxcompress.metric.own_sums import OwnSums
-from fxcompress.metric.passes import DRAWS, Draws, Reach, run_pass
+from fxcompress.metric.passes import DRAWS, Draws, Passed, Passes, Reach, Section, Whole
 from fxcompress.metric.squares import SquareSums
 from fxcompress.metric.statistic import Statistic
 from fxcompress.metric.visitor import Several, SiteFacts, Sums
@@ -70,21 +70,54 @@ def calibrate(
     """
     if not metric.needs or not sites:
         return Calibration({site.name: Moments() for site in sites})
-    sums = _sums(metric, sites, device_of(model))
-    passed = run_pass(
-        model, sites, batches, sums,
+    whole = Whole(
+        model, batches, (Section(tuple(sites)),),
         drawn=drawn, loss=loss, forward=forward,
-        everywhere=everywhere, places=places, watched=watched, tick=tick,
+        everywhere=everywhere, places=places, watched=watched,
     )  # fmt: skip
-    moments = {site.name: sums.finish(site, passed.predictions, Moments()) for site in sites}
-    unmeasured = {
-        site.name: reason
-        for site in sites
-        if (reason := _unmeasured(site, moments[site.name], passed.reach[site.name], metric))
-    }
+    return gather(whole, metric, device_of(model), tick=tick)
+
+
+def gather(
+    passes: Passes,
+    metric: Metric,
+    device: torch.device,
+    *,
+    park: Callable[[Moments], Moments] = lambda found: found,
+    tick: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Gather the moments that ``metric`` needs at every site, section by section.
+
+    Args:
+        passes: run the model.
+        metric: says which statistics are needed.
+        device: of the model.
+        park: puts moments where they take no memory.
+        tick: called after every batch of every section.
+
+    Raises:
+        CalibrationError: as of ``passes``.
+    """
+    moments: dict[str, Moments] = {}
+    unmeasured: dict[str, str] = {}
+    reach: dict[str, Reach] = {}
+    ran: set[str] = set()
+    found: Passed | None = None
+    for section in passes.sections:
+        sums = _sums(metric, section.sites, device)
+        found = passes.run(section, sums, tick)
+        for site in section.sites:
+            finished = sums.finish(site, found.predictions, Moments())
+            reason = _unmeasured(site, finished, found.reach[site.name], metric)
+            if reason:
+                unmeasured[site.name] = reason
+            moments[site.name] = park(finished)
+        reach |= found.reach
+        ran |= {*found.ran}
+    assert found is not None
     return Calibration(
-        moments, passed.batches, passed.predictions, passed.kind, passed.reach, unmeasured,
-        passed.ran,
+        moments, found.batches, found.predictions, found.kind, reach, unmeasured,
+        tuple(sorted(ran)),
     )  # fmt: skip
 
 

@@ -8,52 +8,46 @@ k numbers a position, and no gradient of a weight is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcompress.forms.target import Components
-from fxcompress.graph.inputs import Forward
-from fxcompress.metric.output import Loss
-from fxcompress.metric.passes import DRAWS, Draws, run_pass
+from fxcompress.metric.passes import Passes
 from fxcompress.metric.scaled import times_power
 from fxcompress.metric.visitor import SiteFacts, same_samples
 from fxcompress.operators.shape import Shape
 
 
 def measure_directions(
-    model: nn.Module,
-    sites: Sequence[SiteFacts],
+    passes: Passes,
     wanted: Mapping[str, Mapping[str, Components]],
-    batches: Iterable[Any],
-    *,
-    drawn: Draws = DRAWS,
-    loss: Loss | None = None,
-    forward: Forward | None = None,
-    places: Sequence[int] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Tensor]:
     """``E[⟨∇W, c_i⟩²]`` per prediction of every component.
 
     Args:
+        passes: run the model.
         wanted: site name -> any key -> components.
-        model, sites, batches, drawn, loss, forward, places, tick: as of
-            :func:`fxcompress.metric.passes.run_pass`.
+        tick: called after every batch of every section.
 
     Returns:
         (site name, key) -> (g x k), float64.
 
     Raises:
-        CalibrationError: as there.
+        CalibrationError: as of ``passes``.
     """
-    visitor = _Products(wanted)
-    passed = run_pass(
-        model, [site for site in sites if wanted.get(site.name)], batches, visitor,
-        drawn=drawn, loss=loss, forward=forward, places=places, tick=tick,
-    )  # fmt: skip
-    return {key: total / passed.predictions for key, total in visitor.squares.items()}
+    found: dict[tuple[str, str], Tensor] = {}
+    for section in passes.sections:
+        sites = tuple(site for site in section.sites if wanted.get(site.name))
+        if not sites:
+            continue
+        visitor = _Products(wanted)
+        seen = passes.run(replace(section, sites=sites), visitor, tick)
+        found |= {key: total / seen.predictions for key, total in visitor.squares.items()}
+    return found
 
 
 class _Products:

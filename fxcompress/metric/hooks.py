@@ -49,11 +49,12 @@ class _Call:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Have the modules of a model compute with aliases of their parameters that do not learn.
+def still(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode, and compute with aliases of its parameters that do not learn.
 
     The parameters themselves are those of the user's model, which may be trained meanwhile.
     """
+    training = [module for module in model.modules() if module.training]
     aliases: dict[int, nn.Parameter] = {}
     learning = [
         (module._parameters, name, parameter)
@@ -62,6 +63,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         if parameter is not None and parameter.requires_grad
     ]
     try:
+        model.eval()
         for place, name, parameter in learning:
             if id(parameter) not in aliases:
                 aliases[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -70,6 +72,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for place, name, parameter in learning:
             place[name] = parameter
+        for module in training:
+            module.training = True
 
 
 @dataclass
@@ -105,29 +109,38 @@ class Session:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Have the hooks on the model, its parameters frozen."""
-        training = [module for module in self.model.modules() if module.training]
         handles = []
         try:
-            self.model.eval()
             for site in self.sites:
                 module = operator_at(self.model, site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
                 ran = partial(self._see_run, name)
                 handles.append(self.model.get_submodule(name).register_forward_hook(ran))
-            with _frozen(self.model):
+            with still(self.model):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module in training:
-                module.training = True
 
-    def descend(self, start: Start, again: bool) -> None:
-        """Go back to all sites; ``again`` if there is more to come of the same forward pass."""
+    def descend(
+        self, start: Start, again: bool, further: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor | None]:
+        """Go back to all sites.
+
+        Args:
+            start: where from.
+            again: whether there is more to come of the same forward pass.
+            further: values that what is before the sites was computed from.
+
+        Returns:
+            The gradients of ``further``; None where no gradient came.
+        """
         self.backward = True
-        _backward(start, [*self.zeros.values()], again)
+        zeros = [*self.zeros.values()]
+        found = _backward(start, [*zeros, *further], again)
         self.backward = False
+        return found[len(zeros) :]
 
     def begin(self, batch: int, padding: Padding) -> None:
         """Forget the batch before: the next one follows."""
@@ -261,7 +274,7 @@ class Session:
             )
 
 
-def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
+def _backward(start: Start, inputs: Sequence[Tensor], again: bool) -> Sequence[Tensor | None]:
     if not any(tensor.requires_grad for tensor in start.tensors):
         raise CalibrationError(
             "no gradient reaches the model's output: it runs under no_grad or detaches its result; "
@@ -271,8 +284,11 @@ def _backward(start: Start, zeros: Sequence[Tensor], again: bool) -> None:
         pairs = zip(start.tensors, start.scaled, strict=True)
         needed = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         tensors, gradients = zip(*needed, strict=True)
-        if zeros:
-            torch.autograd.grad(tensors, zeros, gradients, retain_graph=again, allow_unused=True)
+        if not inputs:
+            return ()
+        return torch.autograd.grad(
+            tensors, inputs, gradients, retain_graph=again, allow_unused=True
+        )
     except CalibrationError:
         raise
     except Exception as error:

@@ -9,6 +9,18 @@ import torch
 GIB = 1 << 30
 
 
+def in_units(size: float) -> str:
+    """A number of bytes in words.
+
+    >>> in_units(3 << 29), in_units(5000)
+    ('1.50 GiB', '4.88 KiB')
+    """
+    for unit, whole in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= whole:
+            return f"{size / whole:.2f} {unit}"
+    return f"{size:.0f} bytes"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None if that cannot be found out.
 

@@ -1,11 +1,15 @@
-"""A pass over the calibration data that shows every site's inputs and output gradients."""
+"""A pass over the calibration data that shows every site's inputs and output gradients.
+
+:class:`Passes` are what sums are gathered in: :class:`Whole` runs the model forwards and backwards
+with all sites at once; :class:`fxcompress.metric.blocks.Blocks` goes from block to block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -71,6 +75,80 @@ class Passed:
     ran: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Section:
+    """Sites whose statistics are gathered together.
+
+    Attributes:
+        sites: some of those of a model.
+        block: place of the block that they are in; 0 if the model is not cut.
+    """
+
+    sites: tuple[SiteFacts, ...]
+    block: int = 0
+
+
+class Passes(Protocol):
+    """How a model is run over its calibration data, once for every section of its sites.
+
+    Attributes:
+        sections: in the order in which they have to be run first; later in any.
+        batches: how many there are, if that is known.
+    """
+
+    @property
+    def sections(self) -> Sequence[Section]: ...
+    @property
+    def batches(self) -> int | None: ...
+
+    def run(
+        self, section: Section, visitor: Visitor, tick: Callable[[], None] = lambda: None
+    ) -> Passed:
+        """Show a visitor what happens at the sites of a section, in all batches.
+
+        Args:
+            section: one of :attr:`sections`, or a part of one.
+            visitor: is shown the values.
+            tick: called after every batch.
+
+        Raises:
+            CalibrationError: as of :func:`run_pass`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Forwards and backwards through the whole model, with the sites of one section.
+
+    Attributes:
+        model, drawn, loss, forward, everywhere, places, watched: as of :func:`run_pass`.
+        data: the batches; gone through once for every section.
+        sections: of its sites.
+        batches: how many there are, if that is known.
+    """
+
+    model: nn.Module
+    data: Iterable[Any]
+    sections: Sequence[Section]
+    batches: int | None = None
+    drawn: Draws = DRAWS
+    loss: Loss | None = None
+    forward: Forward | None = None
+    everywhere: bool = True
+    places: Sequence[int] | None = None
+    watched: Sequence[str] = ()
+
+    def run(
+        self, section: Section, visitor: Visitor, tick: Callable[[], None] = lambda: None
+    ) -> Passed:
+        """As of :class:`Passes`."""
+        return run_pass(
+            self.model, section.sites, self.data, visitor,
+            drawn=self.drawn, loss=self.loss, forward=self.forward, everywhere=self.everywhere,
+            places=self.places, watched=self.watched, tick=tick,
+        )  # fmt: skip
+
+
 def run_pass(
     model: nn.Module,
     sites: Sequence[SiteFacts],
@@ -112,10 +190,10 @@ def run_pass(
     with session.attached():
         for batch in batches:
             place = count if places is None else places[count]
-            with torch.set_grad_enabled(visitor.backward), _named(place):
+            with torch.set_grad_enabled(visitor.backward), named(place):
                 with follow_padding(model, batch) as (batch, padding):
                     session.begin(place, padding)
-                    result = _forward(model, batch, forward, place)
+                    result = run_batch(model, batch, forward, place)
                     session.require_shared()
                     if visitor.backward:
                         starts = backward_starts(
@@ -133,25 +211,62 @@ def run_pass(
                     kind = starts.kind
             count += 1
             tick()
-    if not count:
+    require_data(count, predictions if visitor.backward else None)
+    return passed(session, count, predictions, kind, everywhere)
+
+
+def require_data(batches: int, predictions: int | None) -> None:
+    """Require that there was something to learn from.
+
+    Args:
+        batches: how many there were.
+        predictions: how many were in them; None if nobody asked.
+
+    Raises:
+        CalibrationError: there was nothing.
+    """
+    if not batches:
         raise CalibrationError(
             "the metric needs calibration data, and the iterable given was empty "
             "or exhausted; pass a list of batches or a fresh DataLoader"
         )
-    if visitor.backward and not predictions:
+    if predictions == 0:
         raise CalibrationError(
             "the calibration batches hold no prediction at all: they are empty, or their "
             "attention_mask is zero everywhere"
         )
+
+
+def passed(session: Session, batches: int, predictions: int, kind: str, everywhere: bool) -> Passed:
+    """What hooks saw in a pass.
+
+    Args:
+        session: has the hooks.
+        batches, predictions, kind: as of :class:`Passed`.
+        everywhere: whether the data have to reach every site.
+
+    Raises:
+        CalibrationError: they did not.
+    """
     if everywhere:
         session.require_reached()
     reach = {
-        site.name: Reach(session.rows[site.name], session.answered[site.name]) for site in sites
+        site.name: Reach(session.rows[site.name], session.answered[site.name])
+        for site in session.sites
     }
-    return Passed(count, predictions, kind, reach, tuple(sorted(session.ran)))
+    return Passed(batches, predictions, kind, reach, tuple(sorted(session.ran)))
 
 
-def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:
+    """Run a model on a batch.
+
+    Args:
+        model, batch, forward: as of :func:`fxcompress.graph.inputs.run_model`.
+        index: what errors call the batch.
+
+    Raises:
+        CalibrationError: the model rejects it.
+    """
     try:
         return run_model(model, batch, forward)
     except CalibrationError:
@@ -165,11 +280,11 @@ def _forward(model: nn.Module, batch: Any, forward: Forward | None, index: int) 
 
 
 @contextmanager
-def _named(index: int) -> Iterator[None]:
+def named(index: int) -> Iterator[None]:
     """Lets every error say on which batch it happened."""
     try:
         yield
     except CalibrationError as error:
         if f"calibration batch {index}" in str(error):
             raise
-        raise CalibrationError(f"on calibration batch {index}: {error}") from error
+        raise type(error)(f"on calibration batch {index}: {error}") from error

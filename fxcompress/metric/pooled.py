@@ -54,7 +54,8 @@ class Traces:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator(device)
+        self.batch = 0  # place among those that a layer was seen in
         self.samples: dict[str, int] = defaultdict(int)
         self.positions: dict[str, int] = defaultdict(int)
         self.apart: set[str] = set()
@@ -73,6 +74,7 @@ class Traces:
             return None
         if self._done:  # another batch has other vectors, so that chance evens out
             self._vectors.clear()
+            self.batch += 1
             self._done = False
         self.samples[site.name] += len(data)
         self.positions[site.name] += data[..., 0].numel()
@@ -140,6 +142,8 @@ class Traces:
         width = rows.shape[-1]
         dtype = torch.promote_types(rows.dtype, torch.float32)
         if (width, side) not in self._vectors:
+            # The same ones in whatever order, and together with whichever layers they are drawn.
+            self.generator.manual_seed(2 * (self.batch << 32 | width) + (side == "input"))
             size = (width, PROBES)
             signs = torch.randint(2, size, generator=self.generator, device=rows.device)
             self._vectors[width, side] = signs.to(dtype) * 2 - 1

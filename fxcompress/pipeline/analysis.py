@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from operator import length_hint
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from fxcompress.errors import CalibrationError, RecordError, RuleError
-from fxcompress.graph.eligible import obstacle
-from fxcompress.graph.operator import Operator
-from fxcompress.graph.paths import above
-from fxcompress.graph.recorder import Recording, record
-from fxcompress.graph.wrappers import replaced_forward, unwrapped
-from fxcompress.metric import METRICS, Calibration, Draws, Moments, calibrate
+from fxcompress.metric import METRICS
 from fxcompress.metric.directions import measure_directions
-from fxcompress.metric.output import Family, declared_by
 from fxcompress.pipeline.decomposition import (
     Decomposition,
     decompose_groups,
@@ -31,110 +17,12 @@ from fxcompress.pipeline.decomposition import (
     wanted_directions,
     with_directions,
 )
-from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
-from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
+from fxcompress.pipeline.estimate import Estimate, estimate, passes_over
+from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.rigid import rigid_in
-from fxcompress.pipeline.sites import Group, Site, gather_sites
-from fxcompress.plans.plan import Folded, Size, history
+from fxcompress.pipeline.survey import Survey, described, limited, survey
 from fxcompress.processes import same_data
-from fxcompress.progress import Progress
-from fxcompress.rewrite import (
-    Factorized,
-    find_batch_norms,
-    fold_batch_norms,
-    prepared,
-    record_operators,
-)
-from fxcompress.rules import Explanation, LoadedRules, MatchResult, match_rules
-
-
-@dataclass(frozen=True, eq=False)
-class Survey:
-    """What is known of a model before any data is measured.
-
-    Attributes:
-        model: the working copy, batch norms folded.
-        rules: what was asked for.
-        recording, matched: of ``model``.
-        before: operators of the model as it was given.
-        folded: batch norms that became part of convolutions.
-        sites: of ``model``.
-        refused: of weights that a rule would narrow the input of, why that cannot be done.
-        groups: one for each site, then those of several.
-        examples: batches that graphs are recorded on.
-        size: of the model as it was given.
-        folded_size: of ``model``.
-        request: that it is about.
-    """
-
-    model: nn.Module
-    rules: LoadedRules
-    recording: Recording
-    matched: MatchResult
-    before: tuple[Operator, ...]
-    folded: tuple[Folded, ...]
-    sites: tuple[Site, ...]
-    groups: tuple[Group, ...]
-    refused: Mapping[str, str]
-    examples: Sequence[Any]
-    size: Size
-    folded_size: Size
-    request: Request
-
-    @property
-    def singles(self) -> tuple[Group, ...]:
-        """The groups of one site, in graph order."""
-        return tuple(group for group in self.groups if len(group.sites) == 1)
-
-    @property
-    def several(self) -> tuple[Group, ...]:
-        """The groups of several sites."""
-        return tuple(group for group in self.groups if len(group.sites) > 1)
-
-    def group(self, name: str) -> Group:
-        """The group of a name; that of a site has the site's."""
-        return self._by_name[name]
-
-    def groups_of(self, site: str) -> tuple[Group, ...]:
-        """The groups that a site is in by its name, those of several sites first."""
-        return self._by_site[site]
-
-    @cached_property
-    def _by_site(self) -> dict[str, tuple[Group, ...]]:
-        found: dict[str, tuple[Group, ...]] = {}
-        for group in self.groups:
-            for site in group.sites:
-                found[site.name] = (group, *found.get(site.name, ()))
-        return found
-
-    @cached_property
-    def _by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self.groups}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know."""
-        return self.request.notes.all
-
-    def showing(self, show: Progress) -> Self:
-        """The findings, for stages that show their progress elsewhere."""
-        return replace(self, request=replace(self.request, show=show))
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """How the metric was estimated.
-
-    Attributes:
-        calibration: of the batches that it was estimated on.
-        held_back: the others.
-        damping: of the input and of the output factor, relative to their mean eigenvalues.
-    """
-
-    calibration: Calibration
-    held_back: HeldBack = field(default_factory=HeldBack)
-    damping: tuple[float, float] = DAMPING
+from fxcompress.rules import LoadedRules
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,24 +55,22 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     batches, total = limited(batches, spec.batches, total)
     with same_data(batches, described(surveyed)) as batches:
         division = Division(batches, total, spec.held_back, spec.seed)
-        used: Iterable[Any] = [*division] if metric.directions else division  # gone through twice
-        estimated = estimate(surveyed, used, division)
+        again = metric.directions or surveyed.room.parking is not None
+        used: Iterable[Any] = [*division] if again else division  # gone through more than once
+        passes = passes_over(surveyed, used, division.count, division.places)
+        estimated = estimate(surveyed, division, passes)
 
     moments = dict(estimated.calibration.moments)
     # So that each is freed once it is used.
     estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
-    decomposed = decompose_groups(work, surveyed.groups, metric_of, tick)
+    decomposed = decompose_groups(work, surveyed.groups, metric_of, surveyed.room.park, tick)
     request.notes.add(*_apart(surveyed, decomposed))
     if metric.directions:
         wanted = wanted_directions(decomposed, surveyed.groups)
-        tick = request.show.stage("directions", division.count)
-        energies = measure_directions(
-            work, sites, wanted, used,
-            drawn=draws(loaded), loss=request.loss, forward=request.forward,
-            places=division.places, tick=tick,
-        )  # fmt: skip
+        total = None if passes.batches is None else passes.batches * len(passes.sections)
+        energies = measure_directions(passes, wanted, request.show.stage("directions", total))
         decomposed = with_directions(decomposed, surveyed.groups, energies)
     return Analysis.of(surveyed, estimated, decomposed)
 
@@ -197,316 +83,3 @@ def _apart(found: Survey, decomposed: Decomposition) -> Iterator[str]:
         if not known and not any(site.name in decomposed.idle for site in group.sites):
             names = ", ".join(site.name for site in group.sites)
             yield f"{names}: metric {kind} cannot weigh them together, so no joint form is offered"
-
-
-def estimate(found: Survey, batches: Iterable[Any], division: Division) -> Estimate:
-    """The metric's moments, those of the batches held back, and damping chosen on these.
-
-    Args:
-        found: has the model, the sites and the rules.
-        batches: those of ``division`` that are not held back.
-        division: of the calibration data.
-
-    Raises:
-        CalibrationError: as of :func:`calibrated_on`.
-    """
-    request = found.request
-    spec = found.rules.rules.metric
-    metric = METRICS[spec.kind]
-    total = len(batches) if isinstance(batches, Sequence) else division.count
-    calibrated = calibrated_on(found, batches, total, division.places)
-    held = division.held if metric.needs else division.untouched()
-    moments: Mapping[str, Moments] = {}
-    if held and metric.needs:
-        tick = request.show.stage("held back", len(held))
-        judged = calibrate(
-            found.model, found.sites, held, metric,
-            drawn=draws(found.rules), loss=request.loss, forward=request.forward,
-            everywhere=False, places=division.held_places, tick=tick,
-        )  # fmt: skip
-        moments = narrowed(
-            {name: each for name, each in judged.moments.items() if name not in judged.unmeasured}
-        )
-        request.show.stage("damping", None)
-    given = (spec.damping.input, spec.damping.output)
-    damping = choose_damping(found.model, found.singles, metric, calibrated.moments, moments, given)
-    return Estimate(calibrated, HeldBack(tuple(held), moments), damping)
-
-
-def calibrated_on(
-    found: Survey,
-    batches: Iterable[Any],
-    total: int | None,
-    places: Sequence[int] | None = None,
-) -> Calibration:
-    """The moments that the metric of the rules needs, at the weights as they are now.
-
-    Args:
-        found: has the model, the sites and the rules.
-        batches: gone through once.
-        total: how many they are, if that is known.
-        places: what errors call the batches, if these are a part of others.
-
-    Raises:
-        CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
-            that was measured.
-    """
-    request = found.request
-    tick = request.show.stage("calibrate", total)
-    calibration = calibrate(
-        found.model, found.sites, batches, METRICS[found.rules.rules.metric.kind],
-        drawn=draws(found.rules), loss=request.loss, forward=request.forward, places=places,
-        watched=unrecorded(found.model, found.recording, found.rules.rules), tick=tick,
-    )  # fmt: skip
-    require_influence(found.sites, calibration)
-    request.notes.add(*reach_notes(found.sites, calibration))
-    return calibration
-
-
-def described(found: Survey) -> str:
-    """Rules and parameters of a model in words, to know it again in another process."""
-    shapes = [f"{name} {tuple(p.shape)}" for name, p in found.model.named_parameters()]
-    return "\n".join([found.rules.rules.model_dump_json(), *shapes])
-
-
-def limited(
-    batches: Iterable[Any], count: int | None, total: int | None
-) -> tuple[Iterable[Any], int | None]:
-    """The first batches, and their number if it is known; all of them for None."""
-    if count is None:
-        return batches, total
-    return itertools.islice(batches, count), None if total is None else min(count, total)
-
-
-def with_output(loaded: LoadedRules, family: Family | None) -> LoadedRules:
-    """Rules in which a family stands for the output that was left to be found (``auto``)."""
-    if family is None or loaded.rules.metric.output != "auto":
-        return loaded
-    metric = loaded.rules.metric.model_copy(update={"output": family})
-    return replace(loaded, rules=loaded.rules.model_copy(update={"metric": metric}))
-
-
-def draws(loaded: LoadedRules) -> Draws:
-    """What rules say of the outputs and of labels."""
-    spec = loaded.rules.metric
-    return Draws(spec.output, spec.fisher, spec.seed)
-
-
-def survey(
-    model: nn.Module, loaded: LoadedRules, request: Request
-) -> tuple[Survey, Iterable[Any], int | None]:
-    """Record and match.
-
-    Returns:
-        What was found, and the calibration batches with their number if it is known.
-    """
-    # The plan goes to others together with the model: no paths of this machine.
-    loaded = replace(loaded, filename=Path(loaded.filename).name)
-    loaded = with_output(loaded, declared_by(model))
-    metric = METRICS[loaded.rules.metric.kind]
-    work = working_copy(model)
-    _require_values(work)
-    examples = [] if request.examples is None else list(iterate("examples", request.examples))
-    first, batches, total = _batches(request.calibration, bool(metric.needs), metric.name, examples)
-
-    tick = request.show.stage("record", None)
-    examples = examples or [first]
-    recording = record_operators(work, examples, forward=request.forward)
-    tick()
-
-    request.show.stage("match", None)
-    matched = match_model(work, loaded, recording)
-    matched.check()
-    before, size = recording.operators, _model_size(work, recording)
-    asked = {match.weight: match.path for match in matched.matches if match.limits.fold_batch_norm}
-    folded, reasons = find_batch_norms(work, recording, asked)
-    if folded:
-        fold_batch_norms(work, folded)
-        recording = record(work, examples, forward=request.forward)
-        matched = match_model(work, loaded, recording)
-    templates = {template.name: template for template in loaded.templates.values()}
-    sites, groups, refused = gather_sites(
-        work, recording, matched, templates, legality_in(work, recording),
-        rigid_in(work, examples, request.forward),
-    )  # fmt: skip
-    if not sites:
-        raise RuleError(
-            f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
-            f"nothing to compress\n{Explanation.of(matched)}"
-        )
-    for site in sites:
-        if not bool(work.get_parameter(site.weight).isfinite().all()):
-            raise CalibrationError(
-                f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
-            )
-    request.notes.add(*matched.warnings)
-    request.notes.add(
-        *(f"{asked[w]}: no batch norm was folded: {reason}" for w, reason in reasons.items())
-    )
-    found = Survey(
-        work,
-        loaded,
-        recording,
-        matched,
-        before,
-        folded,
-        sites,
-        groups,
-        refused,
-        examples,
-        size,
-        _model_size(work, recording),
-        request,
-    )
-    return found, batches, total
-
-
-def match_model(model: nn.Module, loaded: LoadedRules, recording: Recording) -> MatchResult:
-    """What each rule gets of a recorded model, and why not more.
-
-    Args:
-        model: the working copy that was recorded.
-        loaded: the rules.
-        recording: of ``model``.
-    """
-
-    def joint_legality(operators: Sequence[Operator]) -> str | None:
-        weights = [recording.weights[o.weight] for o in operators if o.weight is not None]
-        if len({weight.source for weight in weights}) > 1:
-            return "they do not always read the same value"
-        if len({(weight.dtype, weight.device) for weight in weights}) > 1:
-            return "their weights have different types or are on different devices"
-        if len({model.get_parameter(weight.name).requires_grad for weight in weights}) > 1:
-            return "some of their weights learn and others are frozen"
-        return None
-
-    return match_rules(loaded, recording.operators, legality_in(model, recording), joint_legality)
-
-
-def legality_in(model: nn.Module, recording: Recording) -> Callable[[Operator], str | None]:
-    """Says why an operator of a recorded model cannot be rewritten; None if it can.
-
-    Args:
-        model: the working copy that was recorded.
-        recording: of ``model``.
-    """
-    reason = obstacle(model, recording, (Factorized,))
-    # In an fx.GraphModule a rewritten layer has no class of its own.
-    before = {site.name for plan in history(model) for site in plan.rewritten}
-
-    def legality(operator: Operator) -> str | None:
-        if not before.isdisjoint(above(operator.path)):
-            return "it is part of a layer that was factorized before"
-        return reason(operator)
-
-    return legality
-
-
-def _batches(
-    calibration: Iterable[Any] | None,
-    needed: bool,
-    metric: str,
-    examples: Sequence[Any] | None,
-) -> tuple[Any, Iterable[Any], int | None]:
-    """The first batch, all batches (the first among them), and their number if known."""
-    if calibration is None:
-        if needed:
-            raise CalibrationError(
-                f"metric {metric} needs calibration data: compile(model, rules, [batch, ...]) with "
-                "a few hundred typical inputs (no labels), or choose metric: {kind: euclidean}"
-            )
-        if not examples:
-            raise CalibrationError(
-                "the model has to be run once to record its graph: give one batch as "
-                "calibration=[batch] or examples=[batch]"
-            )
-        return None, [], 0
-    total = length_hint(calibration) or None
-    iterator = iterate("calibration", calibration)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise CalibrationError(
-            "the calibration iterable is empty or exhausted; pass a list of batches or a "
-            "fresh DataLoader"
-        ) from None
-    return first, itertools.chain([first], iterator), total
-
-
-def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
-    """Over batches, and not over the rows of one."""
-    if not isinstance(batches, (Tensor, Mapping, str, bytes)):
-        try:
-            return iter(batches)
-        except TypeError:
-            pass
-    raise CalibrationError(
-        f"{name} must be an iterable of batches, not one {type(batches).__name__}; "
-        "for a single batch pass [batch]"
-    )
-
-
-def working_copy(model: nn.Module) -> nn.Module:
-    """The model to record and to calibrate on, with every operator that can be a module as one.
-
-    Raises:
-        RecordError: it is no module, or cannot be copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
-    model = unwrapped(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise RecordError(
-            "the model is a TorchScript program, which hides its operators: give the module that "
-            "it was scripted or traced from"
-        )
-    for path, _ in model.named_modules():
-        if not path.isprintable():  # a plan holds printable names only
-            raise RecordError(f"a module is called {path!r}: give it a name that can be printed")
-    if problem := replaced_forward(model):
-        raise RecordError(f"this {type(model).__name__} cannot be copied: {problem}")
-    _require_whole(model)
-    try:
-        for parameter in model.parameters():
-            if type(parameter) not in (nn.Parameter, Tensor):
-                copy.deepcopy(parameter)  # now, not when all the work is done
-        return prepared(model)
-    except Exception as error:
-        raise RecordError(
-            f"this {type(model).__name__} cannot be copied (copy.deepcopy), and the given model is "
-            f"never changed: {error}; take what cannot be copied off the model meanwhile, or give "
-            "its class a __deepcopy__"
-        ) from error
-
-
-def _require_whole(model: nn.Module) -> None:
-    """Every parameter is there, and all of it."""
-    named = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    for name, tensor in named:
-        if is_lazy(tensor):
-            raise RecordError(
-                f"{name} has no shape yet (a lazy module): call the model on a batch once, then "
-                "compress it"
-            )
-        if type(tensor).__name__ in ("DTensor", "FlatParameter"):
-            raise RecordError(
-                f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
-                "compress the whole model in one process before it is sharded, from a full state "
-                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True)"
-            )
-
-
-def _require_values(model: nn.Module) -> None:
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
-            raise CalibrationError(
-                f"{name} is on the meta device, where tensors have no values: load the model's "
-                "weights first (if accelerate offloaded it: load the model without offloading)"
-            )
-
-
-def _model_size(model: nn.Module, recording: Recording) -> Size:
-    return Size.of(lambda unit: unit.of_model(model, recording))

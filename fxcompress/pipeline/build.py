@@ -324,6 +324,7 @@ def _build(
                         _verify(module, inputs, body.member(index), weight)
         except FormError as error:
             failures[group.name] = _Failure(chosen, str(error))
+        analysis.room.cool()
         for _ in group.sites if group.narrowing is None else ():
             tick()
     return bodies, failures

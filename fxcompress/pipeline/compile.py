@@ -20,12 +20,13 @@ from fxcompress.graph.inputs import Forward
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.isvt.rounds import iterate
 from fxcompress.metric import Loss
-from fxcompress.pipeline.analysis import analyse, legality_in, match_model, working_copy
+from fxcompress.pipeline.analysis import analyse
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decide import foreseen, make_plan
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.sites import Group, gather_sites
+from fxcompress.pipeline.survey import legality_in, match_model, working_copy
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import record_operators
@@ -41,6 +42,7 @@ def compile(
     *,
     keep: float | None = None,
     unit: str | None = None,
+    memory: int | str | None = None,
     inplace: bool = False,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -62,6 +64,9 @@ def compile(
         keep: overrides ``budget.keep`` of the rules.
         unit: overrides ``budget.unit``: ``"parameters"``, ``"macs"``, ``"bytes"`` or ``"latency"``,
             which is of the matched operators.
+        memory: what the work may take beside the model and the data: bytes, or text as ``"8GiB"``;
+            most of what is free if neither this nor the rules say.  The result is the same: with
+            less memory the model is run more often, and what has to wait is written to files.
         inplace: change ``model`` itself and return it.
         examples: batches to record the graph on, if the first calibration batch does not show
             all that the model can do.
@@ -81,11 +86,12 @@ def compile(
         RecordError: the model does not run on the example.
         CalibrationError: calibration data is missing, rejected or not finite.
         BudgetError: the budget cannot be met; the message says the least that can.
+        MemoryLimitError: ``memory`` is too little; the message says what would do.
         RewriteError: the rewritten model does not run.
         TrainingError: ``checkpoint`` holds another run.
     """
     model = unwrapped(model)
-    loaded = with_budget(read_rules(rules), keep, unit)
+    loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         if loaded.rules.solver.iterative:
@@ -108,6 +114,7 @@ def plan(
     *,
     keep: float | None = None,
     unit: str | None = None,
+    memory: int | str | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
@@ -118,7 +125,7 @@ def plan(
     Arguments and errors as there.
     """
     model = unwrapped(model)
-    loaded = with_budget(read_rules(rules), keep, unit)
+    loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
         analysis = analyse(model, loaded, request)
@@ -135,6 +142,7 @@ def explain(
     calibration: Iterable[Any] | None = None,
     keep: float | None = None,
     unit: str | None = None,
+    memory: int | str | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
@@ -148,14 +156,14 @@ def explain(
         rule: explain the rule with this id only.
         calibration: as in :func:`compile`.  With it the budget is solved as well, and the
             explanation tells what is left dense and why.
-        keep, unit, loss, forward, progress: as in :func:`compile`.
+        keep, unit, memory, loss, forward, progress: as in :func:`compile`.
 
     Raises:
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
     model = unwrapped(model)
-    loaded = with_budget(read_rules(rules), keep, unit)
+    loaded = with_budget(read_rules(rules, memory), keep, unit)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
         raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")

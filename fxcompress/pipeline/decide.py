@@ -14,13 +14,14 @@ from fxcompress.budget import Choice
 from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
 from fxcompress.metric import METRICS
-from fxcompress.pipeline.analysis import Analysis, Survey
+from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decomposition import narrowing_loss, weight_left
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
 from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
 from fxcompress.pipeline.solving import solve
 from fxcompress.pipeline.speed import batch_of
+from fxcompress.pipeline.survey import Survey
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
@@ -123,6 +124,7 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
                 change, shape = approximated - dense, sites[entry.name].shape
                 loss = metric.undamped_loss(shape, known[entry.name], change)
             entry = entry.model_copy(update={"predicted": loss})
+            analysis.room.cool()
         entries.append(entry)
     predicted = math.fsum(entry.predicted for entry in entries)
     budget = planned.budget.model_copy(update={"predicted": predicted})

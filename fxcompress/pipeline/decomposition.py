@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ def decompose_groups(
     model: nn.Module,
     groups: Sequence[Group],
     metric_of: Callable[[Site], QuadraticForm],
+    park: Callable[[Any], Any] = lambda found: found,
     tick: Callable[[], None] = lambda: None,
 ) -> Decomposition:
     """Approximate the weights of every group, and ask their forms what they would lose.
@@ -90,6 +92,7 @@ def decompose_groups(
         groups: a single one for each site, in graph order, so that sites on one input follow one
             another; then those of several sites.
         metric_of: the metric at a site, asked for once.
+        park: puts what is not needed for now where it takes no memory.
         tick: called after every site.
 
     Raises:
@@ -108,23 +111,23 @@ def decompose_groups(
             continue
         (site,) = single.sites
         own = metric_of(site)
-        found[site.name] = decompose(model, single, own)
+        found[site.name] = park(decompose(model, single, own))
         if own.null:
             idle.append(site.name)
         if site.name in producers:
-            around[site.name] = own
+            around[site.name] = park(own)
         value = hidden.get(site.name)
         if value is not None and (not own.null or value.match.limits.unmeasured):
-            found[value.name] = decompose(model, value, own)
+            found[value.name] = park(decompose(model, value, own))
             if value.narrowed:
                 metrics = [around.pop(each.name) for each in value.sites[:-1]]
-                found |= decompose_narrowed(value, found[value.name], [*metrics, own])
+                found |= decompose_narrowed(value, found[value.name], [*metrics, own], park)
         if (joint := waiting.get(site.name)) is not None:
-            parts[site.name] = own
+            parts[site.name] = park(own)
             if all(member.name in parts for member in joint.sites):
                 together = stacked(joint, parts)
                 if together is not None:
-                    found[joint.name] = decompose(model, joint, together)
+                    found[joint.name] = park(decompose(model, joint, together))
                 for member in joint.sites:
                     del parts[member.name]
         tick()
@@ -195,7 +198,10 @@ def decompose(model: nn.Module, group: Group, metric: QuadraticForm) -> Decompos
 
 
 def decompose_narrowed(
-    hidden: Group, decomposed: Decomposed, metrics: Sequence[QuadraticForm]
+    hidden: Group,
+    decomposed: Decomposed,
+    metrics: Sequence[QuadraticForm],
+    park: Callable[[Any], Any] = lambda found: found,
 ) -> dict[str, Decomposed]:
     """Approximate what is left of the operators around a hidden value, at every width offered.
 
@@ -206,6 +212,7 @@ def decompose_narrowed(
         hidden: the group.
         decomposed: of it.
         metrics: at its sites.
+        park: puts what is not needed for now where it takes no memory.
 
     Returns:
         By the names of the groups of :attr:`Group.narrowed`; without those that cannot be said
@@ -233,7 +240,7 @@ def decompose_narrowed(
                     _narrowed_weight, hidden, decomposed.target, to.form, to.width, member
                 )
                 target = Target(weight.to("meta"), None, _halved(target, again))
-            found[group.name] = Decomposed(target, losses)
+            found[group.name] = park(Decomposed(target, losses))
     return found
 
 

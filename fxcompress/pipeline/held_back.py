@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
@@ -116,17 +116,12 @@ class Division:
                 yield start + int(torch.randint(size, (), generator=generator))
 
 
-def narrowed(moments: Mapping[str, Moments]) -> dict[str, Moments]:
+def narrowed(moments: Moments) -> Moments:
     """Moments in float32: they are kept until the plan is made, and nothing is inverted in them.
 
     Statistics of a metric's own stay as they are: without units they may be beyond float32.
     """
-    known: dict[int, Tensor] = {}  # sites on one input share a tensor
-
-    def narrow(one: Tensor) -> Tensor:
-        return known.setdefault(id(one), one.to(torch.float32))
-
-    return {name: replace(each.changed(narrow), own=each.own) for name, each in moments.items()}
+    return replace(moments.changed(lambda each: each.to(torch.float32)), own=moments.own)
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:

@@ -46,8 +46,8 @@ from fxcompress.metric.output import (
 )
 from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.agreement import assess, mean_with_error, units
-from fxcompress.pipeline.analysis import iterate, working_copy
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.survey import iterate, working_copy
 from fxcompress.plans.plan import (
     Fidelity,
     HeldBack,

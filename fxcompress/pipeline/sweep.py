@@ -38,6 +38,7 @@ def sweep(
     *,
     keeps: Sequence[float] = KEEPS,
     unit: str | None = None,
+    memory: int | str | None = None,
     evaluate: Evaluate | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -47,7 +48,7 @@ def sweep(
     """Plan a model for many budgets, and evaluate it at each if asked to.
 
     Args:
-        model, rules, calibration, unit, examples, loss, forward, progress: as of
+        model, rules, calibration, unit, memory, examples, loss, forward, progress: as of
             :func:`fxcompress.compile`.
         keeps: fractions that replace ``budget.keep`` of the rules.
         evaluate: from a model to a number, or several by name; the dense model is evaluated, too.
@@ -64,7 +65,7 @@ def sweep(
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
     model = unwrapped(model)
-    loaded = _by_keep(read_rules(rules), keeps, unit)
+    loaded = _by_keep(read_rules(rules, memory), keeps, unit)
     points: list[Point] = []
     dense: dict[str, float] = {}
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
-from fxcompress.pipeline.analysis import Survey
+from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Unmatched
 from fxcompress.rules import STEPS
 

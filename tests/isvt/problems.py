@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fxcompress.isvt.threshold import Thresholded, metrics_of, threshold
 from fxcompress.metric import METRICS, calibrate
-from fxcompress.pipeline.analysis import Survey, draws, survey
 from fxcompress.pipeline.decide import price
+from fxcompress.pipeline.estimate import draws
 from fxcompress.pipeline.held_back import default_damping
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules
 

@@ -18,6 +18,7 @@ from fxcompress.forms import ConvShape, Shape
 from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.kronecker import KroneckerMetric
+from fxcompress.metric.passes import Section, Whole
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import canonical_weight, shape_of
 from tests.convolutions import CASES, build, data
@@ -177,9 +178,8 @@ def test_directions_are_measured_along_the_dense_components(case: str, view: Any
     found = kfac.quadratic(site.shape, moments, Whiteners((1e-3, 1e-1))).truncations(weight, view)
     these = found.components()
     assert these is not None
-    measured = measure_directions(
-        model, [site], {"layer": {view: these}}, [batch[:3], batch[3:]], drawn=Draws(seed=SEED)
-    )["layer", view]
+    passes = Whole(model, [batch[:3], batch[3:]], (Section((site,)),), drawn=Draws(seed=SEED))
+    measured = measure_directions(passes, {"layer": {view: these}})["layer", view]
     dense = torch.einsum("gmkq,gkqn->gkmn", these.left, these.right)
     total = dense.sum(1)
     whole = weight.flatten(2) if isinstance(site.shape, ConvShape) else weight[None]

@@ -19,6 +19,7 @@ from fxcompress.metric import METRICS, Calibration, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.output import divergence
+from fxcompress.metric.passes import Section, Whole
 from tests.metric.test_moments import Target, target
 from tests.small import rules
 
@@ -103,7 +104,9 @@ def statistics(model: nn.Module, where: list[Target], batches: list[Batch], **wo
         if not isinstance(model.get_submodule(site.name), nn.Conv1d):
             left, right = (torch.randn(s, generator=generator).double() for s in shape)
             wanted[site.name] = {"some": Components(left, right)}
-    for (name, _), value in measure_directions(model, where, wanted, batches, **words).items():
+    some = tuple(site for site in where if site.name in wanted)
+    passes = Whole(model, batches, (Section(some),), **words)
+    for (name, _), value in measure_directions(passes, wanted).items():
         numbers[name, "directions"] = value
     return numbers
 

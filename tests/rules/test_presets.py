@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import fxcompress
-from fxcompress.pipeline.analysis import survey
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.survey import survey
 from fxcompress.progress import stages
 from fxcompress.rules import load_rules, match_rules, preset_names, run_cases
 from tests.rules.graphs import embedding, linear

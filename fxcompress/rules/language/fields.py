@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast
 
@@ -25,6 +26,26 @@ Whole = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
+
+
+def _bytes(value: Any) -> Any:
+    """Bytes, of a number or of one with a unit."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?\s*", value, re.IGNORECASE)
+    if found is None:
+        raise PydanticCustomError(
+            "invalid-bytes", "a number of bytes, with a unit if there is one: 8GiB, 500MB"
+        )
+    number, unit = found.groups()
+    unit = (unit or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(number) * base ** " kmgt".index(unit[:1] or " "))
+
+
+Bytes = Annotated[
+    int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(strict=True, gt=0)
+]
 Identifier = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 _OneOrMany = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])

@@ -6,9 +6,12 @@ from dataclasses import replace
 from numbers import Real
 from os import PathLike
 
-from fxcompress.errors import BudgetError, RuleError
+from pydantic import TypeAdapter, ValidationError
+
+from fxcompress.errors import BudgetError, MemoryLimitError, RuleError
 from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.rules.language.diagnostics import suggest
+from fxcompress.rules.language.fields import Bytes
 from fxcompress.rules.language.loader import LoadedRules, load_rules
 from fxcompress.rules.language.schema import Rule, RuleSet
 from fxcompress.rules.language.settings import Budget
@@ -17,17 +20,31 @@ Rules = str | PathLike[str] | RuleSet | LoadedRules
 """A rule file, the name of a preset, or a rule set."""
 
 
-def read_rules(rules: Rules) -> LoadedRules:
+def read_rules(rules: Rules, memory: int | str | None = None) -> LoadedRules:
     """A rule file, a preset or a rule set, checked.
+
+    Args:
+        rules: one of these.
+        memory: a limit on memory instead of that of the rules: bytes, or text (``"8GiB"``).
 
     Raises:
         RuleError: it is none of these, or cannot be used.
+        MemoryLimitError: ``memory`` is no number of bytes.
     """
     if not isinstance(rules, (str, PathLike, RuleSet, LoadedRules)):
         raise RuleError(
             f"rules must be a file, the name of a preset or a RuleSet, not a {type(rules).__name__}"
         )
-    return rules if isinstance(rules, LoadedRules) else load_rules(rules)
+    loaded = rules if isinstance(rules, LoadedRules) else load_rules(rules)
+    if memory is None:
+        return loaded
+    try:
+        found = TypeAdapter(Bytes).validate_python(memory)
+    except ValidationError as error:
+        raise MemoryLimitError(
+            f"memory is a number of bytes, or one with a unit, as in '8GiB', not {memory!r}"
+        ) from error
+    return replace(loaded, rules=loaded.rules.model_copy(update={"memory": found}))
 
 
 def with_budget(

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from fxcompress.rules.language.fields import (
+    Bytes,
     Count,
     Flag,
     FrozenModel,
@@ -434,6 +435,9 @@ class RuleSet(FrozenModel):
     """How ranks are chosen."""
     defaults: Defaults = Defaults()
     """What holds for every rule that does not say otherwise."""
+    memory: Bytes | None = None
+    """What the work may take beside the model and the data, as in ``8GiB``; by default most of what
+    is free."""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     """The rules."""
     tests: tuple[Case, ...] = ()

@@ -1,0 +1,147 @@
+"""The metric of a surveyed model, estimated on its calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fxcompress.graph.inputs import device_of
+from fxcompress.metric import METRICS, Calibration, Draws, Moments
+from fxcompress.metric.blocks import Blocks, Uncuttable
+from fxcompress.metric.capture import gather
+from fxcompress.metric.passes import Passes, Whole
+from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
+from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
+from fxcompress.pipeline.survey import Survey
+from fxcompress.rules import LoadedRules
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """How the metric was estimated.
+
+    Attributes:
+        calibration: of the batches that it was estimated on.
+        held_back: the others.
+        damping: of the input and of the output factor, relative to their mean eigenvalues.
+    """
+
+    calibration: Calibration
+    held_back: HeldBack = field(default_factory=HeldBack)
+    damping: tuple[float, float] = DAMPING
+
+
+def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
+    """The metric's moments, those of the batches held back, and damping chosen on these.
+
+    Args:
+        found: has the model, the sites and the rules.
+        division: of the calibration data.
+        passes: over the batches that are not held back.
+
+    Raises:
+        CalibrationError: as of :func:`calibrated_in`.
+    """
+    request = found.request
+    spec = found.rules.rules.metric
+    metric = METRICS[spec.kind]
+    calibrated = calibrated_in(found, passes)
+    held = division.held if metric.needs else division.untouched()
+    moments: Mapping[str, Moments] = {}
+    if held and metric.needs:
+        again = passes_over(
+            found, held, len(held), division.held_places, everywhere=False, stage="held back"
+        )
+        tick = request.show.stage("held back", len(held) * len(again.sections))
+        park, device = found.room.park, device_of(found.model)
+        judged = gather(again, metric, device, park=lambda each: park(narrowed(each)), tick=tick)
+        moments = {name: m for name, m in judged.moments.items() if name not in judged.unmeasured}
+        request.show.stage("damping", None)
+    given = (spec.damping.input, spec.damping.output)
+    damping = choose_damping(found.model, found.singles, metric, calibrated.moments, moments, given)
+    return Estimate(calibrated, HeldBack(tuple(held), moments), damping)
+
+
+def calibrated_on(
+    found: Survey,
+    batches: Iterable[Any],
+    total: int | None,
+    places: Sequence[int] | None = None,
+) -> Calibration:
+    """The moments that the metric of the rules needs, at the weights as they are now.
+
+    Args, errors: as of :func:`passes_over` and :func:`calibrated_in`.
+    """
+    return calibrated_in(found, passes_over(found, batches, total, places))
+
+
+def calibrated_in(found: Survey, passes: Passes) -> Calibration:
+    """The moments that the metric of the rules needs, from passes over the data.
+
+    Raises:
+        CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
+            that was measured.
+    """
+    request, metric = found.request, METRICS[found.rules.rules.metric.kind]
+    total = None if passes.batches is None else passes.batches * len(passes.sections)
+    tick = request.show.stage("calibrate", total)
+    if metric.needs:
+        calibration = gather(
+            passes, metric, device_of(found.model), park=found.room.park, tick=tick
+        )
+    else:
+        calibration = Calibration({site.name: Moments() for site in found.sites})
+    require_influence(found.sites, calibration)
+    request.notes.add(*reach_notes(found.sites, calibration))
+    return calibration
+
+
+def passes_over(
+    found: Survey,
+    batches: Iterable[Any],
+    total: int | None,
+    places: Sequence[int] | None = None,
+    *,
+    everywhere: bool = True,
+    stage: str = "forward",
+) -> Passes:
+    """How the model of a survey is run over batches, within the limit on memory.
+
+    Args:
+        found: has the model, the sites and the rules.
+        batches: gone through once if everything has room at once; else kept.
+        total: how many they are, if that is known.
+        places: what errors call the batches, if these are a part of others.
+        everywhere: whether the data have to reach every site.
+        stage: what the forward pass is called where progress is shown.
+
+    Raises:
+        CalibrationError: the model rejects a batch.
+    """
+    request, rules, room = found.request, found.rules, found.room
+    whole = Whole(
+        found.model, batches, room.sections, total, draws(rules), request.loss, request.forward,
+        everywhere, places, unrecorded(found.model, found.recording, rules.rules),
+    )  # fmt: skip
+    if room.parking is None or not METRICS[rules.rules.metric.kind].needs:
+        return whole
+    data = [*batches]
+    whole = replace(whole, data=data, batches=len(data))
+    if not room.blocks:
+        return whole
+    tick = request.show.stage(stage, len(data))
+    try:
+        return Blocks(whole, room.blocks, room.park, tick)
+    except Uncuttable as error:
+        request.notes.add(
+            f"the model cannot be run block by block ({error}), so it is run as a whole "
+            f"{len(room.sections)} times"
+        )
+        return whole
+
+
+def draws(loaded: LoadedRules) -> Draws:
+    """What rules say of the outputs and of labels."""
+    spec = loaded.rules.metric
+    return Draws(spec.output, spec.fisher, spec.seed)

@@ -1,0 +1,177 @@
+"""What the work takes in memory, and how it keeps to a limit.
+
+Within a limit everything is done in one pass, with the moments of all layers in memory.  Where
+that is too much, the model is cut into blocks (:mod:`fxcompress.metric.blocks`), or gone through
+several times with some of its layers each; moments and factors wait in files
+(:mod:`fxcompress.parking`).  Ranks and weights are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from fxcompress.errors import MemoryLimitError
+from fxcompress.graph.blocks import cut
+from fxcompress.graph.inputs import device_of
+from fxcompress.graph.recorder import Recording
+from fxcompress.metric import Metric
+from fxcompress.metric.blocks import in_blocks
+from fxcompress.metric.memory import free_memory, in_units
+from fxcompress.metric.moment_sums import LARGEST_OUTPUT
+from fxcompress.metric.passes import Section
+from fxcompress.metric.statistic import Statistic
+from fxcompress.metric.visitor import input_key
+from fxcompress.parking import Parking
+from fxcompress.pipeline.sites import Site
+
+T = TypeVar("T")
+
+SHARE = 0.8
+"""Of the memory that is free, what is taken at most if nobody says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """How the work keeps to a limit on memory.
+
+    Attributes:
+        limit: bytes beside the model and the data; None if nobody knows what is free.
+        needed: bytes that everything at once would take.
+        blocks: paths of the modules that are run one after the other; none for the whole model.
+        sections: of the sites, in the order in which they are measured.
+        parking: where tensors wait; None if there is room for all of them.
+    """
+
+    limit: int | None
+    needed: int
+    blocks: tuple[str, ...]
+    sections: tuple[Section, ...]
+    parking: Parking | None = None
+
+    def park(self, value: T) -> T:
+        """A value in whose place there is room for others."""
+        return value if self.parking is None else self.parking.park(value)
+
+    def cool(self) -> None:
+        """Forget what was read of what waits."""
+        if self.parking is not None:
+            self.parking.cool()
+
+
+def make_room(
+    model: nn.Module,
+    recording: Recording,
+    sites: Sequence[Site],
+    metric: Metric,
+    limit: int | None,
+) -> Room:
+    """Decide how sites are measured within a limit on memory.
+
+    Args:
+        model: the working copy.
+        recording: of it.
+        sites: in graph order.
+        metric: of the rules.
+        limit: bytes beside the model and the data; None for :data:`SHARE` of what is free.
+
+    Raises:
+        MemoryLimitError: a single site takes more; the message says how much.
+    """
+    device = device_of(model)
+    if limit is None:
+        free = free_memory(device)
+        limit = None if free is None else int(SHARE * free)
+    needed = everything(sites, metric)
+    everyone = (Section(tuple(sites)),)
+    if limit is None or needed <= limit:
+        return Room(limit, needed, (), everyone)
+    least, worst = max((max(decomposing(s), gathering([s], metric)), s.name) for s in sites)
+    if least > limit:
+        raise MemoryLimitError(
+            f"the limit on memory is {in_units(limit)}, and {worst} alone takes {in_units(least)}: "
+            "allow as much (--memory, memory=), or leave it out of the rules "
+            "(unless: [{name: ...}])"
+        )
+    by_name = {site.name: site for site in sites}
+
+    def cost(names: Sequence[str]) -> int:
+        return gathering([by_name[name] for name in names], metric)
+
+    names = [site.name for site in sites]
+    blocks = () if recording.drew else cut(recording, names, cost, limit)
+    sections = tuple(
+        Section(part, place)
+        for place, mine in in_blocks(sites, blocks)
+        for part in _parts(mine, metric, limit)
+    )
+    return Room(limit, needed, blocks, sections, Parking())
+
+
+def _parts(sites: Sequence[Site], metric: Metric, most: int) -> Iterator[tuple[Site, ...]]:
+    """Sites in as few parts as can be, each of which costs little enough."""
+    part: list[Site] = []
+    for site in sites:
+        if part and gathering([*part, site], metric) > most:
+            yield tuple(part)
+            part = []
+        part.append(site)
+    if part:
+        yield tuple(part)
+
+
+# ---- bytes ----------------------------------------------------------------------------
+
+
+def gathering(sites: Iterable[Site], metric: Metric) -> int:
+    """Bytes of the sums of all statistics of some sites, and of the largest mean made of them."""
+    sums, largest, keys = 0.0, 0, set()
+    for site in sites:
+        groups, m, n = site.shape.matrix
+        wide = 10 if site.shape.dtype.itemsize == 8 else 7.5
+        for need in metric.needs:
+            if isinstance(need, Statistic):
+                size, each = 8 * _entries(need.size(m, n)), 1.0
+            elif need == "input":
+                new = input_key(site) not in keys
+                keys.add(input_key(site))
+                size = 8 * n * (1 if site.shape.takes == "indices" else n) if new else 0
+                each = wide / 8
+            elif need == "output":
+                size, each = 8 * m * (1 if m >= LARGEST_OUTPUT else m), wide / 8
+            else:
+                size, each = 8 * m * (n if need == "entries" else 1), 1.0
+            sums += groups * size * each
+            largest = max(largest, groups * size)
+    return int(sums) + largest
+
+
+def decomposing(site: Site) -> int:
+    """Bytes that it takes to decompose a weight: factors of the metric, roots, whitened weights."""
+    groups, m, n = site.shape.matrix
+    small = min(m, n)
+    outputs = m if m >= LARGEST_OUTPUT else m * m
+    inputs = n if site.shape.takes == "indices" else n * n
+    return 8 * (3 * (inputs + outputs) + groups * (4 * m * n + 4 * small**2))
+
+
+def kept(site: Site) -> int:
+    """Bytes of what stays of a decomposition: its factors, for the form of every view."""
+    groups, m, n = site.shape.matrix
+    return 4 * groups * min(m, n) * (m + n)
+
+
+def everything(sites: Sequence[Site], metric: Metric) -> int:
+    """Bytes that all of it takes at once: moments, those of the data held back, decompositions."""
+    found = gathering(sites, metric)
+    return 2 * found + sum(map(kept, sites)) + max(map(decomposing, sites), default=0)
+
+
+def _entries(size: Iterable[int]) -> int:
+    found = 1
+    for each in size:
+        found *= each
+    return found
