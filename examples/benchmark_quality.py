@@ -33,11 +33,11 @@ from torch import nn
 
 from fxcompress.metric import METRICS, Calibration, Draws, KroneckerMetric, calibrate
 from fxcompress.pipeline.analysis import Analysis, analyse
-from fxcompress.pipeline.survey import match_model
 from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.decomposition import Decomposition, decompose_groups, metric_from
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.sites import gather_sites
+from fxcompress.pipeline.survey import match_model
 from fxcompress.plans.plan import Plan
 from fxcompress.report import stages
 from fxcompress.rules import LoadedRules, parse_rules

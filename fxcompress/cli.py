@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,15 +172,24 @@ def plan(
     keep: Keep = None,
     unit: Unit = None,
     memory: Memory = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="only say what memory and time it will take at least"),
+    ] = False,
     sequences: Sequences = 64,
     length: Length = 512,
     as_json: Json = False,
 ) -> None:
     """Show the ranks that compile would choose, without rewriting anything."""
+    network, batches = load_model(model), load_data(data, model, sequences, length)
+    if dry_run:
+        told = fxcompress.forecast(network, rules, batches or (), memory=memory)
+        typer.echo(json.dumps(asdict(told), indent=1) if as_json else str(told))
+        return
     made = fxcompress.plan(
-        load_model(model),
+        network,
         rules,
-        load_data(data, model, sequences, length),
+        batches,
         keep=keep,
         unit=unit,
         memory=memory,

@@ -8,12 +8,14 @@ is left of it whatever ends the process.
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import mmap
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,15 +32,23 @@ SMALL = 1 << 16
 """Bytes up to which a tensor stays where it is."""
 
 
+def _trim() -> None:
+    """Have glibc give back what was freed, which it keeps in pieces; elsewhere nothing."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Parking:
     """A place for tensors that nobody needs for now.
 
     Args:
+        model: whose parameters stay where they are, and what shares memory with them.
         directory: where files are made; the system's for temporary ones if it is None.
     """
 
-    def __init__(self, directory: str | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, directory: str | None = None) -> None:
         self.directory = directory or tempfile.gettempdir()
+        self._fixed = {_memory(each) for each in ([] if model is None else model.parameters())}
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._parked: Any = WeakTensorKeyDictionary()
 
@@ -48,11 +58,10 @@ class Parking:
         return shutil.disk_usage(self.directory).free
 
     def park(self, value: T) -> T:
-        """The same value with its large tensors parked; those that are shared stay shared.
+        """Put the large tensors of a value where they wait; those that are shared stay shared.
 
         Args:
-            value: a tensor, or dataclasses, containers and partial functions of some.  Parameters
-                of models stay where they are.
+            value: a tensor, or dataclasses, containers and partial functions of some.
 
         Raises:
             MemoryLimitError: the disk is full.
@@ -60,13 +69,16 @@ class Parking:
         return mapped(value, self._park)
 
     def cool(self) -> None:
-        """Forget what was read of the files; it is read again when it is needed."""
+        """Give memory back: what was read of the files, and what nobody uses any more."""
         for each in [*self._maps]:
             each.madvise(mmap.MADV_DONTNEED)
+        _trim()
 
     def _park(self, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
         if size <= SMALL or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return tensor
+        if _memory(tensor) in self._fixed:
             return tensor
         if tensor in self._parked:
             return self._parked[tensor]  # type: ignore[no-any-return]
@@ -85,6 +97,10 @@ class Parking:
         parked = torch.frombuffer(pages, dtype=torch.uint8).view(dense.dtype).view(dense.shape)
         self._parked[tensor] = self._parked[parked] = parked
         return parked
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 def mapped(value: T, change: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> T:

@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"pipeline.room"},
     {"pipeline.survey", "pipeline.pricing", "plans.checks", "saved.pretrained"},
-    {"pipeline.estimate"},
+    {"pipeline.estimate", "pipeline.forecast"},
     {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
     {"pipeline.decide"},

@@ -186,14 +186,15 @@ def test_what_waits_is_the_same_and_shared_as_before(monkeypatch: pytest.MonkeyP
     assert first is again[0] is again[1]["a"]
     place.cool()
     assert torch.equal(first, x)
-    weight = nn.Parameter(x)
-    assert place.park(weight) is weight
+    layer = nn.Linear(3, 4)
+    weight = layer.weight.detach().T
+    assert Parking(layer).park(weight) is weight
     assert place.park(first) is first
 
 
 def test_nothing_is_left_of_what_waited(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parking, "SMALL", 0)
-    place = Parking(str(tmp_path))
+    place = Parking(directory=str(tmp_path))
     kept = place.park(torch.randn(1000))
     assert not [*tmp_path.iterdir()]
     del kept
@@ -201,7 +202,7 @@ def test_nothing_is_left_of_what_waited(tmp_path: Any, monkeypatch: pytest.Monke
 
 def test_a_disk_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(parking, "SMALL", 0)
-    place = Parking(str(tmp_path / "nowhere"))
+    place = Parking(directory=str(tmp_path / "nowhere"))
     with pytest.raises(MemoryLimitError, match="set TMPDIR"):
         place.park(torch.randn(1000))
 
@@ -212,3 +213,41 @@ def test_only_what_has_tensors_is_made_anew() -> None:
     assert found["a"] == (1, "b")
     assert torch.equal(found["c"][0], torch.full((2,), 2.0))
     assert torch.equal(value["c"][0], torch.ones(2))  # type: ignore[arg-type]
+
+
+# ---- the forecast ---------------------------------------------------------------------
+
+
+def test_a_forecast_tells_what_the_work_keeps_to(tight: None) -> None:
+    model, given = llama(4), rules("kfac", "{form: pivoted}")
+    told = fxcompress.forecast(model, given, tokens(), memory=150_000)
+    assert told.blocks == tuple(f"model.layers.{at}" for at in range(4))
+    assert [stage.name for stage in told.stages] == [
+        "calibrate", "held back", "decompose", "rewrite",
+    ]  # fmt: skip
+    assert told.waiting > 0
+    assert "in 4 blocks, model.layers.0 to model.layers.3" in str(told)
+
+
+def test_a_model_on_the_meta_device_is_foretold_as_well() -> None:
+    given = rules("kfac", "{form: pivoted}")
+    real = fxcompress.forecast(llama(), given, tokens())
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(llama().config)
+    told = fxcompress.forecast(empty, given, tokens())
+    for one, other in zip(told.stages, real.stages, strict=True):
+        assert (one.name, one.memory, one.waiting) == (other.name, other.memory, other.waiting)
+    assert told.model == real.model
+    assert told.passes == 1
+    assert not told.blocks
+    assert all(stage.waiting == 0 for stage in told.stages)
+
+
+def test_more_layers_take_no_more_memory_within_a_limit(tight: None) -> None:
+    given = rules("kfac", "{form: pivoted}")
+    few, many = (
+        fxcompress.forecast(llama(layers), given, tokens(), memory=150_000) for layers in (3, 6)
+    )
+    assert len(many.blocks) == 2 * len(few.blocks)
+    for one, other in zip(few.stages[:3], many.stages[:3], strict=True):
+        assert one.memory == other.memory

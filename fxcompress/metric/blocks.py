@@ -124,7 +124,7 @@ class Blocks:
 
     @property
     def sections(self) -> Sequence[Section]:
-        """Of the sites."""
+        """Some sites each, with the place of the block that they are in."""
         return self.whole.sections
 
     @property
@@ -140,7 +140,7 @@ class Blocks:
     def run(
         self, section: Section, visitor: Visitor, tick: Callable[[], None] = lambda: None
     ) -> Passed:
-        """As of :class:`fxcompress.metric.passes.Passes`."""
+        """Show a visitor what happens in a block (:class:`fxcompress.metric.passes.Passes`)."""
         at_end = section.block == len(self.blocks)
         session = Session(self.model, section.sites, visitor, self.whole.watched)
         labels = torch.Generator(device_of(self.model)).manual_seed(self.whole.drawn.seed)

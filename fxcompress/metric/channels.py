@@ -46,11 +46,18 @@ from fxcompress.forms.target import Channels, Losses, Rank, Ranks, tail
 from fxcompress.metric.scaled import normalized, times_power
 from fxcompress.metric.whiten import BlockWhitener, Whitener, cholesky
 
-PANEL = 64
+PANEL = 128
 """Channels whose changes are gathered before they are made, by products of whole matrices."""
 
+CANDIDATES = 512
+"""Columns of the channels that these are looked for among: those that gain most by themselves."""
+
+COMPACT = 0.75
+"""Share of the channels that are left when those that are taken are put away: memory that is asked
+for anew takes longer than products with some zeros."""
+
 FALLEN = 1e-3
-"""They are made earlier once a gain is this fraction of the panel's first: what is kept up to date
+"""They are made earlier once a gain is this fraction of the first of them: what is kept up to date
 beside them is rounded relative to that."""
 
 RESOLUTION = 1e-13
@@ -170,6 +177,8 @@ def _read_first(weight: Tensor, moments: Tensor, count: int) -> Tensor:
     places = torch.arange(len(moments), device=weight.device).reshape(count, -1)
     read = (weight != 0).any(0).reshape(count, -1).any(1)
     at = places[read].flatten()
+    if bool(read.all()):
+        return greedy(weight, moments, places.shape[1])
     channels = torch.arange(count, device=weight.device)
     if not len(at):
         return channels
@@ -282,7 +291,7 @@ def gained(weight: Tensor, moments: Tensor, order: Tensor) -> Tensor:
     """
     columns = torch.arange(len(moments), device=order.device).reshape(len(order), -1)[order]
     at = columns.flatten()
-    parts = weight[:, at] @ cholesky(moments[at][:, at])
+    parts = weight[:, at] @ cholesky(moments.index_select(0, at).index_select(1, at))
     sigma: Tensor = parts.reshape(len(parts), *columns.shape).square().sum((0, 2)).sqrt()
     return sigma
 
@@ -297,87 +306,126 @@ def greedy(weight: Tensor, moments: Tensor, taps: int = 1) -> Tensor:
     """
     if len(weight) > weight.shape[1]:  # only the Gram matrix of its columns matters
         weight = torch.linalg.qr(weight, mode="r").R
-    left = torch.arange(len(moments) // taps, device=weight.device)
-    panel = _Panel(moments, weight @ moments, taps, RESOLUTION * moments.diagonal())
-    order = [left[panel.run()]]
-    while len(left := left[~panel.taken]):
-        panel = panel.following()
-        order.append(left[panel.run()])
+    channels = torch.arange(len(moments) // taps, device=weight.device)
+    floor = (RESOLUTION * moments.diagonal()).clamp_min(torch.finfo(moments.dtype).tiny)
+    rest = _Rest(moments.clone(), weight @ moments, taps, floor, channels >= 0)
+    order = []
+    while len(channels):
+        places = rest.best()
+        order.append(channels[places])
+        rest.take(places)
+        if int(rest.free.sum()) <= COMPACT * len(channels):
+            channels, rest = channels[rest.free], rest.compact()
     return torch.cat(order)
 
 
-class _Panel:
-    """Some steps of a block Cholesky decomposition, of which the next pivots are chosen by gain.
+@dataclass(frozen=True, eq=False)
+class _Rest:
+    """Channels that are not taken yet, given those that are.
 
-    Args:
+    Attributes:
         matrix: R (N·t x N·t).
         products: P (p x N·t).
         taps: t.
         floor: what is added to the diagonal of pivots (N·t).
+        free: which of them are not taken (N); the others are zero but for rounding.
     """
 
-    def __init__(self, matrix: Tensor, products: Tensor, taps: int, floor: Tensor) -> None:
-        self.matrix, self.products, self.taps = matrix, products, taps
-        self.floor = floor.clamp_min(torch.finfo(floor.dtype).tiny)
-        count = len(matrix) // taps
-        self.taken = torch.zeros(count, dtype=torch.bool, device=matrix.device)
-        steps = min(PANEL, count) * taps
-        self.s = matrix.new_zeros(len(matrix), steps)
-        self.u = matrix.new_zeros(len(products), steps)
-        blocks = matrix.reshape(count, taps, count, taps)
-        self.pivots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()  # R_jj
-        each = products.reshape(len(products), count, taps)
-        self.energies = torch.einsum("pja,pjb->jab", each, each)  # P_jᵀ P_j
-        self.pivots.diagonal(dim1=1, dim2=2).add_(self.floor.reshape(count, taps))
+    matrix: Tensor
+    products: Tensor
+    taps: int
+    floor: Tensor
+    free: Tensor
 
-    def run(self) -> Tensor:
-        """Take channels until the panel is full, or its gains are far apart: their places."""
-        places: list[int] = []
-        first = 0.0
-        for step in range(0, self.s.shape[1], self.taps):
-            gains = self._gains()
-            at = int(gains.argmax())
-            gain = float(gains[at])
-            first = first if step else gain
-            if gain < FALLEN * first:
-                break
-            places.append(at)
-            self._take(at, step)
-        return torch.tensor(places, device=self.taken.device)
+    def best(self) -> Tensor:
+        """Places of some channels, each the best given those before.
 
-    def following(self) -> _Panel:
-        """The panel of the channels that are left, brought up to date."""
-        left = (~self.taken).repeat_interleave(self.taps)
-        s, u = self.s[left], self.u
-        matrix = self.matrix[left][:, left].addmm_(s, s.T, alpha=-1)
-        products = self.products[:, left].addmm_(u, s.T, alpha=-1)
-        return _Panel(matrix, products, self.taps, self.floor[left])
+        They are looked for among those that gain most by themselves, of which two small matrices,
+        R and ``PᵀP``, say all, until one gains less than somebody who was not among them did.
+        """
+        count, taps = len(self.matrix) // self.taps, self.taps
+        each = self.products.reshape(len(self.products), count, taps)
+        energies = torch.einsum("pja,pjb->jab", each, each)
+        blocks = self.matrix.reshape(count, taps, count, taps)
+        pivots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+        pivots.diagonal(dim1=1, dim2=2).add_(self.floor.reshape(count, taps))
+        gains = _gains(pivots, energies).where(self.free, -1.0)
+        ranked = torch.argsort(gains, descending=True, stable=True)[: int(self.free.sum())]
+        some = ranked[: max(PANEL, CANDIDATES // taps)]
+        others = float(gains[ranked[len(some)]]) if len(some) < len(ranked) else 0.0
+        at = self._columns(some)
+        own, products = self.matrix[at][:, at], self.products[:, at]
+        own.diagonal().add_(self.floor[at])
+        least = max(others, FALLEN * float(gains[ranked[0]]))
+        return some[_taken(own, products.T @ products, taps, least)]
 
-    def _gains(self) -> Tensor:
-        """Twice what each channel gains (N)."""
-        if self.taps == 1:
-            found = (self.energies / self.pivots.clamp_min(self.floor[:, None, None])).flatten()
-        else:
-            lower, failed = torch.linalg.cholesky_ex(self.pivots)
-            solved = torch.cholesky_solve(self.energies, lower)
-            found = solved.diagonal(dim1=1, dim2=2).sum(1).where(failed == 0, 0.0)
-        return found.clamp_min(0).where(~self.taken, -1.0)
+    def take(self, places: Tensor) -> None:
+        """Take some channels: R and P change, in place."""
+        at = self._columns(places)
+        own = self.matrix[at]
+        pivots = own[:, at]
+        pivots.diagonal().add_(self.floor[at])
+        lower = cholesky(pivots)
+        s = torch.linalg.solve_triangular(lower, own, upper=False)
+        u = torch.linalg.solve_triangular(lower, self.products[:, at].T, upper=False)
+        self.matrix.addmm_(s.T, s, alpha=-1)
+        self.products.addmm_(u.T, s, alpha=-1)
+        self.free[places] = False
 
-    def _take(self, at: int, step: int) -> None:
-        """Take the channel at a place: R and P change by t ranks."""
-        taps, columns = self.taps, slice(at * self.taps, (at + 1) * self.taps)
-        s, u, own = self.s[:, :step], self.u[:, :step], self.s[columns, :step]
-        self.taken[at] = True
-        lower, failed = torch.linalg.cholesky_ex(self.pivots[at])
+    def compact(self) -> _Rest:
+        """Without those that are taken."""
+        left = self._columns(self.free.nonzero().squeeze(1))
+        matrix = self.matrix.index_select(0, left).index_select(1, left)
+        products, free = self.products.index_select(1, left), self.free[self.free]
+        return _Rest(matrix, products, self.taps, self.floor[left], free)
+
+    def _columns(self, places: Tensor) -> Tensor:
+        within = torch.arange(self.taps, device=places.device)
+        return (places[:, None] * self.taps + within).flatten()
+
+
+def _taken(matrix: Tensor, products: Tensor, taps: int, least: float) -> Tensor:
+    """Places of channels one by one, the first whatever it gains, others while they gain enough.
+
+    Args:
+        matrix: R (c·t x c·t); it is written to.
+        products: ``PᵀP`` (c·t x c·t); written to.
+        taps: t.
+        least: that they have to gain, twice.
+    """
+    count = len(matrix) // taps
+    free = torch.ones(count, dtype=torch.bool, device=matrix.device)
+    blocks, squares = (x.reshape(count, taps, count, taps) for x in (matrix, products))
+    diagonal, energies = (x.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for x in (blocks, squares))
+    places: list[int] = []
+    while len(places) < min(PANEL, count):
+        gains = _gains(diagonal, energies).where(free, -1.0)
+        at = int(gains.argmax())
+        if places and float(gains[at]) < least:
+            break
+        places.append(at)
+        free[at] = False
+        columns = slice(at * taps, (at + 1) * taps)
+        lower, failed = torch.linalg.cholesky_ex(diagonal[at])
         if failed:  # known from others, but for rounding
-            return
-        column = self.matrix[:, columns] - s @ own.T
-        new_s = torch.linalg.solve_triangular(lower, column.T, upper=False).T
-        new_u = self.products[:, columns] - u @ own.T
-        new_u = torch.linalg.solve_triangular(lower, new_u.T, upper=False).T
-        crossed = new_u.T @ self.products - (new_u.T @ u) @ s.T  # uᵀ P
-        blocks = new_s.reshape(-1, taps, taps)
-        mixed = blocks @ crossed.reshape(taps, -1, taps).transpose(0, 1)
-        self.pivots -= blocks @ blocks.mT
-        self.energies += blocks @ (new_u.T @ new_u) @ blocks.mT - mixed - mixed.mT
-        self.s[:, step : step + taps], self.u[:, step : step + taps] = new_s, new_u
+            continue
+        s, crossed = (
+            torch.linalg.solve_triangular(lower, x[:, columns].T, upper=False).T
+            for x in (matrix, products)
+        )
+        inner = torch.linalg.solve_triangular(lower, crossed[columns], upper=False)  # uᵀ u
+        mixed = crossed - s @ (inner / 2)
+        matrix.addmm_(s, s.T, alpha=-1)
+        products.addmm_(s, mixed.T, alpha=-1).addmm_(mixed, s.T, alpha=-1)
+    return torch.tensor(places, device=matrix.device)
+
+
+def _gains(pivots: Tensor, energies: Tensor) -> Tensor:
+    """Twice what each channel gains (N), of ``R_jj`` and ``P_jᵀ P_j`` (N x t x t)."""
+    if pivots.shape[1] == 1:
+        found = (energies / pivots).flatten().where(pivots.flatten() > 0, 0.0)
+    else:
+        lower, failed = torch.linalg.cholesky_ex(pivots)
+        solved = torch.cholesky_solve(energies, lower)
+        found = solved.diagonal(dim1=1, dim2=2).sum(1).where(failed == 0, 0.0)
+    return found.clamp_min(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Kronecker(QuadraticForm):
         whitened = torch.split(self.outputs.into(found.left.to(torch.float64)), list(rows))
         energy = torch.stack([part.square().sum(0) for part in whitened])
         sizes = energy / energy.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-        return lambda rank: (sizes[:, rank:] * found.sigma[rank:].square()).sum(1)
+        return partial(tails, sizes * found.sigma.square())  # without the factors
 
     def for_matrices(self) -> Kronecker:
         """The form without A and G, which are as large as their roots."""
@@ -116,6 +117,11 @@ class Kronecker(QuadraticForm):
         """The leading components of a weight in the coordinates of its longer side."""
         assert isinstance(found, Spectrum)
         return start(found, rank, self.inputs, self.outputs)
+
+
+def tails(energies: Tensor, rank: int) -> Tensor:
+    """What components (g x k) from a rank on have of the loss of every weight (g)."""
+    return energies[:, rank:].sum(1)
 
 
 class KroneckerMetric(Metric):

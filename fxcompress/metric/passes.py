@@ -141,7 +141,7 @@ class Whole:
     def run(
         self, section: Section, visitor: Visitor, tick: Callable[[], None] = lambda: None
     ) -> Passed:
-        """As of :class:`Passes`."""
+        """Show a visitor what happens at the sites of a section (:class:`Passes`)."""
         return run_pass(
             self.model, section.sites, self.data, visitor,
             drawn=self.drawn, loss=self.loss, forward=self.forward, everywhere=self.everywhere,

@@ -278,8 +278,10 @@ def cholesky(matrix: Tensor) -> Tensor:
     """
     mean = float(matrix.diagonal().mean())
     for shift in (0.0, 1e-14, 1e-12, 1e-10):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(shift * mean)
+        shifted = matrix
+        if shift:
+            shifted = matrix.clone()
+            shifted.diagonal().add_(shift * mean)
         found = torch.linalg.cholesky_ex(shifted)
         if not bool(found.info):
             lower: Tensor = found.L

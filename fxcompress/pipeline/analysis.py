@@ -65,7 +65,13 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     estimated = replace(estimated, calibration=replace(estimated.calibration, moments={}))
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
-    decomposed = decompose_groups(work, surveyed.groups, metric_of, surveyed.room.park, tick)
+    room = surveyed.room
+
+    def done() -> None:
+        room.cool()
+        tick()
+
+    decomposed = decompose_groups(work, surveyed.groups, metric_of, room.park, done)
     request.notes.add(*_apart(surveyed, decomposed))
     if metric.directions:
         wanted = wanted_directions(decomposed, surveyed.groups)

@@ -28,6 +28,7 @@ from fxcompress.forms.target import (
     View,
 )
 from fxcompress.metric import Metric, Moments, QuadraticForm
+from fxcompress.metric.kronecker import tails
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.pipeline.sites import Group, Site, decoded
 
@@ -397,7 +398,7 @@ def with_directions(
             each_site = torch.stack([energies[site.name, group.name][0] for site in group.sites])
             order = torch.argsort(each_site.sum(0), descending=True, stable=True)
             views = {"matrix": before.target.truncations().remeasured(each_site.sum(0)[None])}
-            quadratic, parts = None, partial(_tails, each_site[:, order])
+            quadratic, parts = None, partial(tails, each_site[:, order])
         target = Target(before.target.weight, quadratic, views)
         losses = {
             name: before.losses[name] if form.predicts else form.losses(target, group.ranks(name))
@@ -405,7 +406,3 @@ def with_directions(
         }
         found[group.name] = Decomposed(target, losses, parts)
     return Decomposition(found, decomposition.idle)
-
-
-def _tails(energies: Tensor, rank: int) -> Tensor:
-    return energies[:, rank:].sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
             found, held, len(held), division.held_places, everywhere=False, stage="held back"
         )
         tick = request.show.stage("held back", len(held) * len(again.sections))
-        park, device = found.room.park, device_of(found.model)
+        park, device = _parked(found), device_of(found.model)
         judged = gather(again, metric, device, park=lambda each: park(narrowed(each)), tick=tick)
         moments = {name: m for name, m in judged.moments.items() if name not in judged.unmeasured}
         request.show.stage("damping", None)
@@ -87,14 +87,24 @@ def calibrated_in(found: Survey, passes: Passes) -> Calibration:
     total = None if passes.batches is None else passes.batches * len(passes.sections)
     tick = request.show.stage("calibrate", total)
     if metric.needs:
-        calibration = gather(
-            passes, metric, device_of(found.model), park=found.room.park, tick=tick
-        )
+        device = device_of(found.model)
+        calibration = gather(passes, metric, device, park=_parked(found), tick=tick)
     else:
         calibration = Calibration({site.name: Moments() for site in found.sites})
     require_influence(found.sites, calibration)
     request.notes.add(*reach_notes(found.sites, calibration))
     return calibration
+
+
+def _parked(found: Survey) -> Callable[[Moments], Moments]:
+    """Puts moments where they take no memory, and gives back what their sums took."""
+
+    def parked(moments: Moments) -> Moments:
+        waiting = found.room.park(moments)
+        found.room.cool()
+        return waiting
+
+    return parked
 
 
 def passes_over(

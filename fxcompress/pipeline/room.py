@@ -8,6 +8,7 @@ several times with some of its layers each; moments and factors wait in files
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +25,7 @@ from fxcompress.metric.memory import free_memory, in_units
 from fxcompress.metric.moment_sums import LARGEST_OUTPUT
 from fxcompress.metric.passes import Section
 from fxcompress.metric.statistic import Statistic
-from fxcompress.metric.visitor import input_key
+from fxcompress.metric.visitor import SiteFacts, input_key
 from fxcompress.parking import Parking
 from fxcompress.pipeline.sites import Site
 
@@ -108,7 +109,7 @@ def make_room(
         for place, mine in in_blocks(sites, blocks)
         for part in _parts(mine, metric, limit)
     )
-    return Room(limit, needed, blocks, sections, Parking())
+    return Room(limit, needed, blocks, sections, Parking(model))
 
 
 def _parts(sites: Sequence[Site], metric: Metric, most: int) -> Iterator[tuple[Site, ...]]:
@@ -126,27 +127,40 @@ def _parts(sites: Sequence[Site], metric: Metric, most: int) -> Iterator[tuple[S
 # ---- bytes ----------------------------------------------------------------------------
 
 
-def gathering(sites: Iterable[Site], metric: Metric) -> int:
+def gathering(sites: Iterable[SiteFacts], metric: Metric) -> int:
     """Bytes of the sums of all statistics of some sites, and of the largest mean made of them."""
-    sums, largest, keys = 0.0, 0, set()
+    sums, largest = 0.0, 0
+    for size, share in _statistics(sites, metric):
+        sums += share * size
+        largest = max(largest, size)
+    return int(sums) + largest
+
+
+def finished(sites: Iterable[SiteFacts], metric: Metric) -> int:
+    """Bytes of the statistics of some sites themselves."""
+    return sum(size for size, _ in _statistics(sites, metric))
+
+
+def _statistics(sites: Iterable[SiteFacts], metric: Metric) -> Iterator[tuple[int, float]]:
+    """Bytes of every statistic, and how many times as much its sum takes."""
+    keys = set()
     for site in sites:
         groups, m, n = site.shape.matrix
-        wide = 10 if site.shape.dtype.itemsize == 8 else 7.5
+        # Triangles: 5/8 of the entries, in float64 and in the type of the products.
+        packed = 5 / 8 * (2.0 if site.shape.dtype.itemsize == 8 else 1.5)
         for need in metric.needs:
             if isinstance(need, Statistic):
-                size, each = 8 * _entries(need.size(m, n)), 1.0
+                yield 8 * groups * math.prod(need.size(m, n)), 1.0
             elif need == "input":
-                new = input_key(site) not in keys
-                keys.add(input_key(site))
-                size = 8 * n * (1 if site.shape.takes == "indices" else n) if new else 0
-                each = wide / 8
+                if input_key(site) not in keys:
+                    keys.add(input_key(site))
+                    indices = site.shape.takes == "indices"
+                    yield 8 * groups * (n if indices else n * n), 1.0 if indices else packed
             elif need == "output":
-                size, each = 8 * m * (1 if m >= LARGEST_OUTPUT else m), wide / 8
+                wide = m >= LARGEST_OUTPUT
+                yield 8 * groups * (m if wide else m * m), 1.0 if wide else packed
             else:
-                size, each = 8 * m * (n if need == "entries" else 1), 1.0
-            sums += groups * size * each
-            largest = max(largest, groups * size)
-    return int(sums) + largest
+                yield 8 * groups * m * (n if need == "entries" else 1), 1.0
 
 
 def decomposing(site: Site) -> int:
@@ -168,10 +182,3 @@ def everything(sites: Sequence[Site], metric: Metric) -> int:
     """Bytes that all of it takes at once: moments, those of the data held back, decompositions."""
     found = gathering(sites, metric)
     return 2 * found + sum(map(kept, sites)) + max(map(decomposing, sites), default=0)
-
-
-def _entries(size: Iterable[int]) -> int:
-    found = 1
-    for each in size:
-        found *= each
-    return found

@@ -115,9 +115,13 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, loaded: LoadedRules, request: Request
+    model: nn.Module, loaded: LoadedRules, request: Request, *, values: bool = True
 ) -> tuple[Survey, Iterable[Any], int | None]:
     """Record and match.
+
+    Args:
+        model, loaded, request: as of :func:`fxcompress.pipeline.analysis.analyse`.
+        values: whether weights have to have values; without, the model may be on the meta device.
 
     Returns:
         What was found, and the calibration batches with their number if it is known.
@@ -127,7 +131,8 @@ def survey(
     loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
-    _require_values(work)
+    if values:
+        _require_values(work)
     examples = [] if request.examples is None else list(iterate("examples", request.examples))
     first, batches, total = _batches(request.calibration, bool(metric.needs), metric.name, examples)
 
@@ -156,7 +161,7 @@ def survey(
             f"the rules of {loaded.filename} match nothing in {type(model).__name__}, so there is "
             f"nothing to compress\n{Explanation.of(matched)}"
         )
-    for site in sites:
+    for site in sites if values else ():
         if not bool(work.get_parameter(site.weight).isfinite().all()):
             raise CalibrationError(
                 f"the weight {site.weight} has NaN or infinite values; repair or reload the model"
