@@ -18,7 +18,7 @@ from fxcompress.metric import METRICS, Moments
 from fxcompress.operators.convolution import ConvShape
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.agreement import parted
-from fxcompress.pipeline.held_back import DAMPING, Division, narrowed
+from fxcompress.pipeline.held_back import DAMPING, Division, Narrowed
 from fxcompress.plans.plan import HeldBack, Plan, plan_of
 from tests.small import data, net, rules
 
@@ -222,7 +222,9 @@ def test_the_undamped_loss_is_that_of_the_dense_form(module: Any, kind: str, uni
 def test_own_statistics_are_kept_in_float64() -> None:
     """They have no units: squares of inputs of 1e-25 are nothing in float32."""
     own = {"squares": torch.tensor([1e-50, 1e50], dtype=torch.float64)}
-    kept = narrowed({"fc": Moments(torch.eye(2).double(), own=own)})["fc"]
+    narrow, moments = Narrowed(), Moments(torch.eye(2).double(), own=own)
+    kept = narrow(moments)
+    assert narrow(moments).input is kept.input  # sites on one input share it
     assert kept.input is not None
     assert kept.input.dtype == torch.float32
     assert torch.equal(kept.own["squares"], own["squares"])

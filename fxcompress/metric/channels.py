@@ -118,14 +118,13 @@ class ChannelTruncations(Channels):
         if self.inputs is None:
             return own
         n, taps = weight.shape[1:]
-        dropped = torch.ones(n, dtype=torch.bool, device=kept.device)
-        dropped[kept] = False
         a = self.inputs.dense(n * taps).to(weight).reshape(n, taps, n * taps)
         here = a[kept].flatten(0, 1)  # rows of A
-        a_kept, a_crossed = (
-            here.reshape(-1, n, taps)[:, which].flatten(1) for which in (kept, dropped)
-        )
-        known = a_crossed @ weight[:, dropped].flatten(1).T
+        del a
+        rest = weight.index_fill(1, kept, 0.0)
+        known = here @ rest.flatten(1).T
+        a_kept = here.reshape(-1, n, taps)[:, kept].flatten(1)
+        del here
         fitted: Tensor = torch.cholesky_solve(known, cholesky(a_kept))
         return own + fitted.T.reshape(own.shape)
 

@@ -113,33 +113,47 @@ def foreseen(analysis: Analysis, planned: Plan) -> Plan:
     if not known:
         return planned
     metric = METRICS[analysis.rules.rules.metric.kind]
-    sites = {site.name: site for site in analysis.sites}
-    entries = []
-    for entry in planned.sites:
-        if entry.form is not None and entry.name in known:
-            approximated = _approximated(analysis, entry)
-            loss = 0.0  # of a weight that stays as it is
-            if approximated is not None:
-                dense = sites[entry.name].weight_in(analysis.model).to(torch.float64)
-                change, shape = approximated - dense, sites[entry.name].shape
-                loss = metric.undamped_loss(shape, known[entry.name], change)
-            entry = entry.model_copy(update={"predicted": loss})
-            analysis.room.cool()
-        entries.append(entry)
-    predicted = math.fsum(entry.predicted for entry in entries)
+    losses: dict[str, float] = {}
+    for name, entries in planned.groups.items():
+        weights = _approximated(analysis, name, entries)
+        for entry, weight in zip(entries, weights, strict=True):
+            if entry.name not in known:
+                continue
+            site = analysis.group(name).sites[entry.member]
+            losses[entry.name] = 0.0  # of a weight that stays as it is
+            if weight is not None:
+                change = weight - site.weight_in(analysis.model).to(torch.float64)
+                losses[entry.name] = metric.undamped_loss(site.shape, known[site.name], change)
+        analysis.room.cool()
+    sites = tuple(
+        entry.model_copy(update={"predicted": losses.get(entry.name, entry.predicted)})
+        for entry in planned.sites
+    )
+    predicted = math.fsum(entry.predicted for entry in sites)
     budget = planned.budget.model_copy(update={"predicted": predicted})
-    return planned.model_copy(update={"sites": tuple(entries), "budget": budget})
+    return planned.model_copy(update={"sites": sites, "budget": budget})
 
 
-def _approximated(analysis: Analysis, entry: SitePlan) -> Tensor | None:
-    """The dense weight (canonical layout, float64) that the form of a site stands for."""
-    group = analysis.group(entry.group)
-    form, rank = entry.choice
-    target = analysis.decomposed.groups[group.name].target
-    if entry.then is None:
-        return group.approximated(form, target, rank)[entry.member]
-    left, (code,) = group.left_of(*entry.narrowing), encoded(np.array([entry.then.rank]))
-    return weight_left(analysis.model, group, analysis.decomposed, left, entry.then.form, int(code))
+def _approximated(
+    analysis: Analysis, name: str, entries: Sequence[SitePlan]
+) -> Sequence[Tensor | None]:
+    """The dense weights (canonical layout, float64) that stand for some sites of a group.
+
+    None for one that stays as it is.
+    """
+    group, found = analysis.group(name), analysis.decomposed
+    form, rank = entries[0].choice
+    if all(entry.then is None for entry in entries):
+        all_of_them = group.approximated(form, found.groups[name].target, rank)
+        return [all_of_them[entry.member] for entry in entries]
+    weights: list[Tensor | None] = []
+    for entry in entries:
+        left, then = group.left_of(*entry.narrowing), entry.then
+        code = None if then is None else int(encoded(np.array([then.rank]))[0])
+        weights.append(
+            weight_left(analysis.model, group, found, left, then.form if then else None, code)
+        )
+    return weights
 
 
 def price(analysis: Survey) -> dict[str, Pricing]:

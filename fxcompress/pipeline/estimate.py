@@ -11,7 +11,7 @@ from fxcompress.metric import METRICS, Calibration, Draws, Moments
 from fxcompress.metric.blocks import Blocks, Uncuttable
 from fxcompress.metric.capture import gather
 from fxcompress.metric.passes import Passes, Whole
-from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, choose_damping, narrowed
+from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, Narrowed, choose_damping
 from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
 from fxcompress.pipeline.survey import Survey
 from fxcompress.rules import LoadedRules
@@ -54,8 +54,8 @@ def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
             found, held, len(held), division.held_places, everywhere=False, stage="held back"
         )
         tick = request.show.stage("held back", len(held) * len(again.sections))
-        park, device = _parked(found), device_of(found.model)
-        judged = gather(again, metric, device, park=lambda each: park(narrowed(each)), tick=tick)
+        park, narrow, device = _parked(found), Narrowed(), device_of(found.model)
+        judged = gather(again, metric, device, park=lambda each: park(narrow(each)), tick=tick)
         moments = {name: m for name, m in judged.moments.items() if name not in judged.unmeasured}
         request.show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)

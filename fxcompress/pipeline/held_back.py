@@ -17,7 +17,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
@@ -117,12 +118,25 @@ class Division:
                 yield start + int(torch.randint(size, (), generator=generator))
 
 
-def narrowed(moments: Moments) -> Moments:
-    """Moments in float32: they are kept until the plan is made, and nothing is inverted in them.
+class Narrowed:
+    """Takes moments to float32: they are kept until the plan is made, and never inverted in it.
 
-    Statistics of a metric's own stay as they are: without units they may be beyond float32.
+    Statistics of a metric's own stay as they are: without units they may be beyond float32.  What
+    several sites share they share afterwards, too.
     """
-    return replace(moments.changed(lambda each: each.to(torch.float32)), own=moments.own)
+
+    def __init__(self) -> None:
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def __call__(self, moments: Moments) -> Moments:
+        """The moments in float32."""
+        return replace(moments.changed(self._narrow), own=moments.own)
+
+    def _narrow(self, one: Tensor) -> Tensor:
+        if one not in self._known:
+            self._known[one] = one.to(torch.float32)
+        found: Tensor = self._known[one]
+        return found
 
 
 def default_damping(given: tuple[float | None, float | None]) -> tuple[float, float]:

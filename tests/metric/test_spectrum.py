@@ -248,3 +248,22 @@ def test_a_root_of_few_rows_is_as_good_as_the_factor(damping: float, rank: int) 
     assert whitener(torch.zeros(2, 12), damping).null
     with pytest.raises(ValueError, match="not finite"):
         whitener(torch.full((2, 12), torch.inf), damping)
+
+
+def test_narrow_types_lose_nothing_to_a_cheaper_decomposition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 80, generator=generator).to(torch.bfloat16)
+    a, g = (random_factor(n, generator) for n in (80, 48))
+    found = decompose(weight, a, g, damping=(1e-3, 1e-1), dtype=torch.float64)
+    exact = decompose(weight.double(), a, g, damping=(1e-3, 1e-1))
+    torch.testing.assert_close(found.sigma, exact.sigma, rtol=1e-5, atol=0)
+    whole = found.left @ found.right
+    torch.testing.assert_close(whole, weight.double(), rtol=0, atol=1e-9 * float(whole.abs().max()))
+    for rank in (1, 8, 40):
+        first, second = ((x.left[:, :rank] @ x.right[:rank]) for x in (found, exact))
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-4 * float(second.abs().max()))
+
+
+def random_factor(n: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(n, 2 * n, generator=generator, dtype=torch.float64)
+    return x @ x.T / n
