@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -30,8 +31,6 @@ import fxcompress
 from fxcompress.metric.memory import in_units
 
 RESULTS = Path(__file__).parent / "results" / "scale.md"
-GIB = 1 << 30
-
 CASES: dict[str, dict[str, Any]] = {
     "208m": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 12,
@@ -104,19 +103,52 @@ def floor(model: nn.Module, data: list[Any]) -> float:
     return seconds * len(data)
 
 
+class Memory(threading.Thread):
+    """Watches the memory of the process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: list[tuple[float, int]] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Look a hundred times a second."""
+        while not self.over.wait(0.01):
+            self.seen.append((time.perf_counter(), resident()))
+
+    def peaks(self, begin: float, seconds: dict[str, float]) -> dict[str, int]:
+        """The most of each stage, by how long they took one after the other."""
+        found = {}
+        for name, took in seconds.items():
+            within = [size for at, size in self.seen if begin <= at <= begin + took]
+            found[name] = max(within, default=0)
+            begin += took
+        return found
+
+
+def resident() -> int:
+    """Bytes that the process has in memory."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
+
+
 def one(given: argparse.Namespace) -> None:
     """Compile one model within one limit; what it took as JSON."""
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")
     model, data = build(given.case, given.layers)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    base = resident()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    limit = None if given.limit == "none" else given.limit
+    limit = "1TiB" if given.limit == "none" else given.limit
+    told = fxcompress.forecast(model, given.rules, data, memory=limit)
+    memory = Memory()
+    memory.start()
     begin = time.perf_counter()
     small = fxcompress.compile(
-        model, given.rules, data, keep=0.8, memory=limit or "1TiB", progress=given.verbose or None
+        model, given.rules, data, keep=0.8, memory=limit, progress=given.verbose or None
     )
     seconds = time.perf_counter() - begin
+    memory.over.set()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     plan = fxcompress.plan_of(small)
     found = {
@@ -126,6 +158,8 @@ def one(given: argparse.Namespace) -> None:
         "peak": peak,
         "seconds": seconds,
         "stages": plan.seconds,
+        "peaks": memory.peaks(begin, plan.seconds),
+        "forecast": {stage.name: stage.memory for stage in told.stages},
         "ranks": [[site.name, site.form, site.rank] for site in plan.sites],
     }
     if given.save:
@@ -185,6 +219,9 @@ def main() -> None:
                 f"| {', '.join(f'{name} {seconds:.0f} s' for name, seconds in slowest)} |"
             )
             print(lines[-1], {k: v for k, v in found.items() if k in ("runs", "saved peak")})
+            for stage, expected in found["forecast"].items():
+                measured = found["peaks"].get(stage, 0) - found["base"]
+                print(f"  {stage}: {in_units(expected)} foretold, {in_units(measured)} measured")
         same = all(each == next(iter(ranks.values())) for each in ranks.values())
         if len(ranks) > 1:
             lines.append(f"\nRanks of {case}: {'the same' if same else 'different'} in all rows.")

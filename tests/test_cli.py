@@ -190,6 +190,26 @@ def test_plan(run: _Run) -> None:
     assert err == ""
 
 
+def test_memory(run: _Run, tmp_path: Path) -> None:
+    out, _ = run("plan", "rules.yaml", *NET, "--dry-run")
+    assert out.startswith("model ")
+    assert "the model is run as a whole" in out
+    told = json.loads(run("plan", "rules.yaml", *NET, "--dry-run", "--json", "--memory", "1GB")[0])
+    assert told["limit"] == 10**9
+    assert [stage["name"] for stage in told["stages"]][-1] == "rewrite"
+    enough = run("plan", "rules.yaml", *NET, "--json")[0]
+    ranks = [[s["rank"] for s in json.loads(text)["sites"]] for text in (
+        enough, run("plan", "rules.yaml", *NET, "--json", "--memory", "300kB")[0],
+    )]  # fmt: skip
+    assert ranks[0] == ranks[1]
+    out, err = run("plan", "rules.yaml", *NET, "--memory", "9 bytes", code=1)
+    assert out == ""
+    assert "memory is a number of bytes, or one with a unit, as in '8GiB'" in err
+    _, err = run("compile", "rules.yaml", *NET, "--memory", "9", "-o", tmp_path / "o", code=1)
+    assert "the limit on memory is 9 bytes" in err
+    assert not (tmp_path / "o").exists()
+
+
 def test_another_unit(run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, _ = run("plan", "rules.yaml", *NET, "--unit", "macs", "--json")
     assert json.loads(out)["budget"]["unit"] == "macs"

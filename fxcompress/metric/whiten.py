@@ -294,24 +294,36 @@ class Whiteners:
 
     Args:
         damping: of the input and of the output factor.
+        known: whiteners that are remembered by (factor, damping) for others, too; the factors have
+            to live as long.  None to remember none.
     """
 
-    def __init__(self, damping: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        damping: tuple[float, float],
+        known: dict[tuple[int, float], list[Whitener]] | None = None,
+    ) -> None:
         self.damping = damping
+        self._known = known
         self._last: tuple[Factor, list[Whitener]] | None = None
 
     def inputs(self, factor: Factor, groups: int = 0, unit: float = 1.0) -> list[Whitener]:
         """Of an input factor in units of ``unit²``; of groups with a dimension of their own."""
         if self._last is None or factor is None or self._last[0] is not factor:
-            self._last = (factor, _each(factor, groups, self.damping[0], unit))
+            self._last = (factor, self._each(factor, groups, self.damping[0], unit))
         return self._last[1]
 
     def outputs(self, factor: Factor, groups: int = 0, unit: float = 1.0) -> list[Whitener]:
         """Of an output factor in units of ``unit²``; of groups with a dimension of their own."""
-        return _each(factor, groups, self.damping[1], unit)
+        return self._each(factor, groups, self.damping[1], unit)
 
-
-def _each(factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
-    if factor is None:
-        return [Whitener()] * (groups or 1)
-    return [whitener(part, damping, unit) for part in (factor if groups else [factor])]
+    def _each(self, factor: Factor, groups: int, damping: float, unit: float) -> list[Whitener]:
+        if factor is None:
+            return [Whitener()] * (groups or 1)
+        key = id(factor), damping
+        if self._known is not None and key in self._known:
+            return self._known[key]
+        found = [whitener(part, damping, unit) for part in (factor if groups else [factor])]
+        if self._known is not None:
+            self._known[key] = found
+        return found

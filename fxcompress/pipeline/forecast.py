@@ -18,7 +18,7 @@ from fxcompress.metric import METRICS
 from fxcompress.metric.memory import in_units
 from fxcompress.metric.visitor import input_key
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.room import decomposing, finished, gathering, kept
+from fxcompress.pipeline.room import decomposing, finished, gathering, kept, refitting
 from fxcompress.pipeline.sites import Site
 from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.progress import stages
@@ -193,8 +193,9 @@ def foresee(found: Survey, batches: int) -> Forecast:
         work,
     )
     size = found.size.bytes
+    again = size + max(map(refitting, sites))
     rewrite = Stage(
-        "rewrite", size + (0 if parked else factors), factors if parked else 0, 4.0 * macs
+        "rewrite", again + (0 if parked else factors), factors if parked else 0, 4.0 * macs
     )
     stages = tuple(
         stage for stage in (calibrate, judge, decompose, rewrite) if stage.work or stage is rewrite

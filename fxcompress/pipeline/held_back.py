@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.forms import Target
 from fxcompress.metric import Metric, Moments
-from fxcompress.metric.whiten import Whiteners
+from fxcompress.metric.whiten import Whitener, Whiteners
 from fxcompress.pipeline.sites import Group
 
 DAMPING = (1e-3, 1e-1)
@@ -174,16 +173,22 @@ def choose_damping(
     places = sorted({len(usable) * at // count for at in range(count)})
     probes = [usable[place] for place in places]
 
-    @cache
-    def lost(damping: tuple[float, float]) -> float:
-        whiteners = Whiteners(damping)
-        return math.fsum(_lost(model, probe, metric, moments, held, whiteners) for probe in probes)
+    def best(dampings: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        lost: list[list[float]] = [[] for _ in dampings]
+        for probe in probes:
+            # What does not change between dampings is not computed again.
+            known: dict[tuple[int, float], list[Whitener]] = {}
+            for each, losses in zip(dampings, lost, strict=True):
+                whiteners = Whiteners(each, known)
+                losses.append(_lost(model, probe, metric, moments, held, whiteners))
+        totals = [*map(math.fsum, lost)]
+        return dampings[totals.index(min(totals))]
 
     inputs, outputs = fallback
     if given[0] is None and metric.damped[0]:
-        inputs = min(INPUT_DAMPINGS, key=lambda each: lost((each, outputs)))
+        inputs, _ = best([(each, outputs) for each in INPUT_DAMPINGS])
     if given[1] is None and metric.damped[1]:
-        outputs = min(OUTPUT_DAMPINGS, key=lambda each: lost((inputs, each)))
+        _, outputs = best([(inputs, each) for each in OUTPUT_DAMPINGS])
     return inputs, outputs
 
 

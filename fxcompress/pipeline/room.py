@@ -164,12 +164,17 @@ def _statistics(sites: Iterable[SiteFacts], metric: Metric) -> Iterator[tuple[in
 
 
 def decomposing(site: Site) -> int:
-    """Bytes that it takes to decompose a weight: factors of the metric, roots, whitened weights."""
+    """Bytes that it takes to decompose a weight: a factor of the metric, its roots, products."""
     groups, m, n = site.shape.matrix
-    small = min(m, n)
-    outputs = m if m >= LARGEST_OUTPUT else m * m
-    inputs = n if site.shape.takes == "indices" else n * n
-    return 8 * (3 * (inputs + outputs) + groups * (4 * m * n + 4 * small**2))
+    wide = max(1 if m >= LARGEST_OUTPUT else m, 1 if site.shape.takes == "indices" else n)
+    return 8 * (4 * wide**2 + groups * 4 * (m * n + min(m, n) ** 2))
+
+
+def refitting(site: Site) -> int:
+    """Bytes that it takes to make the weights of a form: a factor of the metric, parts of it."""
+    groups, m, n = site.shape.matrix
+    wide = 1 if site.shape.takes == "indices" else n
+    return 8 * (3 * wide**2 + groups * 4 * m * n)
 
 
 def kept(site: Site) -> int:
