@@ -17,8 +17,8 @@ def cut(
     """Modules that have all sites among them and cost little enough, the largest that do.
 
     A module is cut where it costs more than that, its sites are in modules that it calls, and
-    these run once and return tensors.  The last of them are left out while what is then behind the
-    others still costs little enough: it needs no cut.
+    these run once and return tensors.  What comes last needs no cut behind it: the last one is left
+    out, and others before it while what is then behind the rest costs little enough.
 
     Args:
         recording: of the model.
@@ -49,10 +49,10 @@ def cut(
             found += inside
         return found
 
-    found = parts("") or [""]
+    found = (parts("") or [""])[:-1]
     while found:
         behind = [site for site in sites if not any(below(site, path) for path in found[:-1])]
-        if cost(behind) > most and found != [""]:
+        if cost(behind) > most:
             break
         found.pop()
     return tuple(found)

@@ -277,3 +277,26 @@ def test_a_block_that_returns_something_else_when_run_again_is_told() -> None:
     passes = blockwise(model, sites, [x], 1)
     with pytest.raises(Uncuttable, match="0 returns something else"):
         gather(passes, METRICS["kfac"], CPU)
+
+
+class Wide(nn.Module):
+    """Two layers that cannot be told apart: both are in one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half: Tensor = self.one(x)
+        return half + self.two(half).relu() + self.one(half)
+
+
+def test_what_comes_last_may_be_more_than_there_is_room_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Wide()).double().eval()
+    x = [torch.randn(3, 4, dtype=torch.float64)]
+    sites = [Target(name, shape_of(model.get_submodule(name)), name, calls)
+             for name, calls in (("0", 1), ("2.one", 2), ("2.two", 1))]  # fmt: skip
+    assert cut(record(model, x), [site.name for site in sites], len, 1) == ("0",)
+    whole = gather(Whole(model, x, (Section(tuple(sites)),)), METRICS["kfac"], CPU)
+    equal(gather(blockwise(model, sites, x, 1), METRICS["kfac"], CPU), whole)
