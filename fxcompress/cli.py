@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -32,11 +33,13 @@ from fxcompress.rules import (
     Case,
     LoadedRules,
     MatchResult,
+    choices,
     json_schema,
     load_rules,
     preset_names,
     preset_path,
     run_cases,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -44,11 +47,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fxcompress",
-    help="Low-rank compression of PyTorch models by declarative graph rewriting.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fxcompress {fxcompress.__version__}")
+        raise typer.Exit
+
 
 Rules = Annotated[str, typer.Argument(help="rule file, or a preset: " + ", ".join(preset_names()))]
 Model = Annotated[
@@ -80,7 +90,13 @@ Modules = Annotated[
 
 
 @app.callback()
-def before(modules: Modules = None) -> None:
+def before(
+    modules: Modules = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="show it and exit"),
+    ] = False,
+) -> None:
     """Low-rank compression of PyTorch models by declarative graph rewriting."""
     for place in modules or ():
         try:
@@ -317,6 +333,33 @@ def check(rules: Rules) -> None:
     loaded = load_rules(rules)
     counts = (_count(len(loaded.rules.rules), "rule"), _count(len(loaded.rules.tests), "test"))
     typer.echo(f"{loaded.filename}: {', '.join(counts)}, no errors")
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="of one that is to be printed")] = None,
+) -> None:
+    """List the rule files that ship with the package, or print one to start from."""
+    if name is None:
+        for each in preset_names():
+            typer.echo(f"{each:<20} {_headline(each)}")
+        return
+    path = preset_path(name)
+    if path is None:
+        names = preset_names()
+        raise typer.BadParameter(
+            f"no preset is called {name}; {suggest(name, names) or choices(names)}"
+        )
+    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+def _headline(preset: str) -> str:
+    """The first sentence of a preset's opening comment."""
+    path = preset_path(preset)
+    assert path is not None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    opening = itertools.takewhile(lambda line: line.startswith("# "), lines)
+    return " ".join(line[2:] for line in opening).partition(". ")[0].rstrip(".")
 
 
 @app.command("test")

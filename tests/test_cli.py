@@ -265,9 +265,28 @@ def test_check_and_schema(run: _Run) -> None:
 
 def test_help_names_every_verb(run: _Run) -> None:
     out, _ = run("--help")
-    for verb in ("compile", "plan", "explain", "diff", "load", "check", "schema"):
+    assert run("-h")[0] == out
+    for verb in ("compile", "plan", "explain", "diff", "load", "check", "presets", "schema"):
         assert verb in out
-        assert "--help" in run(verb, "--help")[0]
+        assert "--help" in run(verb, "-h")[0]
+
+
+def test_version_and_module(run: _Run) -> None:
+    assert run("--version")[0] == f"fxcompress {fxcompress.__version__}\n"
+    words = [sys.executable, "-m", "fxcompress", "--version"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said == f"fxcompress {fxcompress.__version__}\n"
+
+
+def test_presets_are_listed_and_printed(run: _Run, tmp_path: Path) -> None:
+    out, _ = run("presets")
+    assert [line.split()[0] for line in out.splitlines()] == list(fxcompress.rules.preset_names())
+    assert "decoder              Decoder language models: Llama" in out
+    text, _ = run("presets", "decoder")
+    (tmp_path / "mine.yaml").write_text(text)
+    assert run("check", tmp_path / "mine.yaml")[0].startswith(str(tmp_path / "mine.yaml"))
+    _, err = run("presets", "decodr", code=2)
+    assert "did you mean 'decoder'?" in err
 
 
 def test_warnings_are_one_line_each(run: _Run, place: Path, tmp_path: Path) -> None:
