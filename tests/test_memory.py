@@ -17,6 +17,7 @@ from fxcompress.parking import Parking, mapped
 from fxcompress.pipeline import room
 from fxcompress.pipeline.estimate import passes_over
 from fxcompress.pipeline.request import Request
+from fxcompress.pipeline.room import Needs
 from fxcompress.pipeline.survey import survey
 from fxcompress.progress import stages
 from fxcompress.rules import LoadedRules, parse_rules
@@ -75,8 +76,8 @@ def images() -> list[Tensor]:
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything waits in files, however small, and parts are as small as they can be."""
     monkeypatch.setattr(parking, "SMALL", 0)
-    monkeypatch.setattr(room, "everything", lambda sites, metric: 1 << 60)
-    monkeypatch.setattr(room, "decomposing", lambda site: 0)
+    monkeypatch.setattr(Needs, "everything", lambda needs, sites: 1 << 60)
+    monkeypatch.setattr(Needs, "decomposing", lambda needs, site: 0)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], str, str]] = {
@@ -102,7 +103,7 @@ def test_plan_and_weights_are_the_same(case: str, tight: None) -> None:
     make, data, metric, rewrite = CASES[case]
     model, given = make(), rules(metric, rewrite)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "everything", lambda sites, metric: 0)
+        patch.setattr(Needs, "everything", lambda needs, sites: 0)
         free = fxcompress.compile(model, given, data())
     small = fxcompress.compile(model, given, data(), memory=600_000 if data is images else 80_000)
     expected, found = fxcompress.plan_of(free), fxcompress.plan_of(small)
@@ -137,6 +138,12 @@ def test_the_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch)
     assert found.room.limit == 800 << 20
     assert found.room.parking is None
     assert not found.room.blocks
+
+
+def test_what_nobody_limited_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
+    found, *_ = surveyed(llama(), tokens(), None)  # type: ignore[arg-type]
+    assert found.room.parking is not None
 
 
 def test_too_little_is_refused_before_the_work() -> None:

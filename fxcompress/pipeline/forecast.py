@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -18,7 +18,7 @@ from fxcompress.metric import METRICS
 from fxcompress.metric.memory import in_units
 from fxcompress.metric.visitor import input_key
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.room import decomposing, finished, gathering, kept, refitting
+from fxcompress.pipeline.room import Needs, kept
 from fxcompress.pipeline.sites import Site
 from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.progress import stages
@@ -153,25 +153,25 @@ def foresee(found: Survey, batches: int) -> Forecast:
     """
     room, sites = found.room, found.sites
     metric = METRICS[found.rules.rules.metric.kind]
-    parked = room.parking is not None
+    needs, parked = Needs(metric, batches), room.parking is not None
     held = max(1, int(batches * found.rules.rules.metric.held_back)) if metric.needs else 0
     held = held if found.rules.rules.metric.held_back and batches > 1 else 0
     passing = max(
         (
-            gathering(section.sites, metric)
+            needs.gathering(cast("Sequence[Site]", section.sites))
             + activations(found, room.blocks, section.block, metric.backward)
             for section in room.sections
         ),
         default=0,
     )
-    moments = finished(sites, metric)
+    moments = needs.finished(sites)
     boundaries = sum(_returned(found, path) for path in room.blocks) * (2 if metric.backward else 1)
     forwards = 1 + metric.backward + bool(room.blocks)
     repeats = 1 if room.blocks else len(room.sections)
     macs = found.size.macs
     grams = sum(_gram(*each) for each in _unique(sites)) if metric.needs else 0.0
     factors = sum(map(kept, sites))
-    widest = max(map(decomposing, sites))
+    widest = max(map(needs.decomposing, sites))
     waiting = moments + held * boundaries + batches * boundaries
     calibrate = Stage(
         "calibrate",
@@ -193,7 +193,7 @@ def foresee(found: Survey, batches: int) -> Forecast:
         work,
     )
     size = found.size.bytes
-    again = size + max(map(refitting, sites))
+    again = size + max(map(needs.refitting, sites))
     rewrite = Stage(
         "rewrite", again + (0 if parked else factors), factors if parked else 0, 4.0 * macs
     )

@@ -21,11 +21,12 @@ from fxcompress.graph.inputs import device_of
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import Metric
 from fxcompress.metric.blocks import in_blocks
+from fxcompress.metric.grams import FEW, WIDE
 from fxcompress.metric.memory import free_memory, in_units
 from fxcompress.metric.moment_sums import LARGEST_OUTPUT
 from fxcompress.metric.passes import Section
 from fxcompress.metric.statistic import Statistic
-from fxcompress.metric.visitor import SiteFacts, input_key
+from fxcompress.metric.visitor import input_key
 from fxcompress.parking import Parking
 from fxcompress.pipeline.sites import Site
 
@@ -67,7 +68,7 @@ def make_room(
     model: nn.Module,
     recording: Recording,
     sites: Sequence[Site],
-    metric: Metric,
+    needs: Needs,
     limit: int | None,
 ) -> Room:
     """Decide how sites are measured within a limit on memory.
@@ -76,47 +77,49 @@ def make_room(
         model: the working copy.
         recording: of it.
         sites: in graph order.
-        metric: of the rules.
+        needs: what the work on them takes.
         limit: bytes beside the model and the data; None for :data:`SHARE` of what is free.
 
     Raises:
-        MemoryLimitError: a single site takes more; the message says how much.
+        MemoryLimitError: a single site takes more than a limit that was given; the message says how
+            much.
     """
-    device = device_of(model)
+    given = limit is not None
     if limit is None:
-        free = free_memory(device)
+        free = free_memory(device_of(model))
         limit = None if free is None else int(SHARE * free)
-    needed = everything(sites, metric)
+    needed = needs.everything(sites)
     everyone = (Section(tuple(sites)),)
     if limit is None or needed <= limit:
         return Room(limit, needed, (), everyone)
-    least, worst = max((max(decomposing(s), gathering([s], metric)), s.name) for s in sites)
-    if least > limit:
+    least, worst = max((max(needs.decomposing(s), needs.gathering([s])), s.name) for s in sites)
+    if least > limit and given:
         raise MemoryLimitError(
             f"the limit on memory is {in_units(limit)}, and {worst} alone takes {in_units(least)}: "
             "allow as much (--memory, memory=), or leave it out of the rules "
             "(unless: [{name: ...}])"
         )
+    most = max(limit, least)
     by_name = {site.name: site for site in sites}
 
     def cost(names: Sequence[str]) -> int:
-        return gathering([by_name[name] for name in names], metric)
+        return needs.gathering(by_name[name] for name in names)
 
     names = [site.name for site in sites]
-    blocks = () if recording.drew else cut(recording, names, cost, limit)
+    blocks = () if recording.drew else cut(recording, names, cost, most)
     sections = tuple(
         Section(part, place)
         for place, mine in in_blocks(sites, blocks)
-        for part in _parts(mine, metric, limit)
+        for part in _parts(mine, needs, most)
     )
     return Room(limit, needed, blocks, sections, Parking(model))
 
 
-def _parts(sites: Sequence[Site], metric: Metric, most: int) -> Iterator[tuple[Site, ...]]:
+def _parts(sites: Sequence[Site], needs: Needs, most: int) -> Iterator[tuple[Site, ...]]:
     """Sites in as few parts as can be, each of which costs little enough."""
     part: list[Site] = []
     for site in sites:
-        if part and gathering([*part, site], metric) > most:
+        if part and needs.gathering([*part, site]) > most:
             yield tuple(part)
             part = []
         part.append(site)
@@ -127,63 +130,82 @@ def _parts(sites: Sequence[Site], metric: Metric, most: int) -> Iterator[tuple[S
 # ---- bytes ----------------------------------------------------------------------------
 
 
-def gathering(sites: Iterable[SiteFacts], metric: Metric) -> int:
-    """Bytes of the sums of all statistics of some sites, and of the largest mean made of them."""
-    sums, largest = 0.0, 0
-    for size, share in _statistics(sites, metric):
-        sums += share * size
-        largest = max(largest, size)
-    return int(sums) + largest
+@dataclass(frozen=True)
+class Needs:
+    """How many bytes the work on sites takes.
 
+    Attributes:
+        metric: of the rules.
+        batches: of calibration data; None if nobody knows, which counts as many.
+    """
 
-def finished(sites: Iterable[SiteFacts], metric: Metric) -> int:
-    """Bytes of the statistics of some sites themselves."""
-    return sum(size for size, _ in _statistics(sites, metric))
+    metric: Metric
+    batches: int | None
 
+    def gathering(self, sites: Iterable[Site]) -> int:
+        """Of the sums of all statistics of some sites, and of the largest mean made of them."""
+        sums, largest = 0.0, 0
+        for size, share in self._statistics(sites):
+            sums += share * size
+            largest = max(largest, size)
+        return int(sums) + largest
 
-def _statistics(sites: Iterable[SiteFacts], metric: Metric) -> Iterator[tuple[int, float]]:
-    """Bytes of every statistic, and how many times as much its sum takes."""
-    keys = set()
-    for site in sites:
+    def finished(self, sites: Iterable[Site]) -> int:
+        """Of the statistics of some sites themselves."""
+        return sum(size for size, _ in self._statistics(sites))
+
+    def decomposing(self, site: Site) -> int:
+        """Of decomposing a weight: a factor of the metric, its roots, products."""
         groups, m, n = site.shape.matrix
-        # Triangles: 5/8 of the entries, in float64 and in the type of the products.
-        packed = 5 / 8 * (2.0 if site.shape.dtype.itemsize == 8 else 1.5)
-        for need in metric.needs:
-            if isinstance(need, Statistic):
-                yield 8 * groups * math.prod(need.size(m, n)), 1.0
-            elif need == "input":
-                if input_key(site) not in keys:
-                    keys.add(input_key(site))
-                    indices = site.shape.takes == "indices"
-                    yield 8 * groups * (n if indices else n * n), 1.0 if indices else packed
-            elif need == "output":
-                wide = m >= LARGEST_OUTPUT
-                yield 8 * groups * (m if wide else m * m), 1.0 if wide else packed
-            else:
-                yield 8 * groups * m * (n if need == "entries" else 1), 1.0
+        wide = max(
+            m if m >= LARGEST_OUTPUT else self._entries(site, m),
+            n if site.shape.takes == "indices" else self._entries(site, n),
+        )
+        return 8 * (4 * wide + groups * 4 * (m * n + min(m, n) ** 2))
 
+    def refitting(self, site: Site) -> int:
+        """Of making the weights of a form: a factor of the metric, parts of it."""
+        groups, m, n = site.shape.matrix
+        wide = n if site.shape.takes == "indices" else self._entries(site, n)
+        return 8 * (3 * wide + groups * 4 * m * n)
 
-def decomposing(site: Site) -> int:
-    """Bytes that it takes to decompose a weight: a factor of the metric, its roots, products."""
-    groups, m, n = site.shape.matrix
-    wide = max(1 if m >= LARGEST_OUTPUT else m, 1 if site.shape.takes == "indices" else n)
-    return 8 * (4 * wide**2 + groups * 4 * (m * n + min(m, n) ** 2))
+    def everything(self, sites: Sequence[Site]) -> int:
+        """Of all at once: moments, those of the data held back, decompositions."""
+        found = 2 * self.gathering(sites) + sum(map(kept, sites))
+        return found + max(map(self.decomposing, sites), default=0)
 
+    def _statistics(self, sites: Iterable[Site]) -> Iterator[tuple[int, float]]:
+        """Of every statistic, and how many times as much its sum takes."""
+        keys = set()
+        for site in sites:
+            groups, m, n = site.shape.matrix
+            # Triangles: 5/8 of the entries, in float64 and in the type of the products.
+            packed = 5 / 8 * (2.0 if site.shape.dtype.itemsize == 8 else 1.5)
+            for need in self.metric.needs:
+                if isinstance(need, Statistic):
+                    yield 8 * groups * math.prod(need.size(m, n)), 1.0
+                elif need == "input":
+                    if input_key(site) not in keys:
+                        keys.add(input_key(site))
+                        indices = site.shape.takes == "indices"
+                        size = n if indices else self._entries(site, n)
+                        yield 8 * groups * size, 1.0 if indices else packed
+                elif need == "output":
+                    wide = m >= LARGEST_OUTPUT
+                    size = m if wide else self._entries(site, m)
+                    yield 8 * groups * size, 1.0 if wide else packed
+                else:
+                    yield 8 * groups * m * (n if need == "entries" else 1), 1.0
 
-def refitting(site: Site) -> int:
-    """Bytes that it takes to make the weights of a form: a factor of the metric, parts of it."""
-    groups, m, n = site.shape.matrix
-    wide = 1 if site.shape.takes == "indices" else n
-    return 8 * (3 * wide**2 + groups * 4 * m * n)
+    def _entries(self, site: Site, width: int) -> int:
+        """Numbers that a second moment is kept as: of few rows, these themselves."""
+        groups, m, n = site.shape.matrix
+        rows = None if self.batches is None else site.dense_size().macs // (m * n) * self.batches
+        few = rows is not None and groups == 1 and width >= WIDE and rows <= width // FEW
+        return rows * width if few and rows is not None else width * width
 
 
 def kept(site: Site) -> int:
     """Bytes of what stays of a decomposition: its factors, for the form of every view."""
     groups, m, n = site.shape.matrix
     return 4 * groups * min(m, n) * (m + n)
-
-
-def everything(sites: Sequence[Site], metric: Metric) -> int:
-    """Bytes that all of it takes at once: moments, those of the data held back, decompositions."""
-    found = gathering(sites, metric)
-    return 2 * found + sum(map(kept, sites)) + max(map(decomposing, sites), default=0)

@@ -25,7 +25,7 @@ from fxcompress.metric import METRICS
 from fxcompress.metric.output import Family, declared_by
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.rigid import rigid_in
-from fxcompress.pipeline.room import Room, make_room
+from fxcompress.pipeline.room import Needs, Room, make_room
 from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
 from fxcompress.progress import Progress
@@ -184,7 +184,7 @@ def survey(
         size,
         _model_size(work, recording),
         request,
-        make_room(work, recording, sites, metric, loaded.rules.memory),
+        make_room(work, recording, sites, Needs(metric, total), loaded.rules.memory),
     )
     return found, batches, total
 

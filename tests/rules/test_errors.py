@@ -240,7 +240,7 @@ CASES = {
         "on: 3\n" + HEAD + RULE.replace("id: a", "id: no"),
         "r.yaml:1:1 error[unknown-key]: unknown key 'on'\n"
         "   on: 3\n"
-        "   ^^ one of: version, budget, metric, solver, defaults, rules, tests",
+        "   ^^ one of: version, budget, metric, solver, defaults, memory, rules, tests",
     ),
     "trap: duplicate key": (
         rule(rest="rewrite: none\n    rewrite: {form: pivoted}"),
