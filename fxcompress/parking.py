@@ -70,7 +70,7 @@ class Parking:
 
     def cool(self) -> None:
         """Give memory back: what was read of the files, and what nobody uses any more."""
-        for each in [*self._maps]:
+        for each in [*self._maps] if hasattr(mmap, "MADV_DONTNEED") else ():
             each.madvise(mmap.MADV_DONTNEED)
         _trim()
 
