@@ -66,6 +66,7 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
     metric_of = metric_from(moments, metric, estimated.damping)
     tick = request.show.stage("decompose", len(sites))
     room = surveyed.room
+    room.cool()
 
     def done() -> None:
         room.cool()
