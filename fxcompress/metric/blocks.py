@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxcompress.errors import CalibrationError
+from fxcompress.graph.blocks import below
 from fxcompress.graph.calling import called_through
 from fxcompress.graph.inputs import device_of, to_device
 from fxcompress.graph.padding import Padding, follow_padding, settle
@@ -196,7 +198,7 @@ class Blocks:
         with ExitStack() as stack:
             for place, call in calls.items():
                 module = self.model.get_submodule(self.blocks[place])
-                stack.enter_context(called_through([module], _placed(call, place)))
+                stack.enter_context(called_through([module], partial(call, place)))
             with suppress(_End):
                 yield
 
@@ -268,13 +270,6 @@ class Blocks:
         found = batch.gradients.setdefault(key, [None] * leaves)
         before = found[leaf]
         found[leaf] = self.park(gradient if before is None else before + gradient)
-
-
-def _placed(call: Callable[..., Any], place: int) -> Callable[..., Any]:
-    def placed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(place, module, *args, **kwargs)
-
-    return placed
 
 
 class _Again:
@@ -375,7 +370,7 @@ def in_blocks(sites: Sequence[Any], blocks: Sequence[str]) -> Iterator[tuple[int
     """Sites by the block that they are in, from the last one; others are in what follows."""
     found: dict[int, list[Any]] = defaultdict(list)
     for site in sites:
-        places = [at for at, path in enumerate(blocks) if f"{site.name}.".startswith(f"{path}.")]
+        places = [at for at, path in enumerate(blocks) if below(site.name, path)]
         found[places[0] if places else len(blocks)].append(site)
     for place in range(len(blocks), -1, -1):
         yield place, tuple(found[place])

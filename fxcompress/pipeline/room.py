@@ -42,14 +42,12 @@ class Room:
 
     Attributes:
         limit: bytes beside the model and the data; None if nobody knows what is free.
-        needed: bytes that everything at once would take.
         blocks: paths of the modules that are run one after the other; none for the whole model.
         sections: of the sites, in the order in which they are measured.
         parking: where tensors wait; None if there is room for all of them.
     """
 
     limit: int | None
-    needed: int
     blocks: tuple[str, ...]
     sections: tuple[Section, ...]
     parking: Parking | None = None
@@ -88,10 +86,9 @@ def make_room(
     if limit is None:
         free = free_memory(device_of(model))
         limit = None if free is None else int(SHARE * free)
-    needed = needs.everything(sites)
     everyone = (Section(tuple(sites)),)
-    if limit is None or needed <= limit:
-        return Room(limit, needed, (), everyone)
+    if limit is None or needs.everything(sites) <= limit:
+        return Room(limit, (), everyone)
     least, worst = max((max(needs.decomposing(s), needs.gathering([s])), s.name) for s in sites)
     if least > limit and given:
         raise MemoryLimitError(
@@ -112,7 +109,7 @@ def make_room(
         for place, mine in in_blocks(sites, blocks)
         for part in _parts(mine, needs, most)
     )
-    return Room(limit, needed, blocks, sections, Parking(model))
+    return Room(limit, blocks, sections, Parking(model))
 
 
 def _parts(sites: Sequence[Site], needs: Needs, most: int) -> Iterator[tuple[Site, ...]]:
