@@ -35,7 +35,7 @@ from fxcompress.pipeline.build import rewrite
 from fxcompress.pipeline.latency import machine
 from fxcompress.pipeline.request import Request
 from fxcompress.progress import stages
-from fxcompress.rules import load_rules, with_budget
+from fxcompress.rules import RuleSet, read_rules, with_budget
 
 RESULTS = Path(__file__).parent / "results" / "latency.md"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -117,7 +117,7 @@ def compressed(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> d
             small = fxcompress.load(path)
             found[f"keep {fxcompress.plan_of(small).budget.keep:g}"] = small
         return found
-    rules = load_rules(given.rules)
+    rules = read_rules(given.rules)
     data = batches(sequences(tokenizer, CALIBRATION, given.calibrate))
     with stages(True) as show:
         analysis = analyse(model, rules, Request(show, data))
@@ -252,17 +252,39 @@ def single_layers(given: argparse.Namespace) -> list[str]:
 # ---- a convolution network ------------------------------------------------------------
 
 
+CHANNELS = ((16, 32, 64), (64, 128, 256))
+"""Of the three stages of the network."""
+
+FORMATS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+
+
 @torch.no_grad()
 def convolutions(given: argparse.Namespace) -> list[str]:
     """Rows of the table of the network of ``examples/fashion.py``, with weights drawn at random."""
-    model = fashion.ResNet().eval()
-    images = [torch.randn(64, 1, 28, 28) for _ in range(4)]
-    small = fxcompress.compile(model, "convolutional", images, keep=0.5, progress=False)
-    lines = ["| type | work | half the MACs |", "|---|---|---|"]
-    x = torch.randn(256, 1, 28, 28)
-    runs = {"dense": partial(model, x), "half": partial(small, x)}
-    lines.append(_row(["float32", "256 images"], speeds(runs, given.rounds)))
+    multiples = {"any widths": 1, "widths in multiples of 16": 16}
+    lines = [f"| channels | memory format | {' | '.join(multiples)} |", "|---|---|---|---|"]
+    for channels in CHANNELS:
+        for name, order in FORMATS.items():
+            model = fashion.ResNet(channels).eval().to(memory_format=order)
+            images = torch.randn(256, 1, 28, 28).to(memory_format=order)
+            runs = {"dense": partial(model, images)}
+            for told, multiple in multiples.items():
+                small = fxcompress.compile(
+                    model, halved(multiple), images.split(64), progress=False
+                )
+                runs[told] = partial(small, images)
+            widths = ", ".join(map(str, channels))
+            lines.append(_row([widths, name], speeds(runs, given.rounds)))
     return lines
+
+
+def halved(multiple: int) -> RuleSet:
+    """The preset for convolutions at half the multiply-accumulates."""
+    plain = with_budget(read_rules("convolutional"), 0.5, "macs").rules.model_dump(
+        mode="json", by_alias=True, exclude_defaults=True
+    )
+    plain["defaults"]["multiple_of"] = multiple
+    return RuleSet.model_validate(plain)
 
 
 def main() -> None:

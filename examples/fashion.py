@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,14 +144,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, three stages of blocks, a classifier of the mean over positions."""
+    """A stem, stages of blocks, a classifier of the mean over positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, WIDTHS[0], 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(WIDTHS[0])
-        blocks, n = [], WIDTHS[0]
-        for stage, m in enumerate(WIDTHS):
+        self.stem = nn.Conv2d(1, widths[0], 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks, n = [], widths[0]
+        for stage, m in enumerate(widths):
             for block in range(BLOCKS):
                 blocks.append(Block(n, m, 2 if stage and not block else 1))
                 n = m

@@ -580,3 +580,26 @@ def test_a_residual_stays() -> None:
 def test_a_plan_says_whether_it_is_sound() -> None:
     plan = fxcompress.plan(network("inverted"), rules(0.6), data())
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@pytest.mark.parametrize("form", ["narrow", "pivoted", "channel", "spatial", "tucker2"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_memory_format_is_kept(form: str, traced: bool) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Basic().eval().to(memory_format=torch.channels_last)
+    model = fx.symbolic_trace(model) if traced else model
+    images = [torch.randn(4, N, SIDE, SIDE).to(memory_format=torch.channels_last)]
+    rules = parse_rules(
+        f"""
+budget: {{keep: 0.5, of: matched, unit: parameters}}
+rules:
+  - id: convolutions
+    match: {{node: {{op: conv2d}}}}
+    rewrite: {{form: {form}}}
+""",
+        "format.yaml",
+    )
+    small = fxcompress.compile(model, rules, images, progress=False)
+    assert fxcompress.plan_of(small).rewritten
+    weights = [p for p in small.parameters() if p.dim() == 4]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

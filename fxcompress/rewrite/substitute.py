@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompress.forms import Body, Form, JointForm, Rank
@@ -22,6 +23,9 @@ from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
 from fxcompress.rewrite.replace import Places
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,11 @@ def _substitute_nodes(
 
 
 def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
-    """Factors learn if a weight did that they stand for, biases if a bias did; modes are kept."""
+    """Factors learn if a weight did that they stand for, biases if a bias did.
+
+    Modes are kept, and the memory format: a weight in another one than its input is copied in every
+    call.
+    """
     learning = {
         name
         for original in originals
@@ -188,6 +196,18 @@ def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
         kind = "bias" if path.rpartition(".")[2] == "bias" else "weight"
         parameter.requires_grad_(kind in learning)
     body.train(originals[0].training)
+    for original in originals:
+        if (order := _channels_last(original)) is not None:
+            body.to(memory_format=order)
+
+
+def _channels_last(module: nn.Module) -> torch.memory_format | None:
+    """The memory format of a weight, if it is not the usual one."""
+    for parameter in module.parameters():
+        order = _CHANNELS_LAST.get(parameter.dim())
+        if order is not None and not parameter.is_contiguous():
+            return order if parameter.is_contiguous(memory_format=order) else None
+    return None
 
 
 def _value(node: fx.Node) -> fx.Node:
