@@ -603,3 +603,29 @@ rules:
     assert fxcompress.plan_of(small).rewritten
     weights = [p for p in small.parameters() if p.dim() == 4]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "kfac", "ekfac", "elementwise"])
+@pytest.mark.parametrize("form", ["channel", "channel_input", "spatial", "tucker2", "pivoted"])
+def test_layers_without_a_rank_in_every_metric(metric: str, form: str) -> None:
+    """A form has no rank that saves anything in a kernel of 1 x 1, or of one channel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    asked = parse_rules(
+        f"""
+budget: {{keep: 0.7}}
+metric: {{kind: {metric}}}
+rules:
+  - id: convolutions
+    match: {{node: {{op: conv2d}}}}
+    rewrite: {{any_of: [{form}, narrow]}}
+""",
+        "no-rank.yaml",
+    )
+    images = [torch.randn(8, 1, 9, 9) for _ in range(4)]
+    small = fxcompress.compile(model, asked, images, progress=False)
+    assert fxcompress.plan_of(small).rewritten
+    assert bool(small(images[0]).isfinite().all())

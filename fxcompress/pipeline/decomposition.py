@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -335,13 +336,16 @@ def _halved(target: Target, weight: Callable[[], Tensor]) -> dict[View, Truncati
     }
 
 
-def _losses(group: Group, target: Target) -> dict[str, Losses]:
-    """What every form loses at its ranks; one that has none is not asked."""
-    ranks = {name: group.ranks(name) for name in group.forms}
-    return {
-        name: form.losses(target, ranks[name]) if len(ranks[name]) else np.empty(0)
-        for name, form in group.forms.items()
-    }
+def _losses(
+    group: Group, target: Target, told: Mapping[str, Losses] = MappingProxyType({})
+) -> dict[str, Losses]:
+    """What every form loses at its ranks; one that has none, or told it before, is not asked."""
+    found = dict(told)
+    for name, form in group.forms.items():
+        if name not in found:
+            ranks = group.ranks(name)
+            found[name] = form.losses(target, ranks) if len(ranks) else np.empty(0)
+    return found
 
 
 def wanted_directions(
@@ -400,9 +404,7 @@ def with_directions(
             views = {"matrix": before.target.truncations().remeasured(each_site.sum(0)[None])}
             quadratic, parts = None, partial(tails, each_site[:, order])
         target = Target(before.target.weight, quadratic, views)
-        losses = {
-            name: before.losses[name] if form.predicts else form.losses(target, group.ranks(name))
-            for name, form in group.forms.items()
-        }
+        told = {name: before.losses[name] for name, form in group.forms.items() if form.predicts}
+        losses = _losses(group, target, told)
         found[group.name] = Decomposed(target, losses, parts)
     return Decomposition(found, decomposition.idle)
