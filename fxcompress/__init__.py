@@ -12,6 +12,7 @@ from fxcompress.late import exported, import_after
 if TYPE_CHECKING:
     from fxcompress.errors import BudgetError as BudgetError
     from fxcompress.errors import CalibrationError as CalibrationError
+    from fxcompress.errors import CheckpointError as CheckpointError
     from fxcompress.errors import FxcompressError as FxcompressError
     from fxcompress.errors import FxcompressWarning as FxcompressWarning
     from fxcompress.errors import LoadError as LoadError
@@ -42,9 +43,9 @@ __all__, __getattr__, __dir__ = exported(
     __name__,
     {
         "fxcompress.errors": (
-            *("BudgetError", "CalibrationError", "FxcompressError", "FxcompressWarning"),
-            *("LoadError", "MemoryLimitError", "RecordError", "RewriteError", "RuleError"),
-            *("SaveError", "TrainingError"),
+            *("BudgetError", "CalibrationError", "CheckpointError", "FxcompressError"),
+            *("FxcompressWarning", "LoadError", "MemoryLimitError", "RecordError", "RewriteError"),
+            *("RuleError", "SaveError", "TrainingError"),
         ),
         "fxcompress.forms": (),
         "fxcompress.forms.registry": ("register_form",),

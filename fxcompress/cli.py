@@ -122,7 +122,7 @@ def compile(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="directory for the state between rounds: a run that was cut off goes on"),
+        typer.Option(help="directory for what was measured: a run that was cut off goes on"),
     ] = None,
     plain: Annotated[
         bool,

@@ -74,6 +74,10 @@ class LoadError(FxcompressError):
         super().__init__(printable(" ".join(message.split()), LONGEST))
 
 
+class CheckpointError(FxcompressError):
+    """A checkpoint of another run, or one that cannot be read."""
+
+
 class TrainingError(FxcompressError):
     """Training under a budget that went wrong: values not finite, a state that does not fit."""
 

@@ -21,7 +21,7 @@ LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "plans.structure", "plans.units"},
     {"operators", "budget", "files", "parking", "processes"},
-    {"graph", "forms"},
+    {"graph", "forms", "checkpoint"},
     {"metric"},
     {"rules", "plans.plan"},
     {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},

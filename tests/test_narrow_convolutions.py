@@ -602,7 +602,8 @@ rules:
     small = fxcompress.compile(model, rules, images, progress=False)
     assert fxcompress.plan_of(small).rewritten
     weights = [p for p in small.parameters() if p.dim() == 4]
-    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 @pytest.mark.parametrize("metric", ["diagonal", "kfac", "ekfac", "elementwise"])

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from fxcompress.errors import CalibrationError, RuleError
 from fxcompress.isvt.attempts import corrected, trained, training_objective, whitened
 from fxcompress.isvt.objective import Objective, fitting, references
-from fxcompress.isvt.saved import fingerprint, read, write
+from fxcompress.isvt.saved import read, write
 from fxcompress.isvt.task import State, Task, softened
 from fxcompress.isvt.threshold import Thresholded, metrics_of, require_lasting_metric, threshold
 from fxcompress.metric import METRICS
@@ -39,7 +38,7 @@ from fxcompress.pipeline.estimate import Estimate, calibrated_on, estimate, pass
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.survey import Survey, described, limited, survey
+from fxcompress.pipeline.survey import Survey, checkpoint_of, described, limited, survey
 from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
 from fxcompress.rewrite import (
@@ -79,17 +78,13 @@ def iterate(
     request: Request,
     *,
     inplace: bool = False,
-    checkpoint: str | PathLike[str] | None = None,
 ) -> tuple[M, Plan]:
     """Compress in rounds; arguments and errors as of ``compile``."""
     task, state = _begin(model, loaded, request)
-    mark = {}
-    if checkpoint is not None:
-        seen = [*task.training, *task.judging]
-        mark = fingerprint(task.found, seen, request.loss, request.forward)
+    checkpoint = checkpoint_of(task.found, [*task.training, *task.judging])
     learn = {name: p.requires_grad for name, p in task.private.named_parameters()}
     task.private.requires_grad_(False)
-    if checkpoint is not None and (saved := read(checkpoint, mark)) is not None:
+    if checkpoint is not None and (saved := read(checkpoint)) is not None:
         standing, weights = saved
         state = replace(state, **vars(standing))
         if state.estimated:
@@ -99,7 +94,7 @@ def iterate(
     for number in range(state.round + 1, loaded.rules.solver.rounds + 1):
         state = replace(_round(task, state, number), round=number)
         if checkpoint is not None:
-            write(checkpoint, mark, state, _weights(task))
+            write(checkpoint, state, _weights(task))
     for name, parameter in task.private.named_parameters():
         parameter.requires_grad_(learn[name])
     return _finish(model, task, state, inplace)

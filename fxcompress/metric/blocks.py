@@ -156,6 +156,17 @@ class Blocks:
         require_data(len(self.data), self.predictions if visitor.backward else None)
         return passed(session, len(self.data), self.predictions, self.kind, self.whole.everywhere)
 
+    def state(self) -> dict[str, Any]:
+        """Gradients at what blocks returned (:class:`fxcompress.metric.passes.Passes`)."""
+        batches = [(b.starts, b.predictions, b.gradients) for b in self._batches]
+        return {"kind": self.kind, "came back": sorted(self._came_back), "batches": batches}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up such gradients (:class:`fxcompress.metric.passes.Passes`)."""
+        self.kind, self._came_back = state["kind"], {*state["came back"]}
+        for batch, known in zip(self._batches, state["batches"], strict=True):
+            batch.starts, batch.predictions, batch.gradients = known
+
     # ---- forwards ----------------------------------------------------------------
 
     def _run_forward(self, at: int, data: Any, padding: Padding) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxcompress.checkpoint import Checkpoint
 from fxcompress.graph.inputs import Forward, device_of
 from fxcompress.metric.metric import Metric
 from fxcompress.metric.moment_sums import MomentSums
@@ -85,6 +86,7 @@ def gather(
     *,
     park: Callable[[Moments], Moments] = lambda found: found,
     tick: Callable[[], None] = lambda: None,
+    saved: Saved | None = None,
 ) -> Calibration:
     """Gather the moments that ``metric`` needs at every site, section by section.
 
@@ -94,31 +96,115 @@ def gather(
         device: of the model.
         park: puts moments where they take no memory.
         tick: called after every batch of every section.
+        saved: where sections are kept that were measured; those that are there are not run.
 
     Raises:
         CalibrationError: as of ``passes``.
+        CheckpointError: what is there is of another run.
     """
-    moments: dict[str, Moments] = {}
-    unmeasured: dict[str, str] = {}
-    reach: dict[str, Reach] = {}
-    ran: set[str] = set()
-    found: Passed | None = None
-    for section in passes.sections:
-        sums = _sums(metric, section.sites, device)
-        found = passes.run(section, sums, tick)
-        for site in section.sites:
-            finished = sums.finish(site, found.predictions, Moments())
-            reason = _unmeasured(site, finished, found.reach[site.name], metric)
-            if reason:
-                unmeasured[site.name] = reason
-            moments[site.name] = park(finished)
-        reach |= found.reach
-        ran |= {*found.ran}
-    assert found is not None
+    known = saved.sections(passes) if saved else []
+    measured: list[_Measured] = []
+    for at, section in enumerate(passes.sections):
+        if at < len(known):
+            found = known[at]
+            for _ in range(found.passed.batches):
+                tick()
+        else:
+            found = _measured(passes, section, metric, device, tick)
+            if saved:
+                saved.write(at, found, passes)
+        parked = {name: park(each) for name, each in found.moments.items()}
+        measured.append(replace(found, moments=parked))
+    last = measured[-1].passed
     return Calibration(
-        moments, found.batches, found.predictions, found.kind, reach, unmeasured,
-        tuple(sorted(ran)),
-    )  # fmt: skip
+        moments={name: one for each in measured for name, one in each.moments.items()},
+        batches=last.batches,
+        predictions=last.predictions,
+        kind=last.kind,
+        reach={name: one for each in measured for name, one in each.passed.reach.items()},
+        unmeasured={name: one for each in measured for name, one in each.unmeasured.items()},
+        ran=tuple(sorted({name for each in measured for name in each.passed.ran})),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """The outcome of one section.
+
+    Attributes:
+        moments, unmeasured: as of :class:`Calibration`.
+        passed: how its pass went.
+    """
+
+    moments: Mapping[str, Moments]
+    unmeasured: Mapping[str, str]
+    passed: Passed
+
+
+def _measured(
+    passes: Passes,
+    section: Section,
+    metric: Metric,
+    device: torch.device,
+    tick: Callable[[], None],
+) -> _Measured:
+    sums = _sums(metric, section.sites, device)
+    passed = passes.run(section, sums, tick)
+    moments, unmeasured = {}, {}
+    for site in section.sites:
+        moments[site.name] = found = sums.finish(site, passed.predictions, Moments())
+        if reason := _unmeasured(site, found, passed.reach[site.name], metric):
+            unmeasured[site.name] = reason
+    return _Measured(moments, unmeasured, passed)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Sections on disk, those that were measured before a run was interrupted among them.
+
+    Attributes:
+        checkpoint: of the run.
+        name: of the passes, for the files.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    def sections(self, passes: Passes) -> list[_Measured]:
+        """What was measured of the first sections; the passes go on after them.
+
+        Args:
+            passes: are restored.
+
+        Raises:
+            CheckpointError: it is of another run, or cannot be read.
+        """
+        found: list[_Measured] = []
+        state: Mapping[str, Any] | None = None
+        while (content := self.checkpoint.read(self._file(len(found)))) is not None:
+            passed, state = content["passed"], content["state"]
+            reach = {name: Reach(*each) for name, each in passed.pop("reach").items()}
+            moments = {name: Moments(**each) for name, each in content["moments"].items()}
+            found.append(_Measured(moments, content["unmeasured"], Passed(**passed, reach=reach)))
+        if state is not None:
+            passes.restore(state)
+        return found
+
+    def write(self, at: int, found: _Measured, passes: Passes) -> None:
+        """Write what was measured of a section, and what later ones need of the passes."""
+        content = {
+            "moments": {name: vars(each) for name, each in found.moments.items()},
+            "unmeasured": dict(found.unmeasured),
+            "passed": {
+                **vars(found.passed),
+                "reach": {name: astuple(each) for name, each in found.passed.reach.items()},
+            },
+            "state": passes.state(),
+        }
+        self.checkpoint.write(self._file(at), content)
+
+    def _file(self, at: int) -> str:
+        return f"{self.name}-{at}"
 
 
 def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> Several:

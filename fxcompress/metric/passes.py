@@ -115,6 +115,16 @@ class Passes(Protocol):
             CalibrationError: as of :func:`run_pass`.
         """
 
+    def state(self) -> dict[str, Any]:
+        """What later sections need of those that have run: plain values and tensors."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as if the sections before had run.
+
+        Args:
+            state: after them.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class Whole:
@@ -147,6 +157,13 @@ class Whole:
             drawn=self.drawn, loss=self.loss, forward=self.forward, everywhere=self.everywhere,
             places=self.places, watched=self.watched, tick=tick,
         )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """Nothing (:class:`Passes`)."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do (:class:`Passes`)."""
 
 
 def run_pass(

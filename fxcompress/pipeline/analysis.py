@@ -20,7 +20,7 @@ from fxcompress.pipeline.decomposition import (
 from fxcompress.pipeline.estimate import Estimate, estimate, passes_over
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.survey import Survey, described, limited, survey
+from fxcompress.pipeline.survey import Survey, checkpoint_of, described, limited, survey
 from fxcompress.processes import same_data
 from fxcompress.rules import LoadedRules
 
@@ -54,11 +54,15 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
         request.notes.add(f"loss= was given, and metric {metric.name} makes no use of it")
     batches, total = limited(batches, spec.batches, total)
     with same_data(batches, described(surveyed)) as batches:
+        checkpoint = None
+        if request.checkpoint is not None:
+            batches = [*batches]
+            checkpoint = checkpoint_of(surveyed, batches)
         division = Division(batches, total, spec.held_back, spec.seed)
         again = metric.directions or surveyed.room.parking is not None
         used: Iterable[Any] = [*division] if again else division  # gone through more than once
         passes = passes_over(surveyed, used, division.count, division.places)
-        estimated = estimate(surveyed, division, passes)
+        estimated = estimate(surveyed, division, passes, checkpoint)
 
     moments = dict(estimated.calibration.moments)
     # So that each is freed once it is used.

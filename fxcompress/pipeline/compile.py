@@ -74,8 +74,9 @@ def compile(
             labels sampled from the model's own output.
         forward: ``forward(model, batch)``, for batches of another kind.
         progress: show progress on stderr; by default if that is a terminal.
-        checkpoint: a directory for the state after every round, if the rules ask for rounds
-            (``solver: {rounds: 5, steps: 20}``).  A run that was interrupted goes on from there.
+        checkpoint: a directory for what was found out so far: the moments of every block that was
+            measured, or the state after every round (``solver: {rounds: 5, steps: 20}``).  A run
+            that was interrupted goes on from there, to the same numbers.
 
     Returns:
         A new model (an ``fx.GraphModule`` for an ``fx.GraphModule``, with the matched nodes
@@ -88,16 +89,14 @@ def compile(
         BudgetError: the budget cannot be met; the message says the least that can.
         MemoryLimitError: ``memory`` is too little; the message says what would do.
         RewriteError: the rewritten model does not run.
-        TrainingError: ``checkpoint`` holds another run.
+        CheckpointError: ``checkpoint`` holds another run.
     """
     model = unwrapped(model)
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
-        request = Request(show, calibration, examples, loss, forward)
+        request = Request(show, calibration, examples, loss, forward, checkpoint)
         if loaded.rules.solver.iterative:
-            rewritten, planned = iterate(
-                model, loaded, request, inplace=inplace, checkpoint=checkpoint
-            )
+            rewritten, planned = iterate(model, loaded, request, inplace=inplace)
         else:
             rewritten, planned = rewrite(model, analyse(model, loaded, request), inplace=inplace)
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fxcompress.checkpoint import Checkpoint
 from fxcompress.graph.inputs import device_of
 from fxcompress.metric import METRICS, Calibration, Draws, Moments
 from fxcompress.metric.blocks import Blocks, Uncuttable
-from fxcompress.metric.capture import gather
+from fxcompress.metric.capture import Saved, gather
 from fxcompress.metric.passes import Passes, Whole
 from fxcompress.pipeline.held_back import DAMPING, Division, HeldBack, Narrowed, choose_damping
 from fxcompress.pipeline.influence import reach_notes, require_influence, unrecorded
@@ -32,13 +33,16 @@ class Estimate:
     damping: tuple[float, float] = DAMPING
 
 
-def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
+def estimate(
+    found: Survey, division: Division, passes: Passes, checkpoint: Checkpoint | None = None
+) -> Estimate:
     """The metric's moments, those of the batches held back, and damping chosen on these.
 
     Args:
         found: has the model, the sites and the rules.
         division: of the calibration data.
         passes: over the batches that are not held back.
+        checkpoint: where moments are kept, in case that the run is interrupted.
 
     Raises:
         CalibrationError: as of :func:`calibrated_in`.
@@ -46,7 +50,7 @@ def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
     request = found.request
     spec = found.rules.rules.metric
     metric = METRICS[spec.kind]
-    calibrated = calibrated_in(found, passes)
+    calibrated = calibrated_in(found, passes, checkpoint)
     held = division.held if metric.needs else division.untouched()
     moments: Mapping[str, Moments] = {}
     if held and metric.needs:
@@ -55,7 +59,10 @@ def estimate(found: Survey, division: Division, passes: Passes) -> Estimate:
         )
         tick = request.show.stage("held back", len(held) * len(again.sections))
         park, narrow, device = _parked(found), Narrowed(), device_of(found.model)
-        judged = gather(again, metric, device, park=lambda each: park(narrow(each)), tick=tick)
+        saved = None if checkpoint is None else Saved(checkpoint, "held-back")
+        judged = gather(
+            again, metric, device, park=lambda each: park(narrow(each)), tick=tick, saved=saved
+        )
         moments = {name: m for name, m in judged.moments.items() if name not in judged.unmeasured}
         request.show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
@@ -76,8 +83,13 @@ def calibrated_on(
     return calibrated_in(found, passes_over(found, batches, total, places))
 
 
-def calibrated_in(found: Survey, passes: Passes) -> Calibration:
+def calibrated_in(
+    found: Survey, passes: Passes, checkpoint: Checkpoint | None = None
+) -> Calibration:
     """The moments that the metric of the rules needs, from passes over the data.
+
+    Args:
+        found, passes, checkpoint: as of :func:`estimate`.
 
     Raises:
         CalibrationError: as of :func:`fxcompress.metric.calibrate`, or nothing had an influence
@@ -88,7 +100,8 @@ def calibrated_in(found: Survey, passes: Passes) -> Calibration:
     tick = request.show.stage("calibrate", total)
     if metric.needs:
         device = device_of(found.model)
-        calibration = gather(passes, metric, device, park=_parked(found), tick=tick)
+        saved = None if checkpoint is None else Saved(checkpoint, "calibrate")
+        calibration = gather(passes, metric, device, park=_parked(found), tick=tick, saved=saved)
     else:
         calibration = Calibration({site.name: Moments() for site in found.sites})
     require_influence(found.sites, calibration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 from fxcompress.graph.inputs import Forward
@@ -22,6 +23,7 @@ class Request:
         loss: ``loss(output, batch)``, one negative log-likelihood per prediction; None for labels
             that are drawn from the model's own output.
         forward: ``forward(model, batch)``; None to call the model with the batch.
+        checkpoint: directory for what was found out so far; None to keep nothing.
         notes: what the user should know, in the order in which it was found.
     """
 
@@ -30,6 +32,7 @@ class Request:
     examples: Sequence[Any] | None = None
     loss: Loss | None = None
     forward: Forward | None = None
+    checkpoint: str | PathLike[str] | None = None
     notes: Notes = field(default_factory=lambda: Notes())
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fxcompress.checkpoint import Checkpoint, fingerprint
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.operator import Operator
@@ -28,6 +29,7 @@ from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.room import Needs, Room, make_room
 from fxcompress.pipeline.sites import Group, Site, gather_sites
 from fxcompress.plans.plan import Folded, Size, history
+from fxcompress.processes import digest_of
 from fxcompress.progress import Progress
 from fxcompress.rewrite import (
     Factorized,
@@ -361,3 +363,23 @@ def _require_values(model: nn.Module) -> None:
 
 def _model_size(model: nn.Module, recording: Recording) -> Size:
     return Size.of(lambda unit: unit.of_model(model, recording))
+
+
+def checkpoint_of(found: Survey, batches: Sequence[Any]) -> Checkpoint | None:
+    """Where a run keeps what it found out so far; None if it was not asked to.
+
+    Args:
+        found: has the model, the rules and the directory.
+        batches: all of the calibration data.
+    """
+    request = found.request
+    if request.checkpoint is None:
+        return None
+    # A limit on memory counts as what it leads to.
+    rules = found.rules.rules.model_dump_json(exclude={"memory"})
+    mark = fingerprint(rules, found.model, batches, request.loss, request.forward)
+    sections = [(each.block, [site.name for site in each.sites]) for each in found.room.sections]
+    return Checkpoint(
+        Path(request.checkpoint),
+        {**mark, "limit on memory": digest_of([(*found.room.blocks,), repr(sections)])},
+    )

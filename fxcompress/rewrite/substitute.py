@@ -24,7 +24,6 @@ from fxcompress.rewrite.joint import JointMember, Shared
 from fxcompress.rewrite.node_values import value_metas
 from fxcompress.rewrite.replace import Places
 
-
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -198,7 +197,7 @@ def _take_over(body: fx.GraphModule, originals: Sequence[nn.Module]) -> None:
     body.train(originals[0].training)
     for original in originals:
         if (order := _channels_last(original)) is not None:
-            body.to(memory_format=order)
+            body.to(memory_format=order)  # type: ignore[call-overload]
 
 
 def _channels_last(module: nn.Module) -> torch.memory_format | None:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import CalibrationError, TrainingError
+from fxcompress import CalibrationError, CheckpointError
+from fxcompress.checkpoint import fingerprint
 from fxcompress.isvt import rounds as running
 from fxcompress.isvt.objective import Objective, fitting
-from fxcompress.isvt.saved import fingerprint
 from fxcompress.plans.plan import plan_of
 from fxcompress.rules import LoadedRules
-from tests.isvt.problems import Problem, rules
+from tests.isvt.problems import rules
 
 SOLVER = {"rounds": 4, "steps": 4}
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_run_is_refused(other: str, tmp_path: Path) -> N
     run(network(), rules(0.3, **SOLVER), batches(), forward=_plain, checkpoint=tmp_path)
     what, made = OTHERS[other]
     model, loaded, given, forward = made()
-    with pytest.raises(TrainingError, match=f"its {what} differ"):
+    with pytest.raises(CheckpointError, match=f"its {what} differ"):
         run(model, loaded, given, forward=forward, checkpoint=tmp_path)
     # The same run goes on, that is, has nothing left to do.
     run(network(), rules(0.3, **SOLVER), batches(), forward=_plain, checkpoint=tmp_path)
@@ -160,15 +160,15 @@ class _Method:
     ],
 )  # fmt: skip
 def test_functions_made_with_other_values_are_others(made: Callable[[float], Any]) -> None:
-    found = Problem.of(network(), rules(0.3), batches(count=1)).found
-    one, again, other = (fingerprint(found, [], made(f), None) for f in (0.5, 0.5, 0.25))
+    model = network()
+    one, again, other = (fingerprint("", model, [], made(f), None) for f in (0.5, 0.5, 0.25))
     assert one == again != other
 
 
 def test_a_function_is_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     program = """if True:
-        from fxcompress.isvt.saved import _code
+        from fxcompress.checkpoint import _code
         print(_code(lambda model, batch: model(batch) if batch in {"a", "b", "c", "d"} else None))
     """
     started = [
