@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,13 +31,14 @@ import fxcompress
 from fxcompress.forms import Form, LinearShape, find_form
 from fxcompress.pipeline.analysis import analyse
 from fxcompress.pipeline.build import rewrite
-from fxcompress.pipeline.latency import machine
+from fxcompress.pipeline.latency import machine, now
 from fxcompress.pipeline.request import Request
 from fxcompress.progress import stages
 from fxcompress.rules import RuleSet, read_rules, with_budget
 
 RESULTS = Path(__file__).parent / "results" / "latency.md"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU = torch.device("cpu")
 PROMPT = 128
 """Tokens in the cache before the first one is decoded."""
 
@@ -74,7 +74,9 @@ class Speed:
         return f"{self.ratio:.2f} of {self.ideal:.2f} ({self.ratio / self.ideal:.0%})"
 
 
-def ratios(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def ratios(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device = CPU
+) -> dict[str, float]:
     """Time of the first of some runs over that of each, taken in turns: medians of quotients."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -82,9 +84,9 @@ def ratios(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, floa
     for _ in range(rounds):
         seconds = {}
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = now(device)
             run()
-            seconds[name] = time.perf_counter() - begin
+            seconds[name] = now(device) - begin
         first = next(iter(seconds.values()))
         for name, mine in seconds.items():
             found[name].append(first / mine)
@@ -98,11 +100,13 @@ def macs(run: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def speeds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Speed]:
+def speeds(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device = CPU
+) -> dict[str, Speed]:
     """How all but the first of some runs compare with that one."""
     counts = {name: macs(run) for name, run in runs.items()}
     (first, dense), *_ = counts.items()
-    taken = ratios(runs, rounds)
+    taken = ratios(runs, rounds, device)
     return {name: Speed(taken[name], dense / counts[name]) for name in runs if name != first}
 
 
@@ -124,9 +128,9 @@ def compressed(model: nn.Module, tokenizer: Any, given: argparse.Namespace) -> d
     found = {}
     for keep in given.keeps:
         with stages(False) as silent:
-            now = analysis.showing(silent)
-            now = replace(now, rules=with_budget(rules, keep))
-            found[f"keep {keep:g}"], _ = rewrite(model, now)
+            found[f"keep {keep:g}"], _ = rewrite(
+                model, replace(analysis.showing(silent), rules=with_budget(rules, keep))
+            )
     return found
 
 

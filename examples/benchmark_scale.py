@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +33,51 @@ from fxcompress.metric.memory import in_units
 
 RESULTS = Path(__file__).parent / "results" / "scale.md"
 CASES: dict[str, dict[str, Any]] = {
-    "208m": {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 12,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-    "1.2b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "tie_word_embeddings": True, "dtype": "bfloat16",
-    },
+    "21m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4},
+    "38m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8},
+    "49m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6},
+    "52m": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 3},
+    "208m": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 12,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 32000},
+    "1.2b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+             "dtype": "bfloat16"},
+}  # fmt: skip
+COMMON = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8000,
+    "tie_word_embeddings": True, "max_position_embeddings": 2048,
 }  # fmt: skip
 
-TOKENS = {"208m": 1024, "1.2b": 2048}
+TOKENS = {"1.2b": 2048}
 LENGTH = 256
 LIMITS = {"208m": ("none", "1200MiB"), "1.2b": ("5GiB",)}
 
 
 def build(case: str, layers: int | None) -> tuple[nn.Module, list[Any]]:
     """A model with random weights, and random tokens for it."""
-    torch.manual_seed(0)
-    words = dict(CASES[case])
-    dtype = getattr(torch, words.pop("dtype", "float32"))
+    words = {**COMMON, **CASES[case]}
     if layers is not None:
         words["num_hidden_layers"] = layers
+    return llama(words), tokens(words["vocab_size"], TOKENS.get(case, 1024))
+
+
+def llama(words: Mapping[str, Any]) -> nn.Module:
+    """A Llama of a configuration, with random weights on the default device."""
+    torch.manual_seed(0)
+    words = dict(words)
+    dtype = getattr(torch, words.pop("dtype", "float32"))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**words)).eval()
+        return LlamaForCausalLM(LlamaConfig(**words)).eval()
     finally:
         torch.set_default_dtype(before)
-    ids = torch.randint(0, words["vocab_size"], (TOKENS[case] // LENGTH, LENGTH))
-    return model, [{"input_ids": each[None]} for each in ids]
+
+
+def tokens(words: int, count: int) -> list[Any]:
+    """Batches of one random sequence each, on the default device."""
+    ids = torch.randint(0, words, (count // LENGTH, LENGTH))
+    return [{"input_ids": each[None]} for each in ids]
 
 
 def floor(model: nn.Module, data: list[Any]) -> float:
@@ -104,17 +118,22 @@ def floor(model: nn.Module, data: list[Any]) -> float:
 
 
 class Memory(threading.Thread):
-    """Watches the memory of the process."""
+    """Watches the memory of the process, or of a device.
 
-    def __init__(self) -> None:
+    Args:
+        used: bytes that are in use.
+    """
+
+    def __init__(self, used: Callable[[], int]) -> None:
         super().__init__(daemon=True)
+        self.used = used
         self.seen: list[tuple[float, int]] = []
         self.over = threading.Event()
 
     def run(self) -> None:
         """Look a hundred times a second."""
         while not self.over.wait(0.01):
-            self.seen.append((time.perf_counter(), resident()))
+            self.seen.append((time.perf_counter(), self.used()))
 
     def peaks(self, begin: float, seconds: dict[str, float]) -> dict[str, int]:
         """The most of each stage, by how long they took one after the other."""
@@ -141,7 +160,7 @@ def one(given: argparse.Namespace) -> None:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = "1TiB" if given.limit == "none" else given.limit
     told = fxcompress.forecast(model, given.rules, data, memory=limit)
-    memory = Memory()
+    memory = Memory(resident)
     memory.start()
     begin = time.perf_counter()
     small = fxcompress.compile(
@@ -178,7 +197,7 @@ def one(given: argparse.Namespace) -> None:
 def main() -> None:
     """Run what was asked for, and write the table."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    options.add_argument("--cases", nargs="+", choices=CASES, default=["208m", "1.2b"])
     options.add_argument("--limits", nargs="+", help="of memory, for every case; none for no limit")
     options.add_argument("--rules", default="decoder", help="rule file or preset")
     options.add_argument("--layers", type=int, help="instead of those of the case")
@@ -203,7 +222,7 @@ def main() -> None:
     ]
     for case in given.cases:
         ranks = {}
-        for limit in given.limits or LIMITS[case]:
+        for limit in given.limits or LIMITS.get(case, ("none", "300MiB")):
             words = [sys.executable, __file__, "--case", case, "--limit", limit]
             words += ["--rules", given.rules, "--threads", str(given.threads)]
             words += ["--layers", str(given.layers)] if given.layers else []

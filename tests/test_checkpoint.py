@@ -75,7 +75,7 @@ def test_goes_on_to_the_same_numbers(case: str, after: int, tight: None, tmp_pat
 
 def test_of_another_run(tight: None, tmp_path: Path) -> None:
     compiled("activation", tmp_path)
-    with pytest.raises(CheckpointError, match="its .*model, calibration data.* differ"):
+    with pytest.raises(CheckpointError, match=r"its .*model, calibration data.* differ"):
         compiled("convolutions", tmp_path)
     with pytest.raises(CheckpointError, match="its limit on memory differ"):
         compiled("activation", tmp_path, 60_000)

@@ -175,13 +175,13 @@ def foresee(found: Survey, batches: int) -> Forecast:
     waiting = moments + held * boundaries + batches * boundaries
     calibrate = Stage(
         "calibrate",
-        passing if parked else passing + moments,
+        passing,  # sums are given up one by one as moments are made of them
         waiting if parked else 0,
         (batches - held) * (forwards * repeats * macs + grams),
     )
     judge = Stage(
         "held back",
-        passing + (0 if parked else 2 * moments),
+        passing + (0 if parked else moments),
         waiting + moments // 2 if parked else 0,
         held * (forwards * repeats * macs + grams),
     )
@@ -194,8 +194,12 @@ def foresee(found: Survey, batches: int) -> Forecast:
     )
     size = found.size.bytes
     again = size + max(map(needs.refitting, sites))
+    judged = moments // 2 if held else 0  # in float32
     rewrite = Stage(
-        "rewrite", again + (0 if parked else factors), factors if parked else 0, 4.0 * macs
+        "rewrite",
+        again + (0 if parked else factors + judged),
+        factors + judged if parked else 0,
+        4.0 * macs,
     )
     stages = tuple(
         stage for stage in (calibrate, judge, decompose, rewrite) if stage.work or stage is rewrite
