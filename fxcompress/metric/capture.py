@@ -106,6 +106,8 @@ def gather(
     for section in passes.sections:
         sums = _sums(metric, section.sites, device)
         found = passes.run(section, sums, tick)
+        if passes.processes.size > 1:
+            sums.reduce(passes.processes)
         for site in section.sites:
             finished = sums.finish(site, found.predictions, Moments())
             reason = _unmeasured(site, finished, found.reach[site.name], metric)
@@ -133,7 +135,7 @@ def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> S
     if squares:
         found.append(SquareSums(sites, device, entries="entries" in squares))
     if own:
-        found.append(OwnSums(own))
+        found.append(OwnSums(own, device))
     return Several(found)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxcompress.collective import ALONE, Processes
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
 from fxcompress.progress import Progress
@@ -23,6 +24,7 @@ class Request:
             that are drawn from the model's own output.
         forward: ``forward(model, batch)``; None to call the model with the batch.
         notes: what the user should know, in the order in which it was found.
+        processes: that work on the same model together.
     """
 
     show: Progress
@@ -31,6 +33,7 @@ class Request:
     loss: Loss | None = None
     forward: Forward | None = None
     notes: Notes = field(default_factory=lambda: Notes())
+    processes: Processes = ALONE
 
 
 class Notes:
@@ -42,6 +45,11 @@ class Notes:
     def add(self, *notes: str) -> None:
         """Add those that are new."""
         self._found.update(dict.fromkeys(notes))
+
+    def share(self, processes: Processes) -> None:
+        """Take those of all processes, in the same order everywhere."""
+        found = processes.gathered(self.all)
+        self._found = dict.fromkeys(note for notes in found for note in notes)
 
     @property
     def all(self) -> tuple[str, ...]:
