@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxcompress.errors import FxcompressWarning as FxcompressWarning
     from fxcompress.errors import LoadError as LoadError
     from fxcompress.errors import MemoryLimitError as MemoryLimitError
+    from fxcompress.errors import ProcessError as ProcessError
     from fxcompress.errors import RecordError as RecordError
     from fxcompress.errors import RewriteError as RewriteError
     from fxcompress.errors import RuleError as RuleError
@@ -44,7 +45,8 @@ __all__, __getattr__, __dir__ = exported(
     {
         "fxcompress.errors": (
             *("BudgetError", "CalibrationError", "CheckpointError", "FxcompressError"),
-            *("FxcompressWarning", "LoadError", "MemoryLimitError", "RecordError", "RewriteError"),
+            *("FxcompressWarning", "LoadError", "MemoryLimitError", "ProcessError", "RecordError"),
+            "RewriteError",
             *("RuleError", "SaveError", "TrainingError"),
         ),
         "fxcompress.forms": (),

@@ -27,7 +27,7 @@ class Checkpoint:
 
     Attributes:
         directory: that they are in; made when something is written.
-        mark: digests of what the run depends on, by what that is (:func:`fingerprint`).
+        mark: digests of what the run depends on, by what that is (:func:`mark_of`).
     """
 
     directory: Path
@@ -84,7 +84,7 @@ class Checkpoint:
         return self.directory / f"{name}.pt"
 
 
-def fingerprint(
+def mark_of(
     rules: str,
     model: nn.Module,
     batches: Sequence[Any],

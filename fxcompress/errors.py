@@ -51,6 +51,10 @@ class MemoryLimitError(FxcompressError):
     """A limit on memory, or a disk, that is too small for what was asked; says what would do."""
 
 
+class ProcessError(FxcompressError):
+    """Processes of ``torch.distributed`` that cannot go on together: one stopped, or differs."""
+
+
 class BudgetError(FxcompressError):
     """A budget that is malformed or that no choice of ranks can meet."""
 

@@ -1,8 +1,8 @@
-"""Processes of ``torch.distributed`` that compress at the same time see the same data, or stop.
+"""Processes of ``torch.distributed`` that train at the same time see the same data, or stop.
 
-Each would estimate the metric on what it is given, and go on with ranks and weights of its own:
-``DistributedDataParallel`` would refuse them, or average gradients of factors that differ.  Until
-moments are summed over processes, data that differ are an error.
+Rounds of training add up no gradients over processes.  Each would go on with ranks and weights of
+its own: ``DistributedDataParallel`` would refuse them, or average gradients of factors that differ.
+So data that differ are an error there (what is cut once adds up sums: ``fxcompress.collective``).
 
 No process waits for one that does nothing, for to compress on one of them only is right.  So there
 is no collective call: each leaves a digest of its data in the store that the group was set up with,
@@ -76,8 +76,9 @@ def same_data(batches: Iterable[Any], work: str) -> Iterator[Iterable[Any]]:
         if store.get(there).decode() not in (said, FAILED):
             raise CalibrationError(
                 f"processes {rank} and {other} of torch.distributed were given different "
-                "calibration data, so each would get ranks and weights of its own. Give all of "
-                "them the same batches (no DistributedSampler), or compress on one of them only: "
+                "calibration data, so that rounds would give each ranks and weights of its own. "
+                "Give all of them the same batches (no DistributedSampler), leave out rounds and "
+                "steps, or compress on one of them only: "
                 "if dist.get_rank() == 0: fxcompress.save(fxcompress.compile(...), directory), "
                 "then dist.barrier(), and fxcompress.load on the others"
             )

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxcompress
 from fxcompress import FxcompressWarning, Plan, RewriteError, plan_of
 from fxcompress.forms import FormError, find_form
+from fxcompress.metric.seeds import seeded
 from fxcompress.plans.plan import Size
 from fxcompress.rewrite import Factorized
 from tests.small import COUNTED_WORDS, Net, data, net, rules, unchanged
@@ -291,11 +292,11 @@ def test_outputs_at_the_full_rank(form: str, dtype: torch.dtype) -> None:
 
 def dense_moments(model: Net, site: str, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     """A and G of one layer by hand, with the labels of seed 0 drawn as compile draws them."""
-    generator = torch.Generator().manual_seed(0)
     layer = model.get_submodule(site)
     a = g = torch.zeros(())
     count = 0
-    for batch in batches:
+    for place, batch in enumerate(batches):
+        generator = seeded(torch.Generator(), 0, place)
         kept: list[Tensor] = []
 
         def hook(m: nn.Module, args: Any, out: Tensor, kept: list[Tensor] = kept) -> None:

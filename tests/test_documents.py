@@ -35,7 +35,8 @@ from tests.small import data, net
 
 GUIDES = documents("README.md", "docs/*.md")
 PAGES = [*GUIDES, *documents("CONTRIBUTING.md", "CHANGELOG.md")]
-LANGUAGES = {"console", "python", "text", "toml", "yaml"}
+LANGUAGES = {"console", "py", "python", "text", "toml", "yaml"}
+"""Of fenced blocks; ``py`` is a script of several processes, which ``test_processes.py`` starts."""
 FILES = {b.file: b.text for page in GUIDES for b in page.of("yaml") if b.file is not None}
 HUB = "HuggingFaceTB/SmolLM2-135M"
 BOOK = ROOT / "examples" / "data" / "moby_dick.txt"

@@ -21,14 +21,15 @@ LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "plans.structure", "plans.units"},
     {"operators", "budget", "files", "parking", "processes"},
-    {"graph", "forms", "checkpoint"},
+    {"collective", "checkpoint"},
+    {"graph", "forms"},
     {"metric"},
     {"rules", "plans.plan"},
     {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {
         *("pipeline.decomposition", "pipeline.agreement", "pipeline.influence"),
-        *("pipeline.held_back", "pipeline.rigid"),
+        *("pipeline.held_back", "pipeline.rigid", "pipeline.data"),
     },
     {"pipeline.room"},
     {"pipeline.survey", "pipeline.pricing", "plans.checks", "saved.pretrained"},

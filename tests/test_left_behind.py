@@ -397,36 +397,35 @@ def test_processes_may_write_rounds_to_one_directory(tmp_path: Path) -> None:
 
 
 def ranks(
-    batches: Callable[[int], list[Tensor]], folder: Path, only: int | None = None, **solver: Any
+    batches: Callable[[int], list[Tensor]], folder: Path, only: int | None = None
 ) -> list[str]:
-    """Plans or errors of two ranks of ``torch.distributed``."""
+    """Plans of rounds, or errors, of two ranks of ``torch.distributed``."""
 
     def work(rank: int) -> str:
         place = f"file://{folder / 'store'}"
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
         if only not in (None, rank):
             return "idle"
-        loaded = iterative(**solver) if solver else rules(0.5)
+        loaded = iterative(rounds=1)
         return str(summary(fxcompress.compile(net(), loaded, batches(rank), progress=False))[0])
 
     return forked(work, 2, folder)
 
 
-def test_ranks_with_the_same_data_get_the_same(tmp_path: Path) -> None:
+def test_rounds_of_ranks_with_the_same_data_get_the_same(tmp_path: Path) -> None:
     one, other = ranks(lambda rank: data(), tmp_path)
     assert one.startswith("[")
     assert one == other
 
 
-@pytest.mark.parametrize("solver", [{}, {"rounds": 1}], ids=["one shot", "rounds"])
-def test_ranks_with_different_data_stop(tmp_path: Path, solver: dict[str, Any]) -> None:
-    found = ranks(lambda rank: data(seed=rank), tmp_path, **solver)
+def test_rounds_of_ranks_with_different_data_stop(tmp_path: Path) -> None:
+    found = ranks(lambda rank: data(seed=rank), tmp_path)
     # The first may be through before the second begins; then it is the second that is told.
     assert any("different calibration data" in each for each in found)
     assert all("CalibrationError" in each or each.startswith("[") for each in found)
 
 
-def test_one_rank_may_compress_by_itself(tmp_path: Path) -> None:
+def test_one_rank_may_go_through_rounds_by_itself(tmp_path: Path) -> None:
     one, other = ranks(lambda rank: data(), tmp_path, only=0)
     assert one.startswith("[")
     assert other == "idle"

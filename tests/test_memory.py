@@ -126,9 +126,9 @@ def surveyed(model: nn.Module, data: list[Any], memory: int) -> Any:
 
 
 def test_a_chain_of_layers_is_cut_at_its_layers(tight: None) -> None:
-    found, batches, total = surveyed(llama(4), tokens(), 150_000)
+    found, data = surveyed(llama(4), tokens(), 150_000)
     assert found.room.blocks == tuple(f"model.layers.{at}" for at in range(4))
-    passes = passes_over(found, batches, total)
+    passes = passes_over(found, data.batches, data.total)
     assert [section.block for section in passes.sections] == [4, 3, 2, 1, 0]
 
 

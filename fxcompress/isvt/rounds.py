@@ -38,7 +38,7 @@ from fxcompress.pipeline.estimate import Estimate, calibrated_on, estimate, pass
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.measure import measure_whole
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.survey import Survey, checkpoint_of, described, limited, survey
+from fxcompress.pipeline.survey import Survey, checkpoint_of, described, survey
 from fxcompress.plans.plan import Plan
 from fxcompress.processes import same_data
 from fxcompress.rewrite import (
@@ -115,8 +115,8 @@ def _begin(model: nn.Module, loaded: LoadedRules, request: Request) -> tuple[Tas
             "gradient steps need calibration data: compile(model, rules, [batch, ...])"
         )
     private = own_parameters(skeleton(model), model)
-    found, every, _ = survey(private, loaded, request)
-    with same_data(every, described(found)) as every:
+    found, data = survey(private, loaded, request)
+    with same_data(data.batches, described(found)) as every:
         batches = [*every]
     division = Division(batches, len(batches), spec.held_back, spec.seed)
     training = [*division]
@@ -134,7 +134,7 @@ def _begin(model: nn.Module, loaded: LoadedRules, request: Request) -> tuple[Tas
     output = found.rules.rules.metric.output
     objective = Objective(None if task else dense, loss if task else None, output, request.forward)
     usable = training if division.held else batches
-    measured = [*limited(usable, spec.batches, None)[0]]
+    measured = usable[: spec.batches]
     passes = passes_over(found, measured, len(measured), division.places)
     estimated = estimate(found, division, passes)
     seen = (

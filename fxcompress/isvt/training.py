@@ -39,11 +39,12 @@ from fxcompress.isvt.threshold import (
 )
 from fxcompress.metric import Loss, Moments
 from fxcompress.pipeline.build import rewrite
+from fxcompress.pipeline.data import Data
 from fxcompress.pipeline.decide import price
 from fxcompress.pipeline.estimate import Estimate, estimate, passes_over
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.survey import Survey, limited, survey
+from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import Progress, stages
 from fxcompress.rules import Rules, at_progress, read_rules, with_budget
@@ -147,10 +148,12 @@ class ISVT(Generic[M]):
         loaded = with_budget(read_rules(rules), keep, unit)
         with torch.inference_mode(False), stages(progress) as show:
             request = Request(show, calibration, examples, loss, forward)
-            self._survey, batches, total = survey(model, loaded, request)
+            self._survey, data = survey(model, loaded, request)
             _require_trainable(self._survey, model)
-            self._batches = [*batches] if refresh is not None else []
-            self._estimate(self._batches or batches, total, show)
+            if refresh is not None:
+                data = replace(data, batches=[*data.batches])
+            self._data = data
+            self._estimate(data, show)
             self._pricings = price(self._survey)
 
     @property
@@ -175,7 +178,7 @@ class ISVT(Generic[M]):
             done = len(self.history)
             if self.refresh is not None and done and done % self.refresh == 0:
                 self._sync_buffers()
-                self._estimate(self._batches, None, show)
+                self._estimate(self._data, show)
             now = share(self.schedule, self._count / self.steps)
             return self._threshold(now, self._starts)
 
@@ -305,9 +308,10 @@ class ISVT(Generic[M]):
         loaded = at_progress(self._survey.rules, now)
         return threshold(self._survey, self._metrics, loaded, self._pricings, starts)
 
-    def _estimate(self, batches: Iterable[Any], total: int | None, show: Progress) -> None:
+    def _estimate(self, data: Data, show: Progress) -> None:
         spec = self._survey.rules.rules.metric
-        division = Division(*limited(batches, spec.batches, total), spec.held_back, spec.seed)
+        data = data.first(spec.batches)
+        division = Division(data.batches, data.total, spec.held_back, spec.seed)
         survey = self._survey.showing(show)
         passes = passes_over(survey, division, division.count, division.places)
         found = estimate(survey, division, passes)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fxcompress.collective import Processes
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.blocks import below
 from fxcompress.graph.calling import called_through
@@ -37,9 +38,9 @@ from fxcompress.metric.passes import (
     Whole,
     named,
     passed,
-    require_data,
     run_batch,
 )
+from fxcompress.metric.seeds import seeded
 from fxcompress.metric.starts import Start, Starts, backward_starts
 from fxcompress.metric.visitor import Visitor
 
@@ -116,7 +117,6 @@ class Blocks:
         self.kind = "none"
         self._batches = [_Batch() for _ in self.data]
         self._came_back: set[int] = set()
-        require_data(len(self.data), None)
         with still(self.model), torch.no_grad():
             for at, batch in enumerate(self.data):
                 with named(self.places[at]), follow_padding(self.model, batch) as (batch, padding):
@@ -131,12 +131,17 @@ class Blocks:
 
     @property
     def batches(self) -> int:
-        """How many there are."""
+        """How many there are in this process."""
         return len(self.data)
 
     @property
+    def processes(self) -> Processes:
+        """Whose data are gone through together."""
+        return self.whole.processes
+
+    @property
     def predictions(self) -> int:
-        """How many there are in all batches; 0 before the last section has run."""
+        """How many there are in all batches of this process; 0 before the last section has run."""
         return sum(batch.predictions for batch in self._batches)
 
     def run(
@@ -145,16 +150,17 @@ class Blocks:
         """Show a visitor what happens in a block (:class:`fxcompress.metric.passes.Passes`)."""
         at_end = section.block == len(self.blocks)
         session = Session(self.model, section.sites, visitor, self.whole.watched)
-        labels = torch.Generator(device_of(self.model)).manual_seed(self.whole.drawn.seed)
         first = section.block not in self._came_back
         with session.attached():
             for at, batch in enumerate(self._batches):
                 if at_end or section.block in batch.returned:
-                    self._run_section(at, section.block, session, visitor, labels, first)
+                    self._run_section(at, section.block, session, visitor, first)
                 tick()
         self._came_back.add(section.block)
-        require_data(len(self.data), self.predictions if visitor.backward else None)
-        return passed(session, len(self.data), self.predictions, self.kind, self.whole.everywhere)
+        return passed(
+            session, len(self.data), self.predictions, self.kind, self.whole.everywhere,
+            self.processes,
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """Gradients at what blocks returned (:class:`fxcompress.metric.passes.Passes`)."""
@@ -221,7 +227,6 @@ class Blocks:
         block: int,
         session: Session,
         visitor: Visitor,
-        labels: torch.Generator,
         first: bool,
     ) -> None:
         """Run a block again on a batch, and go back through it.
@@ -231,7 +236,6 @@ class Blocks:
             block: place of the block; their number for what comes after the last.
             session: has the hooks.
             visitor: is shown the values.
-            labels: where they are drawn from.
             first: whether the gradients of the blocks before are to be kept.
         """
         place, batch, last = self.places[at], self._batches[at], block == len(self.blocks)
@@ -246,7 +250,7 @@ class Blocks:
                 starts = None
                 if visitor.backward:
                     starts = (
-                        self._starts(again.result, data, padding, labels)
+                        self._starts(again.result, data, padding, place)
                         if last
                         else again.starts(batch)
                     )
@@ -269,10 +273,12 @@ class Blocks:
                         self._add(batch, (number, source), leaf, gradient)
                 visitor.end()
 
-    def _starts(self, result: Any, data: Any, padding: Padding, labels: torch.Generator) -> Starts:
+    def _starts(self, result: Any, data: Any, padding: Padding, place: int) -> Starts:
+        drawn, device = self.whole.drawn, device_of(self.model)
         return backward_starts(
-            result, to_device(data, device_of(self.model)), kind=self.whole.drawn.output,
-            fisher=self.whole.drawn.fisher, loss=self.whole.loss, mask=padding, generator=labels,
+            result, to_device(data, device), kind=drawn.output, fisher=drawn.fisher,
+            loss=self.whole.loss, mask=padding,
+            generator=seeded(torch.Generator(device), drawn.seed, place),
         )  # fmt: skip
 
     def _add(self, batch: _Batch, key: tuple[int, int], leaf: int, gradient: Tensor) -> None:

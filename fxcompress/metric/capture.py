@@ -150,6 +150,8 @@ def _measured(
 ) -> _Measured:
     sums = _sums(metric, section.sites, device)
     passed = passes.run(section, sums, tick)
+    if passes.processes.size > 1:
+        sums.reduce(passes.processes)
     moments, unmeasured = {}, {}
     for site in section.sites:
         moments[site.name] = found = sums.finish(site, passed.predictions, Moments())
@@ -179,16 +181,14 @@ class Saved:
         Raises:
             CheckpointError: it is of another run, or cannot be read.
         """
-        found: list[_Measured] = []
-        state: Mapping[str, Any] | None = None
-        while (content := self.checkpoint.read(self._file(len(found)))) is not None:
-            passed, state = content["passed"], content["state"]
-            reach = {name: Reach(*each) for name, each in passed.pop("reach").items()}
-            moments = {name: Moments(**each) for name, each in content["moments"].items()}
-            found.append(_Measured(moments, content["unmeasured"], Passed(**passed, reach=reach)))
-        if state is not None:
-            passes.restore(state)
-        return found
+        contents: list[dict[str, Any]] = []
+        while (content := self.checkpoint.read(self._file(len(contents)))) is not None:
+            contents.append(content)
+        # Processes that work together were not interrupted at the same place.
+        done = min(passes.processes.gathered(len(contents)))
+        if done:
+            passes.restore(contents[done - 1]["state"])
+        return [_read(content) for content in contents[:done]]
 
     def write(self, at: int, found: _Measured, passes: Passes) -> None:
         """Write what was measured of a section, and what later ones need of the passes."""
@@ -207,6 +207,13 @@ class Saved:
         return f"{self.name}-{at}"
 
 
+def _read(content: Mapping[str, Any]) -> _Measured:
+    passed = content["passed"]
+    reach = {name: Reach(*each) for name, each in passed["reach"].items()}
+    moments = {name: Moments(**each) for name, each in content["moments"].items()}
+    return _Measured(moments, content["unmeasured"], Passed(**{**passed, "reach": reach}))
+
+
 def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> Several:
     """Running sums of all that a metric needs."""
     named = frozenset(each for each in metric.needs if not isinstance(each, Statistic))
@@ -219,7 +226,7 @@ def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> S
     if squares:
         found.append(SquareSums(sites, device, entries="entries" in squares))
     if own:
-        found.append(OwnSums(own))
+        found.append(OwnSums(own, device))
     return Several(found)
 
 

@@ -46,7 +46,9 @@ def measure_directions(
             continue
         visitor = _Products(wanted)
         seen = passes.run(replace(section, sites=sites), visitor, tick)
-        found |= {key: total / seen.predictions for key, total in visitor.squares.items()}
+        device = next(iter(wanted[sites[0].name].values())).left.device
+        squares = passes.processes.sum_by_key(visitor.squares, device)
+        found |= {key: total / seen.predictions for key, total in squares.items()}
     return found
 
 
@@ -60,6 +62,9 @@ class _Products:
         self.squares: dict[tuple[str, str], Tensor] = {}
         self.pending: dict[tuple[str, str], Tensor] = {}
         self.exponent = 0
+
+    def begin(self, batch: int) -> None:
+        pass
 
     def start(self, exponent: int) -> None:
         self.exponent = exponent

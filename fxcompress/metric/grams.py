@@ -11,9 +11,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fxcompress.collective import Processes
 from fxcompress.errors import CalibrationError
 from fxcompress.metric.memory import GIB, free_memory
-from fxcompress.metric.scaled import PLAIN, ScaledSum, largest, times_power, unit_mean
+from fxcompress.metric.scaled import (
+    PLAIN,
+    ScaledSum,
+    largest,
+    reduce_scaled,
+    times_power,
+    unit_mean,
+)
 
 WIDE = 4096
 """From this width on, moments of few rows are kept as these rows."""
@@ -153,6 +161,24 @@ SAFE: dict[torch.dtype, tuple[float, float]] = {
 to them to rounding must not underflow, and 2^40 rows must not overflow."""
 
 
+def reduce_grams(sums: Sequence[GramSum | RowSum | CountSum], processes: Processes) -> None:
+    """Add up sums over all processes, which all have equally many of them.
+
+    Rows that are few in all processes together stay rows.
+    """
+    rows = [each for each in sums if isinstance(each, RowSum)]
+    counts = processes.gathered([each.known for each in rows])
+    for each, known in zip(rows, zip(*counts, strict=True), strict=True):
+        each.make_room([count for count, _ in known], processes.rank, [top for _, top in known])
+    grams = [each.gram if isinstance(each, RowSum) else each for each in sums]
+    products = [each for each in grams if isinstance(each, GramSum)]
+    for gram in products:
+        gram._flush()
+    reduce_scaled([gram._sums for gram in products], processes)
+    roots = [root for each in rows for root, _ in each._rows]
+    processes.sum(*roots, *(each._sum for each in sums if isinstance(each, CountSum)))
+
+
 def finish_together(sums: Sequence[GramSum], count: int) -> tuple[list[Tensor], int]:
     """The means of several sums, those of the groups of a convolution, say, in one unit.
 
@@ -203,7 +229,7 @@ class RowSum:
         self.what = what
         self._rows: list[tuple[Tensor, int]] = []
         self._count = 0
-        self._gram: GramSum | None = None
+        self.gram: GramSum | None = None
 
     def add(self, rows: Tensor, exponent: int = 0) -> bool:
         """Add rows (positions x features) times ``2^exponent``; False if they are not finite.
@@ -212,18 +238,50 @@ class RowSum:
             CalibrationError: they are too many to be kept, and the product takes more memory
                 than there is.
         """
-        if self._gram is not None:
-            return self._gram.add(rows, exponent)
         self._count += len(rows)
-        if self._count <= self.features // FEW:
-            self._rows.append((rows.detach().clone(), exponent))
-            return bool(rows.isfinite().all())
+        if self.gram is None and self._count > self.features // FEW:
+            self._multiply()
+        if self.gram is not None:
+            return self.gram.add(rows, exponent)
+        self._rows.append((rows.detach().clone(), exponent))
+        return bool(rows.isfinite().all())
+
+    def _multiply(self) -> None:
+        """Go over to the product."""
         self._require_memory()
-        self._gram = GramSum(self.features, self.device, self.dtype)
+        self.gram = GramSum(self.features, self.device, self.dtype)
         for kept, power in self._rows:
-            self._gram.add(kept, power)
+            self.gram.add(kept, power)
         self._rows.clear()
-        return self._gram.add(rows, exponent)
+
+    @property
+    def known(self) -> tuple[int, int | None]:
+        """How many rows there are, and the exponent of the largest entry, if any is kept."""
+        return self._count, self._top
+
+    @property
+    def _top(self) -> int | None:
+        peaks = [math.frexp(peak)[1] + power for x, power in self._rows if (peak := largest(x)) > 0]
+        return max(peaks, default=None)
+
+    def make_room(self, counts: Sequence[int], rank: int, tops: Sequence[int | None]) -> None:
+        """Make place for the rows of other processes, to which theirs can be added.
+
+        Args:
+            counts: of rows in every process.
+            rank: of this one.
+            tops: exponents of the largest entries of each, as of :attr:`known`.
+        """
+        total = sum(counts)
+        if total > self.features // FEW:
+            if self.gram is None:
+                self._multiply()
+            return
+        exponent = max((top for top in tops if top is not None), default=0)
+        own, at = self._root(exponent), sum(counts[:rank])
+        root = own.new_zeros(total, self.features)
+        root[at : at + len(own)] = own
+        self._rows, self._count = [(root, exponent)], total
 
     def finish(self, count: int) -> Tensor:
         """The sum divided by ``count`` (features x features), or a root of it (r x features).
@@ -236,20 +294,24 @@ class RowSum:
 
     def finish_scaled(self, count: int) -> tuple[Tensor, int]:
         """The mean of rows of any size, and e: it is in units of ``4^e``, a root of ``2^e``."""
-        if self._gram is not None:
-            (mean,), exponent = finish_together([self._gram], count)
+        if self.gram is not None:
+            (mean,), exponent = finish_together([self.gram], count)
             return mean, exponent
-        peaks = [math.frexp(peak)[1] + power for x, power in self._rows if (peak := largest(x)) > 0]
-        top = max(peaks, default=0)
+        top = self._top or 0
         exponent = 0 if 2 * abs(top) <= PLAIN else max(min(top, 1023), -1022)
+        root = self._root(exponent)
+        self._rows.clear()
+        root *= max(count, 1) ** -0.5
+        return root, exponent
+
+    def _root(self, exponent: int) -> Tensor:
+        """All rows (r x features) in units of ``2^exponent``, float64."""
         root = torch.zeros(self._count, self.features, dtype=torch.float64, device=self.device)
         start = 0
         for x, power in self._rows:
             root[start : start + len(x)] = times_power(x.to(torch.float64), power - exponent)
             start += len(x)
-        self._rows.clear()
-        root *= max(count, 1) ** -0.5
-        return root, exponent
+        return root
 
     def _require_memory(self) -> None:
         # The sum and the mean, and later the damped mean and its root.

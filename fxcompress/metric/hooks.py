@@ -145,6 +145,7 @@ class Session:
     def begin(self, batch: int, padding: Padding) -> None:
         """Forget the batch before: the next one follows."""
         self.batch, self.padding = batch, padding
+        self.visitor.begin(batch)
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 
@@ -155,20 +156,6 @@ class Session:
             other = first.setdefault(input_key(site), site)
             if self.calls[site.name] != self.calls[other.name]:
                 raise CalibrationError(_not_shared(site.name, self.batch))
-
-    def require_reached(self) -> None:
-        """Require that data got to every site.
-
-        Raises:
-            CalibrationError: to some of them none did.
-        """
-        unreached = [site.name for site in self.sites if not self.rows[site.name]]
-        if unreached:
-            raise CalibrationError(
-                f"no calibration data reached {', '.join(unreached[:5])}"
-                f"{' and others' if len(unreached) > 5 else ''}: the layer runs on the example "
-                "input but on none of the calibration batches"
-            )
 
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:

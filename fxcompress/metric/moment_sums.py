@@ -9,7 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxcompress.metric.grams import WIDE, CountSum, GramSum, RowSum, finish_together
+from fxcompress.collective import Processes
+from fxcompress.metric.grams import (
+    WIDE,
+    CountSum,
+    GramSum,
+    RowSum,
+    finish_together,
+    reduce_grams,
+)
 from fxcompress.metric.moments import Moments, Named, is_root
 from fxcompress.metric.pooled import Traces
 from fxcompress.metric.visitor import InputKey, SiteFacts, Sums, input_key
@@ -63,6 +71,10 @@ class MomentSums(Sums):
                     else _sums(groups, m, device, dtype, site, "output gradient")
                 )
 
+    def begin(self, batch: int) -> None:
+        if self.traces is not None:
+            self.traces.begin(batch)
+
     def start(self, exponent: int) -> None:
         self.exponent = exponent
 
@@ -102,6 +114,14 @@ class MomentSums(Sums):
     def end(self) -> None:
         if self.traces is not None:
             self.traces.end()
+
+    def reduce(self, processes: Processes) -> None:
+        sums = [*self.inputs.values(), *self.outputs.values()]
+        every = [each if isinstance(each, list) else [each] for each in sums]
+        reduce_grams([one for each in every for one in each], processes)
+        self.rows = defaultdict(int, processes.add_up(self.rows))
+        if self.traces is not None:
+            self.traces.reduce(processes)
 
     def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
         key = input_key(site)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxcompress.collective import Processes
 from fxcompress.metric.moments import Moments
 from fxcompress.metric.scaled import times_power
 from fxcompress.metric.statistic import Statistic
@@ -26,9 +27,11 @@ class OwnSums(Sums):
 
     Args:
         statistics: of different names.
+        device: of the model.
     """
 
-    def __init__(self, statistics: Sequence[Statistic]) -> None:
+    def __init__(self, statistics: Sequence[Statistic], device: torch.device) -> None:
+        self.device = device
         self.backward = any(each.backward for each in statistics)
         self.totals: dict[Key, Tensor] = {}
         self.rows: dict[InputKey, int] = defaultdict(int)
@@ -37,6 +40,9 @@ class OwnSums(Sums):
             self._by_place[each.reads].append(each)
         self._exponent = 0
         self._pending: dict[str, Tensor] = {}
+
+    def begin(self, batch: int) -> None:
+        pass
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         key, statistics = input_key(site), self._by_place["inputs"]
@@ -90,6 +96,10 @@ class OwnSums(Sums):
         for name, whole in self._pending.items():
             self._add(self._by_place["weights"], name, whole)
         self._pending.clear()
+
+    def reduce(self, processes: Processes) -> None:
+        self.totals = processes.sum_by_key(self.totals, self.device)
+        self.rows = defaultdict(int, processes.add_up(self.rows))
 
     def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
         own: dict[str, Tensor] = {}

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fxcompress.collective import ALONE, Processes
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.inputs import Forward, device_of, run_model, to_device
 from fxcompress.graph.padding import follow_padding, settle
 from fxcompress.metric.hooks import Session
 from fxcompress.metric.output import Loss, OutputKind
+from fxcompress.metric.seeds import seeded
 from fxcompress.metric.starts import FisherKind, backward_starts
 from fxcompress.metric.visitor import SiteFacts, Visitor
 
@@ -93,9 +95,12 @@ class Passes(Protocol):
 
     Attributes:
         sections: in the order in which they have to be run first; later in any.
-        batches: how many there are, if that is known.
+        batches: how many there are in this process, if that is known.
+        processes: whose data are gone through together.
     """
 
+    @property
+    def processes(self) -> Processes: ...
     @property
     def sections(self) -> Sequence[Section]: ...
     @property
@@ -131,7 +136,8 @@ class Whole:
     """Forwards and backwards through the whole model, with the sites of one section.
 
     Attributes:
-        model, drawn, loss, forward, everywhere, places, watched: as of :func:`run_pass`.
+        model, drawn, loss, forward, everywhere, places, watched, processes: as of
+            :func:`run_pass`.
         data: the batches; gone through once for every section.
         sections: of its sites.
         batches: how many there are, if that is known.
@@ -147,6 +153,7 @@ class Whole:
     everywhere: bool = True
     places: Sequence[int] | None = None
     watched: Sequence[str] = ()
+    processes: Processes = ALONE
 
     def run(
         self, section: Section, visitor: Visitor, tick: Callable[[], None] = lambda: None
@@ -155,7 +162,7 @@ class Whole:
         return run_pass(
             self.model, section.sites, self.data, visitor,
             drawn=self.drawn, loss=self.loss, forward=self.forward, everywhere=self.everywhere,
-            places=self.places, watched=self.watched, tick=tick,
+            places=self.places, watched=self.watched, processes=self.processes, tick=tick,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -178,6 +185,7 @@ def run_pass(
     everywhere: bool = True,
     places: Sequence[int] | None = None,
     watched: Sequence[str] = (),
+    processes: Processes = ALONE,
     tick: Callable[[], None] = lambda: None,
 ) -> Passed:
     """Run a model over batches and show a visitor what happens at its sites.
@@ -192,8 +200,10 @@ def run_pass(
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
         everywhere: whether the data have to reach every site.
-        places: what errors call the batches, if these are a part of others.
+        places: where the batches stand, if these are a part of others: errors call them so, and
+            labels are drawn for the place of a batch.
         watched: paths of other modules, of which is told whether they ran.
+        processes: all those that run the model, each over batches of its own.
         tick: called after every batch.
 
     Raises:
@@ -201,7 +211,7 @@ def run_pass(
             finite (naming the site and the batch); a site that no data reached.
     """
     session = Session(model, sites, visitor, watched)
-    generator = torch.Generator(device_of(model)).manual_seed(drawn.seed)
+    generator = torch.Generator(device_of(model))
     count = predictions = 0
     kind = "none"
     with session.attached():
@@ -215,7 +225,8 @@ def run_pass(
                     if visitor.backward:
                         starts = backward_starts(
                             result, to_device(batch, device_of(model)), kind=drawn.output,
-                            fisher=drawn.fisher, loss=loss, mask=padding, generator=generator,
+                            fisher=drawn.fisher, loss=loss, mask=padding,
+                            generator=seeded(generator, drawn.seed, place),
                         )  # fmt: skip
                 settle(padding)
                 if visitor.backward:
@@ -228,8 +239,7 @@ def run_pass(
                     kind = starts.kind
             count += 1
             tick()
-    require_data(count, predictions if visitor.backward else None)
-    return passed(session, count, predictions, kind, everywhere)
+    return passed(session, count, predictions, kind, everywhere, processes)
 
 
 def require_data(batches: int, predictions: int | None) -> None:
@@ -254,24 +264,56 @@ def require_data(batches: int, predictions: int | None) -> None:
         )
 
 
-def passed(session: Session, batches: int, predictions: int, kind: str, everywhere: bool) -> Passed:
-    """What hooks saw in a pass.
+def passed(
+    session: Session,
+    batches: int,
+    predictions: int,
+    kind: str,
+    everywhere: bool,
+    processes: Processes = ALONE,
+) -> Passed:
+    """What hooks saw in a pass, in all processes.
 
     Args:
         session: has the hooks.
-        batches, predictions, kind: as of :class:`Passed`.
+        batches, predictions, kind: as of :class:`Passed`, of this process.
         everywhere: whether the data have to reach every site.
+        processes: all of them.
 
     Raises:
-        CalibrationError: they did not.
+        CalibrationError: they did not, or there were none.
     """
+    names = [site.name for site in session.sites]
+    rows, answered = processes.add_up(session.rows), processes.add_up(session.answered)
+    found = processes.gathered((batches, predictions, kind, session.ran))
+    batches, predictions = sum(each[0] for each in found), sum(each[1] for each in found)
+    require_data(batches, predictions if session.visitor.backward else None)
     if everywhere:
-        session.require_reached()
-    reach = {
-        site.name: Reach(session.rows[site.name], session.answered[site.name])
-        for site in session.sites
-    }
-    return Passed(batches, predictions, kind, reach, tuple(sorted(session.ran)))
+        require_reached([name for name in names if not rows.get(name)])
+    return Passed(
+        batches,
+        predictions,
+        next((each[2] for each in found if each[2] != "none"), "none"),
+        {name: Reach(rows.get(name, 0), answered.get(name, 0)) for name in names},
+        tuple(sorted({name for each in found for name in each[3]})),
+    )
+
+
+def require_reached(unreached: Sequence[str]) -> None:
+    """Require that data got to every site.
+
+    Args:
+        unreached: names of those that none got to.
+
+    Raises:
+        CalibrationError: there are some.
+    """
+    if unreached:
+        raise CalibrationError(
+            f"no calibration data reached {', '.join(unreached[:5])}"
+            f"{' and others' if len(unreached) > 5 else ''}: the layer runs on the example "
+            "input but on none of the calibration batches"
+        )
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:

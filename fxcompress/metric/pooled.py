@@ -39,7 +39,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxcompress.collective import Processes
 from fxcompress.metric.moments import is_root
+from fxcompress.metric.seeds import seeded
 from fxcompress.metric.visitor import SiteFacts
 
 PROBES = 64
@@ -49,13 +51,14 @@ PROBES = 64
 class Traces:
     """``E ‖∇W‖²`` per prediction of linear layers over several positions a sample.
 
-    A layer counts as pooled while samples make no more than one prediction each.  That they make
-    more shows in the first batch, and nothing is measured from then on.
+    A layer counts as pooled while samples make no more than one prediction each.  Once a batch
+    makes more, nothing is measured any more.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.generator = torch.Generator(device)
-        self.batch = 0  # place among those that a layer was seen in
+        self.batch = 0
+        self.seen: dict[str, int] = defaultdict(int)  # samples of the batch
         self.samples: dict[str, int] = defaultdict(int)
         self.positions: dict[str, int] = defaultdict(int)
         self.apart: set[str] = set()
@@ -63,7 +66,12 @@ class Traces:
         self._vectors: dict[tuple[int, str], Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._squares: dict[str, float] = defaultdict(float)
-        self._done = False
+
+    def begin(self, batch: int) -> None:
+        """A batch at some place of the data begins."""
+        self._vectors.clear()  # it has others, so that chance evens out
+        self.seen.clear()
+        self.batch = batch
 
     def project(self, site: SiteFacts, data: Tensor) -> Tensor | None:
         """What is kept of the input of a call (samples x positions x probes); None for nothing."""
@@ -72,10 +80,7 @@ class Traces:
         if not site.shape.pooled or data.dim() < 3:
             self.apart.add(site.name)
             return None
-        if self._done:  # another batch has other vectors, so that chance evens out
-            self._vectors.clear()
-            self.batch += 1
-            self._done = False
+        self.seen[site.name] += len(data)
         self.samples[site.name] += len(data)
         self.positions[site.name] += data[..., 0].numel()
         return self._products(data, "input")
@@ -84,7 +89,7 @@ class Traces:
         """The batch makes so many predictions."""
         self.predictions += count
         for site in sites:
-            if self.predictions * site.calls > self.samples[site.name]:
+            if count * site.calls > self.seen[site.name]:
                 self.apart.add(site.name)
 
     def gradient(
@@ -116,7 +121,15 @@ class Traces:
         for name, sums in self._pending.items():
             self._squares[name] += float(sums.square().sum(dtype=torch.float64)) / PROBES
         self._pending.clear()
-        self._done = True
+
+    def reduce(self, processes: Processes) -> None:
+        """Add up what all processes have measured."""
+        self.samples = defaultdict(int, processes.add_up(self.samples))
+        self.positions = defaultdict(int, processes.add_up(self.positions))
+        self._squares = defaultdict(float, processes.add_up(self._squares))
+        found = processes.gathered((self.predictions, self.apart))
+        self.predictions = sum(predictions for predictions, _ in found)
+        self.apart = set().union(*(apart for _, apart in found))
 
     def scale(
         self, site: SiteFacts, inputs: tuple[Tensor, float], outputs: tuple[Tensor, float]
@@ -143,9 +156,9 @@ class Traces:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         if (width, side) not in self._vectors:
             # The same ones in whatever order, and together with whichever layers they are drawn.
-            self.generator.manual_seed(2 * (self.batch << 32 | width) + (side == "input"))
+            generator = seeded(self.generator, self.batch, width, side == "input")
             size = (width, PROBES)
-            signs = torch.randint(2, size, generator=self.generator, device=rows.device)
+            signs = torch.randint(2, size, generator=generator, device=rows.device)
             self._vectors[width, side] = signs.to(dtype) * 2 - 1
         vectors = self._vectors[width, side].to(dtype)
         return rows.to(dtype).flatten(1, -2) @ vectors

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fxcompress.collective import Processes
+
 
 class ScaledSum:
     """Running sum of float64 tensors times powers of four; finite whatever their size.
@@ -41,6 +43,22 @@ class ScaledSum:
         factor = self.scale_to(exponent)
         for total, part in zip(self.totals, parts, strict=True):
             total.add_(part, alpha=factor)
+
+
+def reduce_scaled(sums: Sequence[ScaledSum], processes: Processes) -> None:
+    """Add up sums over all processes, which all have equally many of them."""
+    exponents = processes.gathered([None if s._empty else s.exponent for s in sums])
+    filled: list[Tensor] = []
+    for each, known in zip(sums, zip(*exponents, strict=True), strict=True):
+        top = max((exponent for exponent in known if exponent is not None), default=None)
+        if top is None:
+            continue  # zero everywhere
+        if not each._empty and each.exponent != top:
+            for total in each.totals:
+                times_power(total, 2 * (each.exponent - top), out=total)
+        each.exponent, each._empty = top, False
+        filled += each.totals
+    processes.sum(*filled)
 
 
 def times_power(x: Tensor, exponent: int, out: Tensor | None = None) -> Tensor:

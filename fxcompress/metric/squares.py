@@ -9,8 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fxcompress.collective import Processes
 from fxcompress.metric.moments import Moments
-from fxcompress.metric.scaled import ScaledSum, normalized, times_power, unit_mean
+from fxcompress.metric.scaled import (
+    ScaledSum,
+    normalized,
+    reduce_scaled,
+    times_power,
+    unit_mean,
+)
 from fxcompress.metric.visitor import SiteFacts, Sums, same_samples
 from fxcompress.operators.shape import is_grouped, samples_in
 
@@ -36,6 +43,9 @@ class SquareSums(Sums):
         self.pending: dict[str, tuple[Tensor, int]] = {}
         self.looked_up: dict[str, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
         self.exponent = 0
+
+    def begin(self, batch: int) -> None:
+        pass
 
     def start(self, exponent: int) -> None:
         self.exponent = exponent
@@ -109,6 +119,9 @@ class SquareSums(Sums):
                 gradients = torch.cat([times_power(g, power - top) for _, g, power in calls], 1)
                 found = site.shape.squared_gradients(indices, gradients, entries=self.entries)
                 self._square(site.name, found, top)
+
+    def reduce(self, processes: Processes) -> None:
+        reduce_scaled([*self.squares.values()], processes)
 
     def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
         sums = self.squares.pop(site.name)

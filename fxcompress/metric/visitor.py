@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fxcompress.collective import Processes
 from fxcompress.errors import CalibrationError
 from fxcompress.metric.moments import Moments
 from fxcompress.operators.shape import Shape
@@ -46,6 +47,9 @@ class Visitor(Protocol):
 
     backward: bool
 
+    def begin(self, batch: int) -> None:
+        """A batch begins; its place is the same whoever has it."""
+
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         """The input of a call, once for all sites on it; whether it is finite."""
 
@@ -68,6 +72,9 @@ class Visitor(Protocol):
 class Sums(Visitor, Protocol):
     """A visitor that sums up statistics."""
 
+    def reduce(self, processes: Processes) -> None:
+        """Add up what all processes have seen; each of them goes on with the sums of all."""
+
     def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
         """The moments of a site, with the means; the sums are given up.
 
@@ -84,6 +91,10 @@ class Several(Sums):
     def __init__(self, visitors: Sequence[Sums]) -> None:
         self.visitors = visitors
         self.backward = any(each.backward for each in visitors)
+
+    def begin(self, batch: int) -> None:
+        for each in self.visitors:
+            each.begin(batch)
 
     def input(self, site: SiteFacts, data: Tensor, mask: Tensor | None) -> bool:
         finite = [each.input(site, data, mask) for each in self.visitors]
@@ -110,6 +121,10 @@ class Several(Sums):
     def end(self) -> None:
         for each in self.visitors:
             each.end()
+
+    def reduce(self, processes: Processes) -> None:
+        for each in self.visitors:
+            each.reduce(processes)
 
     def finish(self, site: SiteFacts, predictions: int, found: Moments) -> Moments:
         for each in self.visitors:

@@ -20,8 +20,7 @@ from fxcompress.pipeline.decomposition import (
 from fxcompress.pipeline.estimate import Estimate, estimate, passes_over
 from fxcompress.pipeline.held_back import Division
 from fxcompress.pipeline.request import Request
-from fxcompress.pipeline.survey import Survey, checkpoint_of, described, limited, survey
-from fxcompress.processes import same_data
+from fxcompress.pipeline.survey import Survey, checkpoint_of, require_same_model, survey
 from fxcompress.rules import LoadedRules
 
 
@@ -47,22 +46,22 @@ class Analysis(Survey):
 
 def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis:
     """Record, match, calibrate and decompose; errors as of ``compile``."""
-    surveyed, batches, total = survey(model, loaded, request)
+    surveyed, data = survey(model, loaded, request)
+    require_same_model(surveyed)
     spec = loaded.rules.metric
     metric, work, sites = METRICS[spec.kind], surveyed.model, surveyed.sites
     if request.loss is not None and not metric.backward:
         request.notes.add(f"loss= was given, and metric {metric.name} makes no use of it")
-    batches, total = limited(batches, spec.batches, total)
-    with same_data(batches, described(surveyed)) as batches:
-        checkpoint = None
-        if request.checkpoint is not None:
-            batches = [*batches]
-            checkpoint = checkpoint_of(surveyed, batches)
-        division = Division(batches, total, spec.held_back, spec.seed)
-        again = metric.directions or surveyed.room.parking is not None
-        used: Iterable[Any] = [*division] if again else division  # gone through more than once
-        passes = passes_over(surveyed, used, division.count, division.places)
-        estimated = estimate(surveyed, division, passes, checkpoint)
+    data = data.first(spec.batches)
+    checkpoint = None
+    if request.checkpoint is not None:
+        batches = [*data.batches]
+        data, checkpoint = replace(data, batches=batches), checkpoint_of(surveyed, batches)
+    division = Division(data.batches, data.total, spec.held_back, spec.seed, data.places)
+    again = metric.directions or surveyed.room.parking is not None
+    used: Iterable[Any] = [*division] if again else division  # gone through more than once
+    passes = passes_over(surveyed, used, division.count, division.places)
+    estimated = estimate(surveyed, division, passes, checkpoint)
 
     moments = dict(estimated.calibration.moments)
     # So that each is freed once it is used.
@@ -83,6 +82,7 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
         total = None if passes.batches is None else passes.batches * len(passes.sections)
         energies = measure_directions(passes, wanted, request.show.stage("directions", total))
         decomposed = with_directions(decomposed, surveyed.groups, energies)
+    request.notes.share(request.processes)
     return Analysis.of(surveyed, estimated, decomposed)
 
 

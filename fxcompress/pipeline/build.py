@@ -86,7 +86,9 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
             "the recorded batch: something in its forward reads the weight of a rewritten layer, "
             "which computes it"
         )
-    speed, slow = measured_speed(dense, rewritten, planned, analysis)
+    # All processes take the time: a forward may wait for the others.
+    timed = measured_speed(dense, rewritten, planned, analysis)
+    speed, slow = analysis.request.processes.shared(timed)
     return rewritten, planned.model_copy(
         update={
             "model_after": counted,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxcompress.collective import fingerprint, joined
 from fxcompress.errors import FxcompressWarning, RecordError, RuleError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.wrappers import unwrapped
@@ -34,6 +35,12 @@ from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, w
 
 M = TypeVar("M", bound=nn.Module)
 
+DIFFERENT = (
+    "from equal sums they computed other results, as on different hardware or with another number "
+    "of threads. Make these equal, or compress in one process (alone=True), save there, and load "
+    "in the others"
+)
+
 
 def compile(
     model: M,
@@ -48,6 +55,7 @@ def compile(
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
+    alone: bool = False,
     checkpoint: str | PathLike[str] | None = None,
 ) -> M:
     """Compress a model: same class, same ``forward``, same ``generate()``, fewer parameters.
@@ -74,6 +82,9 @@ def compile(
             labels sampled from the model's own output.
         forward: ``forward(model, batch)``, for batches of another kind.
         progress: show progress on stderr; by default if that is a terminal.
+        alone: whether this process of ``torch.distributed`` works by itself.  Otherwise all of them
+            call this, each with its own batches, which are one set of data together, and all get
+            the same result.
         checkpoint: a directory for what was found out so far: the moments of every block that was
             measured, or the state after every round (``solver: {rounds: 5, steps: 20}``).  A run
             that was interrupted goes on from there, to the same numbers.
@@ -88,17 +99,24 @@ def compile(
         CalibrationError: calibration data is missing, rejected or not finite.
         BudgetError: the budget cannot be met; the message says the least that can.
         MemoryLimitError: ``memory`` is too little; the message says what would do.
+        ProcessError: another process stops, does not answer, or has another model.
         RewriteError: the rewritten model does not run.
         CheckpointError: ``checkpoint`` holds another run.
     """
     model = unwrapped(model)
     loaded = with_budget(read_rules(rules, memory), keep, unit)
-    with torch.inference_mode(False), stages(progress) as show:
-        request = Request(show, calibration, examples, loss, forward, checkpoint)
+    by_itself = alone or loaded.rules.solver.iterative  # training needs the same data everywhere
+    with torch.inference_mode(False), joined(by_itself) as processes, stages(progress) as show:
+        request = Request(
+            show, calibration, examples, loss, forward, checkpoint, processes=processes
+        )
         if loaded.rules.solver.iterative:
             rewritten, planned = iterate(model, loaded, request, inplace=inplace)
         else:
             rewritten, planned = rewrite(model, analyse(model, loaded, request), inplace=inplace)
+        processes.require_same(
+            lambda: (planned.model_dump_json(), fingerprint(rewritten)), DIFFERENT
+        )
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})
     attach_plan(rewritten, planned)
     for note in planned.warnings:
@@ -118,6 +136,7 @@ def plan(
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
+    alone: bool = False,
 ) -> Plan:
     """The ranks that :func:`compile` would choose, without touching the model.
 
@@ -125,10 +144,11 @@ def plan(
     """
     model = unwrapped(model)
     loaded = with_budget(read_rules(rules, memory), keep, unit)
-    with torch.inference_mode(False), stages(progress) as show:
-        request = Request(show, calibration, examples, loss, forward)
+    with torch.inference_mode(False), joined(alone) as processes, stages(progress) as show:
+        request = Request(show, calibration, examples, loss, forward, processes=processes)
         analysis = analyse(model, loaded, request)
         planned = foreseen(analysis, make_plan(analysis, {}))
+        processes.require_same(planned.model_dump_json, DIFFERENT)
     return planned.model_copy(update={"seconds": dict(show.seconds), "warnings": analysis.notes})
 
 
@@ -145,6 +165,7 @@ def explain(
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
+    alone: bool = False,
 ) -> Explanation:
     """Which operators each rule matches, and why the others not, from the real matcher.
 
@@ -155,7 +176,7 @@ def explain(
         rule: explain the rule with this id only.
         calibration: as in :func:`compile`.  With it the budget is solved as well, and the
             explanation tells what is left dense and why.
-        keep, unit, memory, loss, forward, progress: as in :func:`compile`.
+        keep, unit, memory, loss, forward, progress, alone: as in :func:`compile`.
 
     Raises:
         RuleError: the rules cannot be used, or none has the id.
@@ -179,8 +200,8 @@ def explain(
         )  # fmt: skip
         return Explanation.of(matched, rule=rule, refused=refused, hidden=_hidden(groups))
     examples = None if example is None else [example]
-    with torch.inference_mode(False), stages(progress) as show:
-        request = Request(show, calibration, examples, loss, forward)
+    with torch.inference_mode(False), joined(alone) as processes, stages(progress) as show:
+        request = Request(show, calibration, examples, loss, forward, processes=processes)
         analysis = analyse(model, loaded, request)
         planned = make_plan(analysis, {})
     dense = {site.weight: site.reason for site in planned.sites if site.form is None}

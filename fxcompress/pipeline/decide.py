@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             "batches": analysis.estimate.calibration.batches,
             "predictions": analysis.estimate.calibration.predictions,
             "output": analysis.estimate.calibration.kind,
-            "held back": len(analysis.estimate.held_back.batches),
+            "held back": analysis.estimate.held_back.total,
             "seed": rules.metric.seed,
+            **({"processes": analysis.spread} if analysis.spread else {}),
         },
         damping=analysis.estimate.damping if any(METRICS[rules.metric.kind].damped) else (),
         batch=batch_of(analysis.examples),
@@ -168,13 +170,20 @@ def price(analysis: Survey) -> dict[str, Pricing]:
         if isinstance(unit, CountedUnit):
             pricings[budget.unit] = Counted(unit)
         else:
-            tick = analysis.request.show.stage("latency", ROUNDS)
-            device = next(analysis.model.parameters()).device
-            table = Table(table_path())
-            pricings["latency"] = timed(analysis.groups, device, table, tick)
-            if table.unkept:
-                analysis.request.notes.add(table.unkept)
+            pricings["latency"], unkept = analysis.request.processes.from_first(
+                partial(_timed, analysis)
+            )
+            if unkept:
+                analysis.request.notes.add(unkept)
     return pricings
+
+
+def _timed(analysis: Survey) -> tuple[Pricing, str]:
+    """What operators take on this machine, and why it will not be known the next time."""
+    tick = analysis.request.show.stage("latency", ROUNDS)
+    device = next(analysis.model.parameters()).device
+    table = Table(table_path())
+    return timed(analysis.groups, device, table, tick), table.unkept
 
 
 def _with_seconds(

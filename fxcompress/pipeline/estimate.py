@@ -53,7 +53,8 @@ def estimate(
     calibrated = calibrated_in(found, passes, checkpoint)
     held = division.held if metric.needs else division.untouched()
     moments: Mapping[str, Moments] = {}
-    if held and metric.needs:
+    total = sum(request.processes.gathered(len(held)))
+    if total and metric.needs:
         again = passes_over(
             found, held, len(held), division.held_places, everywhere=False, stage="held back"
         )
@@ -67,7 +68,7 @@ def estimate(
         request.show.stage("damping", None)
     given = (spec.damping.input, spec.damping.output)
     damping = choose_damping(found.model, found.singles, metric, calibrated.moments, moments, given)
-    return Estimate(calibrated, HeldBack(tuple(held), moments), damping)
+    return Estimate(calibrated, HeldBack(tuple(held), moments, total), damping)
 
 
 def calibrated_on(
@@ -134,8 +135,8 @@ def passes_over(
     Args:
         found: has the model, the sites and the rules.
         batches: gone through once if everything has room at once; else kept.
-        total: how many they are, if that is known.
-        places: what errors call the batches, if these are a part of others.
+        total: how many they are in this process, if that is known.
+        places: where the batches stand, if these are a part of others.
         everywhere: whether the data have to reach every site.
         stage: what the forward pass is called where progress is shown.
 
@@ -146,6 +147,7 @@ def passes_over(
     whole = Whole(
         found.model, batches, room.sections, total, draws(rules), request.loss, request.forward,
         everywhere, places, unrecorded(found.model, found.recording, rules.rules),
+        request.processes,
     )  # fmt: skip
     if room.parking is None or not METRICS[rules.rules.metric.kind].needs:
         return whole

@@ -138,8 +138,8 @@ def forecast(
     loaded = read_rules(rules, memory)
     with torch.inference_mode(False), stages(False) as silent:
         request = Request(silent, calibration, None, None, forward)
-        found, _, total = survey(model, loaded, request, values=False)
-    count = batches or total or 1
+        found, data = survey(model, loaded, request, values=False)
+    count = batches or data.total or 1
     most = loaded.rules.metric.batches
     return foresee(found, min(count, most) if most else count)
 

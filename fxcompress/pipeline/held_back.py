@@ -43,13 +43,15 @@ class HeldBack:
     """What was set aside of the calibration data.
 
     Attributes:
-        batches: that the metric was not estimated on.
+        batches: that the metric was not estimated on, of this process.
         moments: of them, in float32, by name of the sites that they reach; none for a metric
             without data.
+        total: how many batches there are in all processes.
     """
 
     batches: tuple[Any, ...] = ()
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    total: int = 0
 
 
 class Division:
@@ -60,21 +62,30 @@ class Division:
     batch nothing is set aside.
 
     ``held`` has those that were set aside so far; ``held_places`` and ``places`` say where they
-    and the others stood.
+    and the others stood.  Of batches that several processes have, each sets aside its part of what
+    is drawn from all.
 
     Args:
         batches: gone through once.
-        total: how many they are; None if that is not known.
+        total: how many they are, in all processes; None if that is not known.
         share: to set aside, below 1; one of two or more at least, none for 0.
         seed: of what is drawn.
+        own: places of the batches among all; None for all there are.
 
     >>> division = Division(range(8), 8, 0.25, seed=0)
     >>> len([*division]), len(division.held)
     (6, 2)
     """
 
-    def __init__(self, batches: Iterable[Any], total: int | None, share: float, seed: int) -> None:
-        self._batches, self._total = batches, total
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        total: int | None,
+        share: float,
+        seed: int,
+        own: Sequence[int] | None = None,
+    ) -> None:
+        self._batches, self._total, self._own = batches, total, own
         self._share, self._seed = share, seed
         self.held: list[Any] = []
         self.places: list[int] = []
@@ -83,23 +94,33 @@ class Division:
     @property
     def count(self) -> int | None:
         """How many are not set aside, if that is known."""
-        return None if self._total is None else self._total - self._known(self._total)
+        if self._total is None:
+            return None
+        own = range(self._total) if self._own is None else self._own
+        return len({*own}.difference(self._places()))
 
     def __iter__(self) -> Iterator[Any]:
         places = self._places()
         following = next(places, None)
-        for at, batch in enumerate(self._batches):
+        for at, batch in self._placed():
+            while following is not None and following < at:
+                following = next(places, None)
             if at == following:
                 self.held.append(batch)
                 self.held_places.append(at)
-                following = next(places, None)
             else:
                 self.places.append(at)
                 yield batch
 
     def untouched(self) -> list[Any]:
         """Batches to measure on for a metric that looks at none: the first ones."""
-        return [*itertools.islice(self._batches, MOST)] if self._share else []
+        own = MOST if self._own is None else sum(at < MOST for at in self._own)
+        return [*itertools.islice(self._batches, own)] if self._share else []
+
+    def _placed(self) -> Iterator[tuple[int, Any]]:
+        """Batches with their places."""
+        places = itertools.count() if self._own is None else self._own
+        return zip(places, self._batches, strict=False)
 
     def _known(self, total: int) -> int:
         return max(1, int(total * self._share)) if self._share and total > 1 else 0

@@ -166,26 +166,28 @@ def measure_whole(
     Args:
         dense: a copy of ours, which is left in eval mode.
         small: the compressed model, in any mode; only read.
-        batches: None is returned if there are none.
+        batches: of this process; None is returned if there are none in any.
         kind: families of the outputs.
         request: with a loss of the user's the rise of its mean is measured, not the divergence.
 
     Raises:
         CalibrationError: a batch on which a model fails or is not finite.
     """
-    if not batches:
+    if not any(request.processes.gathered(bool(batches))):
         return None
     loss, forward = request.loss, request.forward
     tick = request.show.stage("measure", 2 * len(batches))
     compressed = skeleton(small)
     for each in (dense, compressed):
         nn.Module.train(each, False)
-    sums, counts, output = [], [], "loss"
+    sums: list[float] = []
+    counts: list[int] = []
+    output = "loss"
     with torch.no_grad():
         for index, batch in enumerate(batches):
             if loss is None:
-                found = _measure_batch(dense, compressed, {}, batch, index, kind, forward, tick)
-                lost, count, output = found.whole, found.predictions, found.output
+                one = _measure_batch(dense, compressed, {}, batch, index, kind, forward, tick)
+                lost, count, output = one.whole, one.predictions, one.output
             else:
                 before, count = _loss_on(dense, loss, batch, forward)
                 tick()
@@ -194,9 +196,15 @@ def measure_whole(
                 lost = after - before
             sums.append(lost)
             counts.append(count)
+    found = [part for part in request.processes.gathered((sums, counts, output)) if part[1]]
+    sums, counts = [x for part in found for x in part[0]], [n for part in found for n in part[1]]
     mean, error = mean_with_error(np.array(sums), np.array(counts))
     return HeldBack(
-        batches=len(batches), predictions=sum(counts), output=output, measured=mean, error=error
+        batches=len(counts),
+        predictions=sum(counts),
+        output=found[0][2],
+        measured=mean,
+        error=error,
     )
 
 

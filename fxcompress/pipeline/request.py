@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from fxcompress.collective import ALONE, Processes
 from fxcompress.graph.inputs import Forward
 from fxcompress.metric import Loss
 from fxcompress.progress import Progress
@@ -25,6 +26,7 @@ class Request:
         forward: ``forward(model, batch)``; None to call the model with the batch.
         checkpoint: directory for what was found out so far; None to keep nothing.
         notes: what the user should know, in the order in which it was found.
+        processes: that work on the same model together.
     """
 
     show: Progress
@@ -34,6 +36,7 @@ class Request:
     forward: Forward | None = None
     checkpoint: str | PathLike[str] | None = None
     notes: Notes = field(default_factory=lambda: Notes())
+    processes: Processes = ALONE
 
 
 class Notes:
@@ -45,6 +48,11 @@ class Notes:
     def add(self, *notes: str) -> None:
         """Add those that are new."""
         self._found.update(dict.fromkeys(notes))
+
+    def share(self, processes: Processes) -> None:
+        """Take those of all processes, in the same order everywhere."""
+        found = processes.gathered(self.all)
+        self._found = dict.fromkeys(note for notes in found for note in notes)
 
     @property
     def all(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fxcompress.collective import ALONE, Processes
 from fxcompress.errors import MemoryLimitError
 from fxcompress.graph.blocks import cut
 from fxcompress.graph.inputs import device_of
@@ -68,6 +69,7 @@ def make_room(
     sites: Sequence[Site],
     needs: Needs,
     limit: int | None,
+    processes: Processes = ALONE,
 ) -> Room:
     """Decide how sites are measured within a limit on memory.
 
@@ -77,6 +79,7 @@ def make_room(
         sites: in graph order.
         needs: what the work on them takes.
         limit: bytes beside the model and the data; None for :data:`SHARE` of what is free.
+        processes: that work together, and have to do so in the same way.
 
     Raises:
         MemoryLimitError: a single site takes more than a limit that was given; the message says how
@@ -84,7 +87,8 @@ def make_room(
     """
     given = limit is not None
     if limit is None:
-        free = free_memory(device_of(model))
+        device = device_of(model)
+        free = processes.memory_for_each(free_memory(device), device)
         limit = None if free is None else int(SHARE * free)
     everyone = (Section(tuple(sites)),)
     if limit is None or needs.everything(sites) <= limit:

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxcompress.checkpoint import Checkpoint, fingerprint
+from fxcompress.checkpoint import Checkpoint, mark_of
+from fxcompress.collective import Processes, fingerprint
 from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
+from fxcompress.graph.inputs import to_device
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.metric import METRICS
 from fxcompress.metric.output import Family, declared_by
+from fxcompress.pipeline.data import Data, dealt
 from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.rigid import rigid_in
 from fxcompress.pipeline.room import Needs, Room, make_room
@@ -59,6 +62,7 @@ class Survey:
         folded_size: of ``model``.
         request: that it is about.
         room: how the work on it keeps to a limit on memory.
+        spread: how the data are spread over processes, in words; empty for a process by itself.
     """
 
     model: nn.Module
@@ -75,6 +79,7 @@ class Survey:
     folded_size: Size
     request: Request
     room: Room
+    spread: str
 
     @property
     def singles(self) -> tuple[Group, ...]:
@@ -118,7 +123,7 @@ class Survey:
 
 def survey(
     model: nn.Module, loaded: LoadedRules, request: Request, *, values: bool = True
-) -> tuple[Survey, Iterable[Any], int | None]:
+) -> tuple[Survey, Data]:
     """Record and match.
 
     Args:
@@ -126,7 +131,7 @@ def survey(
         values: whether weights have to have values; without, the model may be on the meta device.
 
     Returns:
-        What was found, and the calibration batches with their number if it is known.
+        What was found, and the calibration batches.
     """
     # The plan goes to others together with the model: no paths of this machine.
     loaded = replace(loaded, filename=Path(loaded.filename).name)
@@ -136,10 +141,10 @@ def survey(
     if values:
         _require_values(work)
     examples = [] if request.examples is None else list(iterate("examples", request.examples))
-    first, batches, total = _batches(request.calibration, bool(metric.needs), metric.name, examples)
+    first, data = _data(request, bool(metric.needs), metric.name, examples)
 
     tick = request.show.stage("record", None)
-    examples = examples or [first]
+    examples = [*_shared(examples or [first], request.processes)]
     recording = record_operators(work, examples, forward=request.forward)
     tick()
 
@@ -186,9 +191,13 @@ def survey(
         size,
         _model_size(work, recording),
         request,
-        make_room(work, recording, sites, Needs(metric, total), loaded.rules.memory),
-    )
-    return found, batches, total
+        make_room(
+            work, recording, sites, Needs(metric, data.total), loaded.rules.memory,
+            request.processes,
+        ),
+        data.told,
+    )  # fmt: skip
+    return found, data
 
 
 def described(found: Survey) -> str:
@@ -197,13 +206,17 @@ def described(found: Survey) -> str:
     return "\n".join([found.rules.rules.model_dump_json(), *shapes])
 
 
-def limited(
-    batches: Iterable[Any], count: int | None, total: int | None
-) -> tuple[Iterable[Any], int | None]:
-    """The first batches, and their number if it is known; all of them for None."""
-    if count is None:
-        return batches, total
-    return itertools.islice(batches, count), None if total is None else min(count, total)
+def require_same_model(found: Survey) -> None:
+    """Require that all processes have the same model, and the same rules.
+
+    Raises:
+        ProcessError: they have not.
+    """
+    found.request.processes.require_same(
+        lambda: (described(found), fingerprint(found.model)),
+        "they were given other rules, or models with other weights or shapes. Load the same "
+        "checkpoint in all of them, or pass alone=True in each that is to work by itself",
+    )
 
 
 def with_output(loaded: LoadedRules, family: Family | None) -> LoadedRules:
@@ -255,13 +268,23 @@ def legality_in(model: nn.Module, recording: Recording) -> Callable[[Operator], 
     return legality
 
 
-def _batches(
-    calibration: Iterable[Any] | None,
-    needed: bool,
-    metric: str,
-    examples: Sequence[Any] | None,
-) -> tuple[Any, Iterable[Any], int | None]:
-    """The first batch, all batches (the first among them), and their number if known."""
+def _shared(examples: Sequence[Any], processes: Processes) -> Sequence[Any]:
+    """Examples of rank 0, as all processes have to record the same graph."""
+    if processes.size == 1:
+        return examples
+    return processes.from_first(lambda: [to_device(each, torch.device("cpu")) for each in examples])
+
+
+def _data(
+    request: Request, needed: bool, metric: str, examples: Sequence[Any] | None
+) -> tuple[Any, Data]:
+    """The first of all batches, and the batches of this process."""
+    calibration = request.calibration
+    if request.processes.size > 1:
+        given = [] if calibration is None else [*iterate("calibration", calibration)]
+        first, data = dealt(given, request.processes)
+        if data.total:
+            return first, data
     if calibration is None:
         if needed:
             raise CalibrationError(
@@ -273,7 +296,7 @@ def _batches(
                 "the model has to be run once to record its graph: give one batch as "
                 "calibration=[batch] or examples=[batch]"
             )
-        return None, [], 0
+        return None, Data([], 0)
     total = length_hint(calibration) or None
     iterator = iterate("calibration", calibration)
     try:
@@ -283,7 +306,7 @@ def _batches(
             "the calibration iterable is empty or exhausted; pass a list of batches or a "
             "fresh DataLoader"
         ) from None
-    return first, itertools.chain([first], iterator), total
+    return first, Data(itertools.chain([first], iterator), total)
 
 
 def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
@@ -346,9 +369,10 @@ def _require_whole(model: nn.Module) -> None:
         if type(tensor).__name__ in ("DTensor", "FlatParameter"):
             raise RecordError(
                 f"{name} is sharded over processes (a {type(tensor).__name__}, as of FSDP): "
-                "compress the whole model in one process before it is sharded, from a full state "
-                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True)"
+                "compress the whole model in every process before it is sharded, each on its own "
+                "batches, and shard the result; of a model that is sharded already, get a full "
+                "state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True), and load it into a model that is not"
             )
 
 
@@ -377,9 +401,12 @@ def checkpoint_of(found: Survey, batches: Sequence[Any]) -> Checkpoint | None:
         return None
     # A limit on memory counts as what it leads to.
     rules = found.rules.rules.model_dump_json(exclude={"memory"})
-    mark = fingerprint(rules, found.model, batches, request.loss, request.forward)
+    mark = mark_of(rules, found.model, batches, request.loss, request.forward)
     sections = [(each.block, [site.name for site in each.sites]) for each in found.room.sections]
+    directory, together = Path(request.checkpoint), request.processes
+    if together.size > 1:  # each has gradients of its own
+        directory /= f"process-{together.rank}-of-{together.size}"
     return Checkpoint(
-        Path(request.checkpoint),
+        directory,
         {**mark, "limit on memory": digest_of([(*found.room.blocks,), repr(sections)])},
     )

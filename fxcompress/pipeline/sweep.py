@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcompress.collective import joined
 from fxcompress.errors import BudgetError
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.wrappers import unwrapped
@@ -44,12 +45,13 @@ def sweep(
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
+    alone: bool = False,
 ) -> Sweep:
     """Plan a model for many budgets, and evaluate it at each if asked to.
 
     Args:
-        model, rules, calibration, unit, memory, examples, loss, forward, progress: as of
-            :func:`fxcompress.compile`.
+        model, rules, calibration, unit, memory, examples, loss, forward, progress, alone:
+            as of :func:`fxcompress.compile`.
         keeps: fractions that replace ``budget.keep`` of the rules.
         evaluate: from a model to a number, or several by name; the dense model is evaluated, too.
             What it is given is as :func:`fxcompress.compile` returns it, plan included, and only
@@ -69,9 +71,9 @@ def sweep(
     points: list[Point] = []
     dense: dict[str, float] = {}
     try:
-        with torch.inference_mode(False), stages(progress) as show:
+        with torch.inference_mode(False), joined(alone) as processes, stages(progress) as show:
             first = next(iter(loaded.values()))
-            request = Request(show, calibration, examples, loss, forward)
+            request = Request(show, calibration, examples, loss, forward, processes=processes)
             analysis = analyse(model, first, request)
             shared = dict(show.seconds)
             if evaluate is not None:

@@ -59,10 +59,10 @@ class Problem:
     @classmethod
     def of(cls, model: nn.Module, loaded: LoadedRules, batches: Sequence[Any]) -> Problem:
         with stages(enabled=False) as show:
-            found, every, _ = survey(model, loaded, Request(show, batches))
+            found, every = survey(model, loaded, Request(show, batches))
             metric = METRICS[loaded.rules.metric.kind]
             moments = calibrate(
-                found.model, found.sites, every, metric, drawn=draws(loaded)
+                found.model, found.sites, every.batches, metric, drawn=draws(loaded)
             ).moments
             given = found.rules.rules.metric.damping
             damping = default_damping((given.input, given.output))

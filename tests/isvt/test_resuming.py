@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import CalibrationError, CheckpointError
-from fxcompress.checkpoint import fingerprint
+from fxcompress.checkpoint import mark_of
 from fxcompress.isvt import rounds as running
 from fxcompress.isvt.objective import Objective, fitting
 from fxcompress.plans.plan import plan_of
@@ -161,7 +161,7 @@ class _Method:
 )  # fmt: skip
 def test_functions_made_with_other_values_are_others(made: Callable[[float], Any]) -> None:
     model = network()
-    one, again, other = (fingerprint("", model, [], made(f), None) for f in (0.5, 0.5, 0.25))
+    one, again, other = (mark_of("", model, [], made(f), None) for f in (0.5, 0.5, 0.25))
     assert one == again != other
 
 

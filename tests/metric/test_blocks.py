@@ -178,6 +178,7 @@ class _Single:
 
     def __init__(self, passes: Blocks, section: Section) -> None:
         self.sections, self.batches, self.run = (section,), passes.batches, passes.run
+        self.processes = passes.processes
 
 
 def test_a_chain_of_layers_is_the_same_bit_for_bit() -> None:

@@ -19,6 +19,7 @@ from fxcompress.metric import METRICS, Draws, calibrate
 from fxcompress.metric.directions import measure_directions
 from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.passes import Section, Whole
+from fxcompress.metric.seeds import seeded
 from fxcompress.metric.whiten import Whiteners
 from fxcompress.operators.modules import canonical_weight, shape_of
 from tests.convolutions import CASES, build, data
@@ -62,11 +63,11 @@ class Words(nn.Module):
         return self.head(self.layer(x).cumsum(1).tanh().mean(1))
 
 
-def gradients(model: nn.Module, batch: Tensor) -> Iterator[Tensor]:
+def gradients(model: nn.Module, batch: Tensor, place: int = 0) -> Iterator[Tensor]:
     """Of the weight, for every sample with its drawn label (canonical, as a matrix a group)."""
     with torch.no_grad():
         p = model(batch).float().softmax(-1)
-    labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(SEED))[:, 0]
+    labels = torch.multinomial(p, 1, generator=seeded(torch.Generator(), SEED, place))[:, 0]
     for sample, label in zip(batch, labels, strict=True):
         model.zero_grad()
         F.cross_entropy(model(sample[None]), label[None]).backward()
@@ -184,17 +185,7 @@ def test_directions_are_measured_along_the_dense_components(case: str, view: Any
     total = dense.sum(1)
     whole = weight.flatten(2) if isinstance(site.shape, ConvShape) else weight[None]
     torch.testing.assert_close(total.double(), whole, rtol=0, atol=1e-6)  # they add up to W
-    # The same labels in the same order, whatever the batches.
-    split = [*gradients(model, batch[:3])]
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        torch.multinomial(model(batch[:3]).float().softmax(-1), 1, generator=generator)
-        p = model(batch[3:]).float().softmax(-1)
-    label = torch.multinomial(p, 1, generator=generator)[:, 0]
-    model.zero_grad()
-    F.cross_entropy(model(batch[3:]), label).backward()
-    last = site.shape.canonical(model.layer.weight.grad)
-    split.append(last.flatten(2) if isinstance(site.shape, ConvShape) else last[None])
+    split = [*gradients(model, batch[:3]), *gradients(model, batch[3:], 1)]
     products = torch.einsum("sgmn,gkmn->sgk", torch.stack(split), dense.double())
     expected = products.square().mean(0)
     torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5 * float(expected.max()))

@@ -21,6 +21,7 @@ from fxcompress.metric.grams import GramSum, RowSum, finish_together
 from fxcompress.metric.kronecker import KroneckerMetric
 from fxcompress.metric.memory import free_memory
 from fxcompress.metric.passes import run_pass
+from fxcompress.metric.seeds import seeded
 from fxcompress.metric.squares import SquareSums
 from fxcompress.metric.starts import backward_starts
 from fxcompress.operators.modules import shape_of
@@ -66,12 +67,12 @@ def reference(
     model: nn.Module, names: list[str], batches: list[Tensor], seed: int
 ) -> dict[str, Any]:
     """A, G and the mean-square weight gradient per row, from autograd, label by label."""
-    generator = torch.Generator().manual_seed(seed)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     squares = {name: torch.zeros(1, dtype=torch.float64) for name in names}
     predictions = 0
-    for batch in batches:
+    for place, batch in enumerate(batches):
+        generator = seeded(torch.Generator(), seed, place)
         with torch.no_grad():
             logits = model(batch)
             p = logits.float().softmax(-1)
@@ -151,7 +152,7 @@ def test_a_weight_used_twice_is_summed_before_squaring() -> None:
     torch.manual_seed(0)
     model = Twice().double()
     batch = torch.randn(5, 2, 4, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(torch.Generator(), 0, 0)
     with torch.no_grad():
         p = model(batch).float().softmax(-1).reshape(-1, 3)
     labels = torch.multinomial(p, 1, generator=generator).view(5, 2)
