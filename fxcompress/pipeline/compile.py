@@ -29,7 +29,7 @@ from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.pipeline.survey import legality_in, match_model, working_copy
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
-from fxcompress.rewrite import record_operators
+from fxcompress.rewrite import is_offloaded, record_operators, resident
 from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_budget
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,7 +90,14 @@ def compile(
         RewriteError: the rewritten model does not run.
         TrainingError: ``checkpoint`` holds another run.
     """
-    model = unwrapped(model)
+    given = unwrapped(model)
+    model = resident(given)
+    if inplace and model is not given:
+        raise RecordError(
+            f"accelerate put hooks on this {type(model).__name__}, so it cannot be compressed in "
+            "place: leave inplace out; what is returned takes no memory for weights that are not "
+            "there"
+        )
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
@@ -99,7 +106,9 @@ def compile(
                 model, loaded, request, inplace=inplace, checkpoint=checkpoint
             )
         else:
-            rewritten, planned = rewrite(model, analyse(model, loaded, request), inplace=inplace)
+            analysis = analyse(model, loaded, request)
+            inplace = inplace or is_offloaded(given)  # of the copy, which holds no memory itself
+            rewritten, planned = rewrite(model, analysis, inplace=inplace)
     planned = planned.model_copy(update={"seconds": dict(show.seconds)})
     attach_plan(rewritten, planned)
     for note in planned.warnings:
@@ -124,7 +133,7 @@ def plan(
 
     Arguments and errors as there.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward)
@@ -162,7 +171,7 @@ def explain(
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
