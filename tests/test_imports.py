@@ -32,6 +32,8 @@ LAYERS = [
     },
     {"pipeline.room"},
     {"pipeline.survey", "pipeline.pricing", "plans.checks", "saved.pretrained"},
+    {"saved.weights"},
+    {"saved.fill"},
     {"pipeline.estimate", "pipeline.forecast"},
     {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
@@ -158,7 +160,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "scipy", "transformers",
+    "jinja2", "networkx", "scipy", "transformers", "accelerate",
 }  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxcompress
-from fxcompress.errors import RecordError
+from fxcompress.errors import LoadError, RecordError
 from fxcompress.mapped import map_tensor, mapped_copies
 from fxcompress.rewrite import is_offloaded, resident
-from tests.small import data, net, rules
+from fxcompress.saved.weights import WEIGHTS
+from tests.small import Net, data, net, rules
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -308,6 +309,82 @@ def test_a_file_as_a_tensor(dtype: torch.dtype, shape: tuple[int, ...], tmp_path
     assert torch.equal(found, values)
 
 
+@LINUX
+def test_loaded_weights_can_stay_in_their_file(tmp_path: Path) -> None:
+    small = fxcompress.compile(net(), rules(), data())
+    fxcompress.save(small, tmp_path)
+    path = tmp_path / WEIGHTS
+    loaded = fxcompress.load(tmp_path, Net(), mapped=True)
+    assert all(in_file(tensor, path) for tensor in loaded.parameters())
+    assert torch.equal(loaded(data()[0]), small(data()[0]))
+    read = fxcompress.load(tmp_path, Net())
+    assert not any(in_file(tensor, path) for tensor in read.parameters())
+    # What is written stays here, and the file may be saved over meanwhile.
+    with torch.no_grad():
+        loaded.up.bias.zero_()
+    assert torch.equal(fxcompress.load(tmp_path, Net())(data()[0]), small(data()[0]))
+    fxcompress.save(loaded, tmp_path)
+    assert torch.equal(loaded(data()[0]), fxcompress.load(tmp_path, Net())(data()[0]))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hugging_face_model_is_loaded_without_a_second_copy(
+    tied: bool, mapped: bool, tmp_path: Path
+) -> None:
+    small = fxcompress.compile(llama(tied=tied), "every-linear", tokens(), keep=0.6)
+    fxcompress.save(small, tmp_path, max_shard_size="8KB")
+    loaded = fxcompress.load(tmp_path, mapped=mapped)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded(**tokens()[0]).logits, small(**tokens()[0]).logits)
+    assert torch.equal(
+        loaded.generate(tokens()[0]["input_ids"], max_new_tokens=4, do_sample=False),
+        small.generate(tokens()[0]["input_ids"], max_new_tokens=4, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_model_is_loaded_into_one_without_memory(mapped: bool, tmp_path: Path) -> None:
+    small = fxcompress.compile(net(), rules(), data())
+    fxcompress.save(small, tmp_path)
+    with torch.device("meta"):
+        empty = Net()
+    loaded = fxcompress.load(tmp_path, empty, mapped=mapped)
+    assert loaded is empty
+    assert torch.equal(loaded(data()[0]), small(data()[0]))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_ties_of_a_model_without_memory_stay(tmp_path: Path) -> None:
+    small = fxcompress.compile(tied_to(net(classes=24)), rules(name=["up", "down"]), data())
+    fxcompress.save(small, tmp_path)
+    with torch.device("meta"):
+        empty = tied_to(Net(classes=24))
+    loaded = fxcompress.load(tmp_path, empty, mapped=True)
+    assert loaded.extra is loaded.head.weight
+    assert torch.equal(loaded(data()[0]), small(data()[0]))
+
+
+def tied_to(model: Any) -> Any:
+    model.extra = model.head.weight
+    return model
+
+
+def test_mapped_weights_are_on_the_processor(tmp_path: Path) -> None:
+    fxcompress.save(fxcompress.compile(net(), rules(), data()), tmp_path)
+    with pytest.raises(LoadError, match="they cannot be on meta"):
+        fxcompress.load(tmp_path, Net(), device="meta", mapped=True)
+
+
+def test_an_offloaded_compressed_model_is_saved(tmp_path: Path) -> None:
+    small = fxcompress.compile(net(), rules(), data())
+    fxcompress.save(small, tmp_path / "a")
+    fxcompress.save(disk_offload(small, tmp_path / "parts"), tmp_path / "b", max_shard_size="4KB")
+    one, other = (fxcompress.load(tmp_path / name, Net()) for name in "ab")
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    assert fxcompress.plan_of(one) == fxcompress.plan_of(other)
+
+
 LARGE = """
 import ctypes, gc, re, sys, threading
 from pathlib import Path
@@ -356,12 +433,23 @@ def peak(words, place):
     fxcompress.save(small, place / "saved")
     done.set()
     thread.join()
-    return most - start
+    del small
+    return most - start, loading(words, place)
+
+def loading(words, place):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = anonymous()
+    with torch.device("meta"):
+        empty = Large(words, 3)
+    loaded = fxcompress.load(place / "saved", empty, mapped=True)
+    loaded(batches[0])
+    return anonymous() - before
 
 place = Path(sys.argv[2])
 batches = [torch.arange(32).reshape(2, 16) for _ in range(2)]
 peak(64, place / "first")  # what is imported and made once
-print(peak(64, place / "second"), peak(300_000, place / "third"))
+print(*peak(64, place / "second"), *peak(300_000, place / "third"))
 """
 
 
@@ -379,6 +467,7 @@ def test_memory_does_not_grow_with_weights_that_stay_as_they_are(kind: str, tmp_
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    few, many = map(float, done.stdout.split())
+    few, few_loaded, many, many_loaded = map(float, done.stdout.split())
     assert few > 0.1  # MiB: something was measured
     assert many - few < 146 / 4
+    assert many_loaded - few_loaded < 146 / 4

@@ -56,7 +56,8 @@ def resident(model: M) -> M:
     Raises:
         RecordError: its hooks do something else than to place weights, or have no value for one.
     """
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # or told later what it is
+    if not any("_hf_hook" in vars(module) for module in modules):
         return model
     _require_known(model)
     memo: dict[int, Any] = {id(each): each for each in model.parameters()}
@@ -165,7 +166,7 @@ def _joined(path: str, name: str) -> str:
 def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The hooks of every module with its path, those of a sequence one by one."""
     for path, module in model.named_modules():
-        hook: Any = getattr(module, "_hf_hook", None)
+        hook: Any = vars(module).get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)) if hook is not None else ():
             yield path, each
 
