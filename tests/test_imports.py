@@ -20,7 +20,7 @@ ROOT = Path(fxcompress.__file__).parent
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "plans.structure", "plans.units"},
-    {"operators", "budget", "files", "parking", "processes"},
+    {"operators", "budget", "files", "mapped", "parking", "processes"},
     {"collective", "checkpoint"},
     {"graph", "forms"},
     {"metric"},
@@ -33,6 +33,8 @@ LAYERS = [
     },
     {"pipeline.room"},
     {"pipeline.survey", "pipeline.pricing", "plans.checks", "saved.pretrained"},
+    {"saved.weights"},
+    {"saved.fill"},
     {"pipeline.estimate", "pipeline.forecast"},
     {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
@@ -159,7 +161,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "scipy", "transformers",
+    "jinja2", "networkx", "scipy", "transformers", "accelerate",
 }  # fmt: skip
 
 

@@ -467,6 +467,12 @@ def test_orders_that_do_not_fit(
     refuse(tmp_path, *words)
 
 
+class _Table(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(3), persistent=False)
+
+
 class _Convolution(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -479,7 +485,7 @@ class _Convolution(Net):
         (nn.Sequential(nn.Linear(24, 48)), ["no linear layer up", "Sequential"]),
         (net(width=20), ["up is linear 20→40, the plan has linear 24→48"]),
         (net(classes=11), ["head is linear 24→11, the plan has linear 24→10"]),
-        (Net().to("meta"), ["meta device"]),
+        (_Table().to("meta"), ["table is on the meta device, and no save holds it"]),
     ],
 )
 def test_another_architecture(model: nn.Module, words: list[str], tmp_path: Path) -> None:

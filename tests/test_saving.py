@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import resource
 import signal
@@ -12,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import LoadError, RecordError, RewriteError, SaveError, plan_of
-from fxcompress.saved.load import read_plan
+from fxcompress.saved.load import PLAN, read_plan
+from fxcompress.saved.weights import INDEX, WEIGHTS
 from tests.small import Net, data, net, rules
+
+LARGE = 10**9
 
 
 def two_saves() -> tuple[Net, Net]:
@@ -62,12 +67,15 @@ def in_a_child(action: Callable[[], Any]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def test_killed_at_every_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("before", "after"), [(LARGE, LARGE), (LARGE, 4000), (4000, 4000)])
+def test_killed_at_every_file_operation(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = two_saves()
     outcomes = []
     for last in range(100):
         path = tmp_path / str(last)
-        fxcompress.save(old, path)
+        fxcompress.save(old, path, max_shard_size=before)
         left = [last]
 
         def dying(function: Any, left: list[int] = left) -> Any:
@@ -83,8 +91,8 @@ def test_killed_at_every_file_operation(tmp_path: Path, monkeypatch: pytest.Monk
             for name in ("fsync", "replace", "open", "unlink", "close"):
                 monkeypatch.setattr(os, name, dying(getattr(os, name)))
             monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
-            monkeypatch.setattr("fxcompress.saved.save.save_file", dying(save_file))
-            fxcompress.save(new, path)
+            monkeypatch.setattr("fxcompress.saved.weights.save_file", dying(save_file))
+            fxcompress.save(new, path, max_shard_size=after)
 
         status = in_a_child(save)
         outcomes.append(which(path, old, new))
@@ -93,6 +101,9 @@ def test_killed_at_every_file_operation(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(outcomes) > 8
     assert outcomes == sorted(outcomes, reverse=True)  # "old" until it counts, "new" from then on
     assert {"old", "new"} == set(outcomes[:-1])
+    # What was left behind goes with the next save.
+    fxcompress.save(new, path)
+    assert sorted(file.name for file in path.iterdir()) == ["model.fxcompress.safetensors", PLAN]
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -233,3 +244,159 @@ def test_a_directory_is_tried_without_a_trace(tmp_path: Path) -> None:
 def test_a_model_without_a_plan_says_so_when_wrapped() -> None:
     with pytest.raises(RewriteError, match="did not come from"):
         plan_of(nn.DataParallel(net()))
+
+
+# ---- several files ---------------------------------------------------------------------------
+
+
+def in_shards(path: Path, most: int | str = 4000) -> Net:
+    small = fxcompress.compile(net(), rules(), data())
+    fxcompress.save(small, path, max_shard_size=most)
+    return small
+
+
+def shards(path: Path) -> list[Path]:
+    """The files with weights, but for the first."""
+    return sorted(path.glob("model.fxcompress-*.safetensors"))
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("most", [1, 1000, "4KB", "3 KiB", "1GB"])
+def test_files_are_no_larger_than_asked(most: int | str, mapped: bool, tmp_path: Path) -> None:
+    small = in_shards(tmp_path, most)
+    limit = {"4KB": 4000, "3 KiB": 3072, "1GB": 10**9}.get(str(most), most)
+    files = [tmp_path / WEIGHTS, *shards(tmp_path)]
+    assert (len(files) == 1) == (most == "1GB")
+    found: dict[str, str] = {}
+    for file in files:
+        state = load_file(file)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        assert size <= limit or len(state) == 1
+        found |= dict.fromkeys(state, file.name)
+    assert sorted(found) == sorted(small.state_dict())
+    assert (tmp_path / INDEX).exists() == (len(files) > 1)
+    if len(files) > 1:
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert index["weight_map"] == found
+        whole = sum(t.numel() * t.element_size() for t in small.state_dict().values())
+        assert index["metadata"]["total_size"] == whole
+    assert_same(small, fxcompress.load(tmp_path, Net(), mapped=mapped))
+
+
+def test_files_of_the_save_before_are_removed(tmp_path: Path) -> None:
+    in_shards(tmp_path, 1000)
+    few = in_shards(tmp_path, 4000)
+    assert {file.name for file in tmp_path.iterdir()} >= {INDEX, WEIGHTS, PLAN}
+    count = len(shards(tmp_path)) + 1
+    assert {file.name[-len("-of-00002.safetensors") :] for file in shards(tmp_path)} == {
+        f"-of-{count:05d}.safetensors"
+    }
+    assert_same(few, fxcompress.load(tmp_path, Net()))
+    in_shards(tmp_path, LARGE)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [WEIGHTS, PLAN]
+
+
+@pytest.mark.parametrize("most", [0, -1, "a lot", "5 apples", 2.5, None])
+def test_sizes_that_are_none(most: Any, tmp_path: Path) -> None:
+    small = fxcompress.compile(net(), rules(), data())
+    with pytest.raises(SaveError, match="max_shard_size is a number of bytes"):
+        fxcompress.save(small, tmp_path / "new", max_shard_size=most)
+    assert not (tmp_path / "new").exists()
+
+
+def refuse(path: Path, words: str) -> None:
+    model = Net()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(LoadError, match=words):
+        fxcompress.load(path, model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    in_shards(tmp_path)
+    gone = shards(tmp_path)[0]
+    gone.unlink()
+    refuse(tmp_path, f"{gone.name} is missing: .* is one of several files of a save")
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    in_shards(tmp_path)
+    cut = shards(tmp_path)[-1]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    refuse(tmp_path, f"{cut.name} cannot be read")
+
+
+def test_a_file_of_another_save(tmp_path: Path) -> None:
+    """Of the same names, shapes and types."""
+    old, new = two_saves()
+    fxcompress.save(old, tmp_path / "a", max_shard_size=4000)
+    fxcompress.save(new, tmp_path / "b", max_shard_size=4000)
+    for mine, other in zip(shards(tmp_path / "a"), shards(tmp_path / "b"), strict=True):
+        mine.write_bytes(other.read_bytes())
+    refuse(tmp_path / "a", "is of another save than .*: save the model again")
+
+
+def _altered(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata=about)
+
+
+def test_a_file_that_was_altered(tmp_path: Path) -> None:
+    in_shards(tmp_path)
+    shard = shards(tmp_path)[0]
+    whole, first = shard.read_bytes(), next(iter(load_file(shard)))
+    _altered(shard, lambda state: state.pop(first))
+    refuse(tmp_path, f"{shard.name} has no {first}: it was changed")
+    shard.write_bytes(whole)
+    _altered(shard, lambda state: state.update(evil=torch.ones(1)))
+    refuse(tmp_path, f"{shard.name} has, beside what the index says, evil: it was changed")
+    shard.write_bytes(whole)
+    _altered(shard, lambda state: state.update({first: torch.ones(3, 1, 2)}))
+    refuse(tmp_path, f"does not fit .*{first} is .3, 1, 2. in the file")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "has an index that cannot be read"),
+        ("[]", "has an index that cannot be read"),
+        ('{"weight_map": []}', "has an index that cannot be read"),
+        ('{"weight_map": {"up.bias": "../a.safetensors"}}', "with a file that no save has"),
+        ('{"weight_map": {"up.bias": 3}}', "with a file that no save has"),
+        ('{"weight_map": {"up.bias": "model.safetensors"}}', "with a file that no save has"),
+        (
+            '{"weight_map": {"a": "model.fxcompress-0123456789abcdef-00002-of-00002.safetensors"}}',
+            "00002-of-00002.safetensors is missing",
+        ),
+    ],
+)
+def test_an_index_of_a_stranger(text: str, words: str, tmp_path: Path) -> None:
+    in_shards(tmp_path, LARGE)
+    path = tmp_path / WEIGHTS
+    with safe_open(path, "pt") as file:
+        about = {**file.metadata(), INDEX: text}
+    save_file(load_file(path), path, metadata=about)
+    refuse(tmp_path, words)
+
+
+def test_weights_on_another_device_are_copied_file_by_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file holds is all that is made at a time."""
+    from fxcompress.saved import weights
+
+    alive: list[set[str]] = []
+    monkeypatch.setattr(weights, "save_file", lambda found, path, metadata: (
+        alive.append({*found}), save_file(found, path, metadata)))  # fmt: skip
+    small = in_shards(tmp_path, 1)
+    assert [len(names) for names in alive] == [1] * len(small.state_dict())

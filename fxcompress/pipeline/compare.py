@@ -8,7 +8,7 @@ from fxcompress.errors import RewriteError
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.plan import plan_of
 from fxcompress.report import Diff, diff_plan
-from fxcompress.rewrite import mismatches
+from fxcompress.rewrite import mismatches, resident
 
 
 def diff(before: nn.Module, after: nn.Module) -> Diff:
@@ -28,7 +28,7 @@ def diff(before: nn.Module, after: nn.Module) -> Diff:
         RewriteError: ``after`` carries no plan, or its plan was made for another model.
     """
     plan = plan_of(after)
-    before, after = unwrapped(before), unwrapped(after)
+    before, after = resident(unwrapped(before)), unwrapped(after)
     problems = mismatches(before, plan) if before is not after else ""
     if problems:
         raise RewriteError(f"the plan was made for another model than this one: {problems}")

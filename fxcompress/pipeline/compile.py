@@ -30,7 +30,7 @@ from fxcompress.pipeline.sites import Group, gather_sites
 from fxcompress.pipeline.survey import legality_in, match_model, working_copy
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
-from fxcompress.rewrite import record_operators
+from fxcompress.rewrite import is_offloaded, record_operators, resident
 from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_budget
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,7 +103,14 @@ def compile(
         RewriteError: the rewritten model does not run.
         CheckpointError: ``checkpoint`` holds another run.
     """
-    model = unwrapped(model)
+    given = unwrapped(model)
+    model = resident(given)
+    if inplace and model is not given:
+        raise RecordError(
+            f"accelerate put hooks on this {type(model).__name__}, so it cannot be compressed in "
+            "place: leave inplace out; what is returned takes no memory for weights that are not "
+            "there"
+        )
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     by_itself = alone or loaded.rules.solver.iterative  # training needs the same data everywhere
     with torch.inference_mode(False), joined(by_itself) as processes, stages(progress) as show:
@@ -113,7 +120,9 @@ def compile(
         if loaded.rules.solver.iterative:
             rewritten, planned = iterate(model, loaded, request, inplace=inplace)
         else:
-            rewritten, planned = rewrite(model, analyse(model, loaded, request), inplace=inplace)
+            analysis = analyse(model, loaded, request)
+            inplace = inplace or is_offloaded(given)  # of the copy, which holds no memory itself
+            rewritten, planned = rewrite(model, analysis, inplace=inplace)
         processes.require_same(
             lambda: (planned.model_dump_json(), fingerprint(rewritten)), DIFFERENT
         )
@@ -142,7 +151,7 @@ def plan(
 
     Arguments and errors as there.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     with torch.inference_mode(False), joined(alone) as processes, stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward, processes=processes)
@@ -182,7 +191,7 @@ def explain(
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = with_budget(read_rules(rules, memory), keep, unit)
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:

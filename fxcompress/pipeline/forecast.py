@@ -22,6 +22,7 @@ from fxcompress.pipeline.room import Needs, kept
 from fxcompress.pipeline.sites import Site
 from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.progress import stages
+from fxcompress.rewrite import resident
 from fxcompress.rules import Rules, read_rules
 
 _VIEWS = {
@@ -134,7 +135,7 @@ def forecast(
         RuleError, RecordError, CalibrationError, MemoryLimitError: as of
             :func:`fxcompress.compile`.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = read_rules(rules, memory)
     with torch.inference_mode(False), stages(False) as silent:
         request = Request(silent, calibration, None, None, forward)

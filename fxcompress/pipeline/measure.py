@@ -64,6 +64,7 @@ from fxcompress.rewrite import (
     fold_batch_norms,
     hold_planned,
     mismatches,
+    resident,
     skeleton,
 )
 from fxcompress.rewrite.replace import replace_module
@@ -114,7 +115,7 @@ def measure(
         CalibrationError: no batches, or a batch on which a model fails or is not finite.
     """
     plan = plan_of(small)
-    model, small = unwrapped(model), unwrapped(small)
+    model, small = resident(unwrapped(model)), resident(unwrapped(small))
     _require_pair(model, small, plan)
     kind = _family(output, plan)
     with torch.inference_mode(False), torch.no_grad(), stages(progress) as show:

@@ -381,7 +381,7 @@ def _require_values(model: nn.Module) -> None:
         if tensor.is_meta:
             raise CalibrationError(
                 f"{name} is on the meta device, where tensors have no values: load the model's "
-                "weights first (if accelerate offloaded it: load the model without offloading)"
+                "weights first"
             )
 
 

@@ -25,6 +25,7 @@ from fxcompress.pipeline.request import Request
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import stages
 from fxcompress.report.sweep import Point, Sweep
+from fxcompress.rewrite import resident
 from fxcompress.rules import LoadedRules, Rules, read_rules, with_budget
 
 Evaluate = Callable[[Any], float | Mapping[str, float]]
@@ -66,7 +67,7 @@ def sweep(
         BudgetError: a keep is not a fraction, or none can be met.
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
-    model = unwrapped(model)
+    model = resident(unwrapped(model))
     loaded = _by_keep(read_rules(rules, memory), keeps, unit)
     points: list[Point] = []
     dense: dict[str, float] = {}

@@ -6,6 +6,7 @@ from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.batch_norm import find_batch_norms, fold_batch_norms
 from fxcompress.rewrite.facade import Factorized
 from fxcompress.rewrite.joint import JointMember
+from fxcompress.rewrite.offloaded import is_offloaded, resident
 from fxcompress.rewrite.skeleton import own_parameters, prepared, skeleton
 from fxcompress.rewrite.substitute import Provenance
 from fxcompress.rewrite.verify import verify
@@ -22,11 +23,13 @@ __all__ = [
     "fold_batch_norms",
     "hold_like",
     "hold_planned",
+    "is_offloaded",
     "mismatches",
     "own_parameters",
     "planned_weight",
     "prepared",
     "record_operators",
+    "resident",
     "skeleton",
     "verify",
 ]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, UntypedStorage, fx, nn
 
+from fxcompress.mapped import mapped_copies
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
@@ -26,19 +27,24 @@ def skeleton(model: M) -> M:
         id(parameter): _ordinary(parameter, own) if parameter.is_inference() else parameter
         for parameter in model.parameters()
     }
-    return _copied(model, memo)
+    return copied(model, memo)
 
 
-def _copied(model: M, memo: dict[int, Any]) -> M:
-    """A deep copy, also of what torch cannot copy by itself."""
+def copied(model: M, memo: dict[int, Any]) -> M:
+    """A deep copy, also of what torch cannot copy by itself.
+
+    Args:
+        model: any module.
+        memo: what stands for something in the copy, by identity.
+    """
     # With gradients on, TorchScript copies parameters as operations on them.
     with torch.no_grad():
-        copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
-    for old, new in zip(model.modules(), copied.modules(), strict=False):
+        made = copy.deepcopy(model, {**memo, **_uncopyable(model)})
+    for old, new in zip(model.modules(), made.modules(), strict=False):
         if isinstance(old, torch.jit.ScriptModule):
             for source, parameter in zip(old.parameters(), new.parameters(), strict=True):
                 parameter.requires_grad_(source.requires_grad)
-    return copied
+    return made
 
 
 def _ordinary(parameter: nn.Parameter, own: dict[int, UntypedStorage]) -> nn.Parameter:
@@ -87,8 +93,12 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     """A copy of a rewritten skeleton whose parameters are all its own; ties stay tied.
 
     A copy, since parameters are not only kept in ``_parameters``: ``nn.LSTM`` computes with a
-    list of its own, and so may any other module.  What ``original`` does not share is moved.
+    list of its own, and so may any other module.  What ``original`` does not share is moved, and
+    what is mapped from a file is mapped once more.
     """
     shared = {id(parameter) for parameter in original.parameters()}
     memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
-    return _copied(rewritten, memo)
+    kept = {id(p): p for p in rewritten.parameters() if id(p) in shared}
+    mapped = mapped_copies(kept.values())
+    memo |= {key: nn.Parameter(mapped[key], kept[key].requires_grad) for key in mapped}
+    return copied(rewritten, memo)

@@ -3,7 +3,7 @@
 A directory may come from a stranger.  So before any memory is taken or the given model touched:
 
 1. ``plan.json`` is read, and compared with what it can be (:mod:`fxcompress.plan_checks`);
-2. of the weights only names, types and shapes are read;
+2. of the weights, in all of their files, only names, types and shapes are read;
 3. a Hugging Face model is built from its config on the meta device, no larger than those;
 4. a copy of the model's structure is rewritten as the plan says, with bodies on the meta device,
    and compared with both.
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxcompress.errors import FxcompressError, LoadError
@@ -44,6 +43,7 @@ from fxcompress.rewrite import (
     mismatches,
     skeleton,
 )
+from fxcompress.saved.fill import SHOWN, fill, misfits, require_untied, require_values
 from fxcompress.saved.pretrained import (
     CONFIGS,
     SAVE_ID,
@@ -52,9 +52,8 @@ from fxcompress.saved.pretrained import (
     model_class,
     require_harmless,
 )
+from fxcompress.saved.weights import WEIGHTS, Weights, read_header
 
-WEIGHTS = "model.fxcompress.safetensors"
-"""Its metadata have copies of the files below, under their names."""
 PLAN = "plan.json"
 METHOD = "fxcompress"
 """``quant_method`` in a config that ``save_pretrained`` wrote (:mod:`fxcompress.saved.hf`)."""
@@ -70,30 +69,25 @@ FOREIGN = (
 MOST_BYTES = 256 * 2**20
 """Of ``plan.json``; a plan of a thousand layers has a few millions."""
 
-SHOWN = 5
-"""Problems that one message tells."""
-
-_TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
-}
-"""Types of stored tensors by their names in the file; others are read to tell what they are."""
-
 
 def load(
     directory: str | PathLike[str],
     model: nn.Module | None = None,
     *,
     device: str | torch.device = "cpu",
+    mapped: bool = False,
 ) -> nn.Module:
     """Load a model saved by :func:`save`.
 
     Args:
         directory: as given to :func:`save`.
         model: a freshly built model of the original architecture (its weights do not matter;
-            it is rewritten in place).  Not needed for a Hugging Face model.
+            it is rewritten in place); may be built on the meta device, where it takes no memory.
+            Not needed for a Hugging Face model.
         device: where to put it.
+        mapped: leave the weights in the files, of which the system reads what is touched, and may
+            forget it again; only on the CPU.  What is written to them stays in memory.  The files
+            may be saved over or removed, but not written to by others.
 
     Returns:
         The compressed model, in eval mode, on ``device``.
@@ -103,13 +97,16 @@ def load(
             the weights do not fit it exactly.
     """
     path = Path(directory)
+    if mapped and torch.device(device).type != "cpu":
+        raise LoadError(f"mapped weights stay in their files: they cannot be on {device}")
     if model is None and not (path / PLAN).exists() and by_save_pretrained(path):
         return _from_pretrained(path, device)
     plan = _read_plan_file(path, parts=False)  # those of its bodies are compared below
-    header, about = _read_header(path / WEIGHTS)
-    plan = _owned_by(plan, about, path, parts=False)
+    weights = Weights.at(path / WEIGHTS)
+    header = weights.header
+    plan = _owned_by(plan, weights.about, path, parts=False)
     if model is None:
-        with _config_place(path, about) as place:
+        with _config_place(path, weights.about) as place:
             model = build_pretrained(place, plan, sum(t.numel() for t in header.values()))
     model = unwrapped(model)
     if problem := replaced_forward(model):
@@ -119,18 +116,11 @@ def load(
             f"this {type(model).__name__} is compressed already: build one as it was before "
             "compression and pass that"
         )
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            raise LoadError(f"the model's {name} is on the meta device: build it on the CPU")
     _try(path, model, plan, header)
-    stored = _read_weights(path / WEIGHTS)
-    _require_untied(path / WEIGHTS, model, stored)
+    require_untied(model, weights)
     for step in (*plan.earlier, plan):
         apply_plan(model, step, empty_bodies(step, model))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in stored and tensor.dtype != stored[name].dtype:
-            tensor.data = tensor.data.to(stored[name].dtype)  # as it was saved
-    model.load_state_dict(stored, strict=False)  # it is: only names of tied weights may be missing
+    fill(model, weights, mapped=mapped)
     attach_plan(model, plan.model_copy(update={"save_id": ""}))
     model.to(device)
     nn.Module.train(model, False)  # torch.export forbids .eval() on what it returns
@@ -188,7 +178,7 @@ def _from_pretrained(path: Path, device: str | torch.device) -> nn.Module:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise LoadError(f"{path} has no weights: not a directory written by save_pretrained")
-    _, about = _read_header(files[0])
+    _, about = read_header(files[0])
     if PLAN not in about:
         raise LoadError(f"{files[0]} carries no plan: save the model again")
     cls = model_class(parse_plan(about[PLAN], files[0]))
@@ -240,19 +230,6 @@ def _require_fitting(model: nn.Module, step: Plan, plan: Plan) -> None:
         )
 
 
-def _require_untied(path: Path, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Two tensors of a file cannot be one of the model."""
-    kept: dict[tuple[int, torch.Size], str] = {}
-    for name, place in model.state_dict(keep_vars=True).items():
-        if name in stored and isinstance(place, Tensor) and place.numel():
-            twin = kept.setdefault(_memory(place), name)
-            if twin != name and not torch.equal(stored[twin], stored[name]):
-                raise LoadError(
-                    f"{path} does not fit: the model ties {name} to {twin}, and in the file they "
-                    "differ: build it untied (tie_word_embeddings=False)"
-                )
-
-
 def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor]) -> None:
     """Rewrite a copy of the structure of ``model`` without memory, and compare it with the file.
 
@@ -274,7 +251,9 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
         expanded = {n for n, m in trial.named_modules() if isinstance(m, ProjectedAttention)}
         if expanded != {*plan.expanded}:
             _refuse(path / PLAN, [("expanded", "it does not name the attentions that are split")])
-        misfits = _misfits(trial.state_dict(keep_vars=True), header)
+        state = trial.state_dict(keep_vars=True)
+        require_values(trial, [t for t in state.values() if isinstance(t, Tensor)])
+        wrong = misfits(state, header)
     except FxcompressError as error:
         raise error if isinstance(error, LoadError) else LoadError(str(error)) from error
     except Exception as error:
@@ -282,64 +261,12 @@ def _try(path: Path, model: nn.Module, plan: Plan, header: Mapping[str, Tensor])
             f"this {name} cannot be rewritten as {path / PLAN} says: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if misfits:
-        raise LoadError(f"{path / WEIGHTS} does not fit {plan.model_class}: {misfits}")
+    if wrong:
+        raise LoadError(f"{path / WEIGHTS} does not fit {plan.model_class}: {wrong}")
 
 
 def _body_problems(plan: Plan, bodies: Bodies) -> Iterator[Flaw]:
     return body_problems(plan, lambda sites: site_layers(sites, bodies))
-
-
-# ---- weights --------------------------------------------------------------------------
-
-
-def _read_header(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The stored tensors without their values, on the meta device, and the metadata."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError("it is no file")
-        with safe_open(path, "pt") as file:
-            found = {}
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                dtype = _TYPES.get(part.get_dtype())
-                if dtype is None:
-                    dtype = file.get_tensor(name).dtype
-                found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-            return found, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise LoadError(f"{path} is missing: not a directory written by fxcompress.save") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{path} cannot be read: {error}; save the model again") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}; save the model again") from error
-
-
-def _misfits(state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
-    """What keeps ``stored`` from being the whole content of ``state``; empty if nothing does."""
-    given = {_memory(state[name]) for name in stored if name in state}
-    missing = [n for n, t in state.items() if n not in stored and _memory(t) not in given]
-    problems = [f"the file has no {name}" for name in missing]
-    for name, tensor in stored.items():
-        place = state.get(name)
-        if place is None:
-            problems.append(f"the model has no {name}")
-        elif place.shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(place.shape)} in the model"
-            problems.append(f"{name} is {shapes}")
-        elif place.is_floating_point() != tensor.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype} in the file, {place.dtype} in the model")
-    return _told(problems)
-
-
-def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
-    """Equal for the names of one tied weight."""
-    return tensor.data_ptr() or id(tensor), tensor.shape
 
 
 # ---- the plan -------------------------------------------------------------------------
@@ -425,8 +352,3 @@ def _refuse(path: Path, problems: Iterable[tuple[str, object]]) -> None:
     if found:
         more = "; ..." if len(found) > SHOWN else ""
         raise LoadError(f"{path} is not a valid plan: {'; '.join(found[:SHOWN])}{more}")
-
-
-def _told(problems: list[str]) -> str:
-    more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
-    return "; ".join(problems[:SHOWN]) + more

@@ -33,8 +33,9 @@ from fxcompress.errors import SaveError
 from fxcompress.files import one_at_a_time, replace_files, try_directory
 from fxcompress.plans.plan import Plan
 from fxcompress.rules.matching.folding import fold_paths
-from fxcompress.saved.load import METHOD, PLAN, WEIGHTS
+from fxcompress.saved.load import METHOD, PLAN
 from fxcompress.saved.tensors import storable
+from fxcompress.saved.weights import WEIGHTS
 
 Shapes = Mapping[str, tuple[int, ...]]
 Place = tuple[str, ...]
@@ -44,13 +45,14 @@ SHOWN = 3
 """Names that a message tells of each kind."""
 
 
-def save_plain(model: nn.Module, plan: Plan, path: Path) -> Path:
+def save_plain(model: nn.Module, plan: Plan, path: Path, most: int) -> Path:
     """Write a compressed model as an ordinary one: config, weights and generation config.
 
     Args:
         model: not wrapped.
         plan: of it.
         path: of the directory, made if it is missing.
+        most: bytes of weights in one file.
 
     Raises:
         SaveError: it is no Hugging Face model, no config gives its sizes, or the files cannot be
@@ -61,7 +63,7 @@ def save_plain(model: nn.Module, plan: Plan, path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(path), tempfile.TemporaryDirectory(dir=path, prefix=".plain-") as folder:
-            plain.save_pretrained(folder)
+            plain.save_pretrained(folder, max_shard_size=most)
             files = sorted(Path(folder).iterdir(), key=lambda file: file.suffix != ".safetensors")
             replace_files(path, {file.name: partial(os.replace, file) for file in files})
             for pattern in ("model*.safetensors", "model.safetensors.index.json"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress.errors import LoadError
@@ -57,7 +58,8 @@ def build_pretrained(path: Path, plan: Plan, stored: int) -> nn.Module:
         delattr(config, SAVE_ID)
     with torch.device("meta"), _Bounded(largest):
         from_config(cls, config, plan, path / CONFIGS[0])
-    model: Any = from_config(cls, config, plan, path / CONFIGS[0])
+    with _Unfilled():
+        model: Any = from_config(cls, config, plan, path / CONFIGS[0])
     try:
         if (path / "generation_config.json").exists():
             generation = importlib.import_module("transformers").GenerationConfig
@@ -120,6 +122,29 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         return out
 
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves the memory of parameters as it is: their values follow.
+
+    The system gives no memory before somebody writes to it.  Buffers that are not stored get their
+    values while a model is built.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        place = args[0] if args else next(iter((kwargs or {}).values()), None)
+        if isinstance(place, nn.Parameter) and getattr(function, "__name__", "") in _FILLERS:
+            return place
+        return function(*args, **(kwargs or {}))
+
+
+_FILLERS = {
+    *("normal_", "uniform_", "trunc_normal_", "constant_", "ones_", "zeros_", "zero_", "fill_"),
+    *("copy_", "add_", "mul_", "clamp_", "erfinv_", "bernoulli_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
+}
+"""What fills a tensor, of torch and of :mod:`torch.nn.init`."""
 
 _MAKERS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 

@@ -1,7 +1,8 @@
 """Save: ``model.fxcompress.safetensors`` and ``plan.json``; nothing is pickled.
 
-The weights file has all that makes a save, plan and configs included, so a save counts from the
-one moment on that this file is renamed into its place.  What lies beside it for programs and people
+The weights file (of several, the first: :mod:`fxcompress.saved.weights`) has all that makes a save,
+plan and configs included, so a save counts from the one moment on that this file is renamed into
+its place.  What lies beside it for programs and people
 (``plan.json``, ``config.json``) has the id of the save that it belongs to; where that is not the id
 of the weights, since a process was killed between two renames, readers take the copy in the
 weights file.  So there is the save of before or the new one, at any moment.
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxcompress.errors import LoadError, SaveError
@@ -30,25 +31,38 @@ from fxcompress.files import one_at_a_time, replace_files, try_directory
 from fxcompress.graph.wrappers import unwrapped
 from fxcompress.plans.plan import FORMAT, Plan, plan_of, rewritten_structure
 from fxcompress.plans.structure import changes, structure_of
-from fxcompress.saved.load import FOREIGN, METHOD, PLAN, WEIGHTS, rebuilt
+from fxcompress.rewrite import resident
+from fxcompress.rules.language.fields import Bytes
+from fxcompress.saved.load import FOREIGN, METHOD, PLAN, rebuilt
 from fxcompress.saved.plain import save_plain
 from fxcompress.saved.pretrained import CONFIGS, SAVE_ID
-from fxcompress.saved.tensors import storable
+from fxcompress.saved.tensors import storable, stored
+from fxcompress.saved.weights import remove_others, writers
 
 
-def save(model: nn.Module, directory: str | PathLike[str], *, plain: bool = False) -> Path:
+def save(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    plain: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
     """Write a compressed model: weights, plan and, for a Hugging Face model, its config.
 
-    A save that is in the directory already stays loadable until the new one is complete.
+    A save that is in the directory already stays loadable until the new one is complete.  Files are
+    written one after the other, so that weights which are mapped or offloaded are never in memory
+    all at once.
 
     Args:
         model: came from :func:`fxcompress.compile` or :func:`fxcompress.load`; may be wrapped by
-            ``torch.compile`` or for data parallelism.
+            ``torch.compile`` or for data parallelism, or offloaded by accelerate.
         directory: made if it is missing.
         plain: write what ``save_pretrained`` writes of a dense model of that size, without a plan:
             other programs load it, and ``from_pretrained`` where this package is not installed.
             For Hugging Face models whose layers have sizes that some config gives: those that are
             narrowed only, to equal widths.
+        max_shard_size: bytes, or text as ``"5GB"``, of weights in one file; more are written to
+            several with an index beside them.  A single weight is never divided.
 
     Returns:
         The directory.
@@ -60,9 +74,10 @@ def save(model: nn.Module, directory: str | PathLike[str], *, plain: bool = Fals
             and no config of its class gives its sizes.
     """
     plan = plan_of(model)
+    most = _bytes(max_shard_size)
+    model = resident(unwrapped(model))
     if plain:
-        return save_plain(unwrapped(model), plan, Path(directory))
-    model = unwrapped(model)
+        return save_plain(model, plan, Path(directory), most)
     tensors = storable(model)
     require_unchanged(model)
     path = Path(directory)
@@ -76,14 +91,13 @@ def save(model: nn.Module, directory: str | PathLike[str], *, plain: bool = Fals
     try:
         path.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(path):
-            replace_files(
-                path,
-                {
-                    WEIGHTS: lambda new: save_file(tensors, new, metadata=about),
-                    **{name: _text(content) for name, content in configs.items()},
-                    PLAN: _text(text),
-                },
-            )
+            files = {
+                **writers(tensors, own, about, most),
+                **{name: _text(content) for name, content in configs.items()},
+                PLAN: _text(text),
+            }
+            replace_files(path, files)
+            remove_others(path, files)
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"the model cannot be saved to {path}: {error}; what was saved there before is whole"
@@ -166,10 +180,19 @@ def save_id(plan: Plan, tensors: Mapping[str, Tensor], configs: Mapping[str, str
     digest = hashlib.sha256(json.dumps(dict(configs), sort_keys=True).encode())
     digest.update(plan.model_dump_json().encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = stored(tensors[name])
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        return TypeAdapter(Bytes).validate_python(size)
+    except ValidationError as error:
+        raise SaveError(
+            f"max_shard_size is a number of bytes, or one with a unit, as in '5GB', not {size!r}"
+        ) from error
 
 
 def _text(content: str) -> Callable[[Path], int]:

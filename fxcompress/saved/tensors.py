@@ -13,7 +13,7 @@ from fxcompress.errors import SaveError
 
 
 def storable(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model as plain tensors, tied ones once.
+    """The state of a model as plain tensors where they are, tied ones once.
 
     Raises:
         SaveError: something in the state is no tensor, or a kind of tensor that a safetensors file
@@ -30,10 +30,15 @@ def storable(model: nn.Module) -> dict[str, Tensor]:
         if tensor.numel() and place in seen:
             continue  # a tied weight
         seen.add(place)
-        own = tensor.cpu().contiguous()
-        # What shares memory with another tensor without being the same is stored by itself.
-        tensors[name] = own.clone() if _partly(own) else own
+        tensors[name] = tensor
     return tensors
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor as a file holds it: on the processor, row by row, in memory of its own."""
+    own = tensor.cpu().contiguous()
+    # What shares memory with another tensor without being the same is stored by itself.
+    return own.clone() if _partly(own) else own
 
 
 def _partly(tensor: Tensor) -> bool:
@@ -54,10 +59,7 @@ def _problem(value: Any) -> str:
             "one first (dequantize it, or gather what is sharded)"
         )
     if value.is_meta:
-        return (
-            "is on the meta device, without values: load it into memory first (accelerate leaves "
-            "it there if it offloads a layer: load the model without offloading)"
-        )
+        return "is on the meta device, without values: load it into memory first"
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
         return "is a sparse, nested or quantized tensor: make it a dense one (to_dense, dequantize)"
     if value.dtype not in _TYPES:
