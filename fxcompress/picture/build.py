@@ -93,7 +93,8 @@ def build(
             for key in keys:
                 outer.inside[key] = None
                 box = made.setdefault(key, _Made(homes.label(key, outer.path), key[0]))
-                box.order = min(box.order, last)
+                # What is given comes first, though it is recorded where it is first read.
+                box.order = min(box.order, (-1, place) if node.op == "input" else last)
                 box.site = homes.site(key)
                 outer = box
             if side == BEFORE:
@@ -298,13 +299,14 @@ class _Homes:
 def _planned(before: Sequence[Node], sites: Sequence[SitePlan]) -> Iterable[Node]:
     """The graph after a plan that is not carried out: parts in a row in the places of operators."""
     by_name = {site.name: site for site in sites if site.form is not None}
+    shared: dict[str, str] = {}  # name of the node that the layers of a bundle have in common
     for node in before:
         site = by_name.get(node.path)
         if site is None or node.op != site.op or not site.parts:
             yield node
             continue
         axis = -1 if site.op in ("linear", "embedding") else 1
-        inputs = node.inputs
+        inputs = (shared[site.bundle],) if site.bundle in shared else node.inputs
         for at, part in enumerate(site.parts):
             last = at + 1 == len(site.parts)
             whole = len(site.parts) == 1 and not part.path
@@ -319,6 +321,8 @@ def _planned(before: Sequence[Node], sites: Sequence[SitePlan]) -> Iterable[Node
             name = node.name if last else f"{node.name}.{at}"
             yield Node(name, part.op.strip("_"), path, inputs, shape)
             inputs = (name,)
+            if part.path.startswith("shared."):
+                shared[site.bundle] = name
 
 
 def _cut(path: str) -> str:

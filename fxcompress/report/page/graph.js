@@ -1,26 +1,11 @@
 // The graph before and after, side by side: drawGraph(element, data, onSelect) draws what
-// fxcompress.picture.data.graph_data made, and showInGraph(name) opens it at an operator.
-// Rows and their order come with the data; sizes and coordinates depend on what is open.
+// fxcompress.picture.graph_data made, and showInGraph(name) opens it at an operator.
 const { drawGraph, showInGraph } = (() => {
   "use strict";
+  const { OUTSIDE, GAP, CLASSES, SIDES, count, brief, range } = GraphBoxes;
   const SVG = "http:" + "//www.w3.org/2000/svg"; // a name, never fetched
-  const OUTSIDE = -1;
-  const GAP = { row: 30, column: 14, frame: 12, head: 24, pane: 48, title: 30 };
-  const CLASSES = ["unchanged", "factorized", "narrowed", "dense", "dropped", "added"];
-  const SIDES = { before: 1, after: 2 };
-  const FEW = 45; // entries that are open at first, and with bodies
-  const MOST = 2000; // paths that one folded entry stands for, as far as they are told
+  const PANE = { gap: 48, title: 30 };
 
-  const pen = document.createElement("canvas").getContext("2d");
-  const widths = new Map();
-  function widthOf(text, bold) {
-    const key = (bold ? "b" : " ") + text;
-    if (!widths.has(key)) {
-      pen.font = `${bold ? "600 12px" : "11px"} system-ui, sans-serif`;
-      widths.set(key, pen.measureText(text).width);
-    }
-    return widths.get(key);
-  }
   function make(tag, attributes, ...children) {
     const made = document.createElementNS(SVG, tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -33,278 +18,17 @@ const { drawGraph, showInGraph } = (() => {
     made.append(...children); // strings become text, never markup
     return made;
   }
-  const count = (number) => number.toLocaleString("en-US");
-  const brief = (number) => (number === 0 ? "0" : String(Number(number.toPrecision(3))));
-  function range(values, write) {
-    const low = write(Math.min(...values));
-    const high = write(Math.max(...values));
-    return low === high ? low : `${low}..${high}`;
-  }
-
-  class Drawing {
+  class Drawing extends GraphBoxes {
     constructor(element, data, onSelect) {
-      this.data = data;
+      super(data);
       this.onSelect = onSelect;
-      this.name = (at) => (at === undefined ? "" : data.names[at]);
-      this.column = Object.fromEntries(data.site.map((name, at) => [name, at]));
-      this.open = new Set();
-      this.member = new Map(); // of folded entries, which one is looked at
       this.selected = null;
       this.current = null; // where the keyboard is: side and key
-      this.openAtFirst();
       this.build(element);
       this.mode = this.scroll.clientWidth && this.scroll.clientWidth < 700 ? "after" : "both";
       this.zoom = 1;
       this.render();
       this.fit();
-    }
-
-    // ---- entries -----------------------------------------------------------------------
-    labels(entry) {
-      return (entry.labels ?? [entry.label]).map(this.name);
-    }
-    isModule(entry) {
-      return entry.before === undefined && entry.after === undefined;
-    }
-    kindOf(entry, key) {
-      return entry.kinds ? entry.kinds[this.member.get(key) ?? 0] : entry.kind;
-    }
-    inside(entry, key) {
-      const kind = this.kindOf(entry, key);
-      return kind === undefined ? null : this.data.kinds[kind];
-    }
-    // Entries on the way to one, with their keys: "3/9" is entry 9 in entry 3 of the model.
-    way(key) {
-      const found = [];
-      let kind = this.data.kinds[this.data.root];
-      let at = "";
-      for (const place of key.split("/").map(Number)) {
-        at = at ? `${at}/${place}` : String(place);
-        const entry = kind.entries[place];
-        found.push({ entry, key: at, around: kind });
-        kind = this.inside(entry, at);
-      }
-      return found;
-    }
-    join(path, label) {
-      return label === "(itself)" ? path : path ? `${path}.${label}` : label;
-    }
-    paths(key) {
-      let found = [""];
-      for (const { entry, key: at } of this.way(key)) {
-        if (entry.function) continue;
-        const labels = this.labels(entry);
-        const chosen = this.member.has(at) ? [labels[this.member.get(at)]] : labels;
-        found = found.flatMap((path) => chosen.map((label) => this.join(path, label)));
-        found.length = Math.min(found.length, MOST);
-      }
-      return found;
-    }
-    sites(key) {
-      return this.paths(key)
-        .filter((path) => Object.hasOwn(this.data.sites, path))
-        .map((path) => this.data.sites[path]);
-    }
-    get(site, what) {
-      return site[this.column[what]];
-    }
-    title(entry, key) {
-      const labels = this.labels(entry);
-      const at = this.member.get(key);
-      let text = labels[at ?? 0];
-      if (at === undefined && labels.length > 1) {
-        text += ` … ${labels.at(-1).match(/[^.]*$/)[0]}`;
-      }
-      return entry.call && !entry.function ? `${text} (call ${entry.call + 1})` : text;
-    }
-    rankText(sites) {
-      const rewritten = sites.filter((site) => this.get(site, "ranks").length && this.get(site, "form"));
-      if (!rewritten.length) return "";
-      const first = this.get(rewritten[0], "full");
-      return first
-        .map((full, at) => {
-          const letter = at === 0 && this.isNarrow(rewritten[0]) ? "k" : "r";
-          const known = rewritten.filter((site) => this.get(site, "ranks").length > at);
-          return `${letter} ${range(known.map((site) => this.get(site, "ranks")[at]), count)} of ${count(full)}`;
-        })
-        .join(", ");
-    }
-    isNarrow(site) {
-      return this.name(this.get(site, "bundle")).endsWith(" and its input");
-    }
-    // What stands in a box on one side, below its title.
-    lines(entry, key, side) {
-      const labels = this.labels(entry);
-      if (this.isModule(entry)) {
-        return labels.length > 1 && !this.member.has(key) ? [`${labels.length} alike`] : [];
-      }
-      const text = this.name(side === "before" ? entry.before : entry.after ?? entry.before);
-      const shape = this.name(side === "before" ? entry.shape : entry.now ?? entry.shape);
-      const found = text && !(entry.function && text === labels[0]) ? [text] : [];
-      if (entry.site && side === "after") {
-        const sites = this.sites(key);
-        const ranks = this.rankText(sites);
-        if (CLASSES[entry.status ?? 0] === "dense") found.push("left dense");
-        else if (ranks) found.push(ranks);
-      } else if (side === "after" && CLASSES[entry.status ?? 0] === "dropped") {
-        found.push("does nothing any more");
-      }
-      if (shape && !(entry.site && entry.kind !== undefined && side === "after")) found.push(shape);
-      return found;
-    }
-    changed(counts) {
-      return counts.slice(1).some((number) => number > 0);
-    }
-    openAtFirst() {
-      const queue = [{ kind: this.data.kinds[this.data.root], key: "" }];
-      let shown = queue[0].kind.entries.length;
-      const bodies = [];
-      while (queue.length) {
-        const { kind, key } = queue.shift();
-        kind.entries.forEach((entry, place) => {
-          const at = key ? `${key}/${place}` : String(place);
-          const inner = this.inside(entry, at);
-          if (!inner) return;
-          if (!this.isModule(entry)) bodies.push({ at, size: inner.entries.length });
-          else if (this.changed(inner.counts) && shown + inner.entries.length <= FEW) {
-            shown += inner.entries.length;
-            this.open.add(at);
-            queue.push({ kind: inner, key: at });
-          }
-        });
-      }
-      for (const { at, size } of bodies) {
-        if (shown + size > FEW) break;
-        shown += size;
-        this.open.add(at);
-      }
-    }
-
-    // ---- sizes and places --------------------------------------------------------------
-    small(entry, key, side) {
-      const lines = this.lines(entry, key, side);
-      const inner = this.isModule(entry) ? this.inside(entry, key) : null;
-      const texts = [widthOf(this.title(entry, key), true) + (this.inside(entry, key) ? 16 : 0)];
-      texts.push(...lines.map((line) => widthOf(line)));
-      if (inner && this.changed(inner.counts)) {
-        texts.push(26 * inner.counts.slice(1).filter((number) => number).length);
-      }
-      const chips = inner && this.changed(inner.counts) ? 16 : 0;
-      return { w: Math.ceil(Math.max(...texts)) + 18, h: 22 + 14 * lines.length + chips };
-    }
-    isOpen(entry, key, side) {
-      return (
-        this.open.has(key) && this.inside(entry, key) !== null && (this.isModule(entry) || side === "after")
-      );
-    }
-    measureEntry(entry, key) {
-      const sides = Object.keys(SIDES).filter((side) => (entry.sides ?? 3) & SIDES[side]);
-      const found = { entry, key, size: {}, inner: null };
-      for (const side of sides) {
-        if (!this.isOpen(entry, key, side)) {
-          found.size[side] = this.small(entry, key, side);
-          continue;
-        }
-        found.inner ??= this.measure(this.inside(entry, key), key);
-        const title = widthOf(this.frameTitle(entry, key), true) + 36;
-        found.size[side] = {
-          w: Math.max(found.inner.w, title) + 2 * GAP.frame,
-          h: found.inner.h + GAP.head + 2 * GAP.frame,
-        };
-      }
-      found.w = Math.max(...Object.values(found.size).map((size) => size.w));
-      found.h = Math.max(...Object.values(found.size).map((size) => size.h));
-      return found;
-    }
-    frameTitle(entry, key) {
-      const lines = this.lines(entry, key, "after");
-      return [this.title(entry, key), ...lines].join("  ·  ");
-    }
-    // Boxes of a kind with their middles; x from 0 to w, y from 0 to h.
-    measure(kind, key) {
-      const boxes = kind.entries.map((entry, place) =>
-        this.measureEntry(entry, key ? `${key}/${place}` : String(place)),
-      );
-      const passing = new Map(); // edge -> places that it passes through
-      let y = 0;
-      const rows = kind.rows.map((row) => {
-        const items = row.map((what) =>
-          what >= 0 ? { place: what, box: boxes[what], w: boxes[what].w } : { edge: -1 - what, w: 4 },
-        );
-        const h = Math.max(18, ...items.filter((item) => item.box).map((item) => item.box.h));
-        const made = { items, y, h };
-        y += h + GAP.row;
-        return made;
-      });
-      const h = Math.max(0, y - GAP.row);
-      this.spread(kind, rows);
-      let left = Infinity;
-      let right = -Infinity;
-      for (const row of rows) {
-        for (const item of row.items) {
-          left = Math.min(left, item.x - item.w / 2);
-          right = Math.max(right, item.x + item.w / 2);
-        }
-      }
-      for (const row of rows) {
-        for (const item of row.items) {
-          item.x -= left;
-          if (item.box) {
-            item.box.x = item.x;
-            item.box.y = row.y + row.h / 2;
-          } else {
-            if (!passing.has(item.edge)) passing.set(item.edge, []);
-            passing.get(item.edge).push({ x: item.x, top: row.y, bottom: row.y + row.h });
-          }
-        }
-      }
-      return { kind, boxes, passing, w: rows.length ? right - left : 0, h };
-    }
-    // Middles of all items: near those that they are linked to, in the order of their row.
-    spread(kind, rows) {
-      const boxes = new Map();
-      const chains = kind.edges.map(() => []);
-      rows.forEach((row, number) => {
-        let x = 0;
-        for (const item of row.items) {
-          Object.assign(item, { row: number, links: [], x: x + item.w / 2 });
-          x += item.w + GAP.column;
-          if (item.box) boxes.set(item.place, item);
-          else chains[item.edge].push(item);
-        }
-        for (const item of row.items) item.x -= x / 2;
-      });
-      kind.edges.forEach(([source, target], edge) => {
-        const ends = [boxes.get(source), ...chains[edge], boxes.get(target)].filter(Boolean);
-        for (let at = 1; at < ends.length; at++) {
-          const [upper, lower] = [ends[at - 1], ends[at]];
-          if (lower.row - upper.row !== 1) continue;
-          // What only passes goes straight rather than near its ends.
-          const weight = upper.box || lower.box ? 1 : 8;
-          upper.links.push([lower, weight]);
-          lower.links.push([upper, weight]);
-        }
-      });
-      for (let sweep = 0; sweep < 8; sweep++) {
-        for (const row of sweep % 2 ? [...rows].reverse() : rows) this.settle(row.items);
-      }
-    }
-    settle(items) {
-      const wanted = items.map(({ links, x }) => {
-        const total = links.reduce((sum, [, weight]) => sum + weight, 0);
-        return total ? links.reduce((sum, [one, weight]) => sum + weight * one.x, 0) / total : x;
-      });
-      // From the left and from the right; the mean of both keeps order and gaps.
-      const need = (a, b) => (a.w + b.w) / 2 + GAP.column;
-      const right = [...wanted];
-      for (let i = 1; i < items.length; i++) {
-        right[i] = Math.max(right[i], right[i - 1] + need(items[i - 1], items[i]));
-      }
-      const left = [...wanted];
-      for (let i = items.length - 2; i >= 0; i--) {
-        left[i] = Math.min(left[i], left[i + 1] - need(items[i], items[i + 1]));
-      }
-      items.forEach((item, i) => (item.x = (left[i] + right[i]) / 2));
     }
 
     // ---- drawing -----------------------------------------------------------------------
@@ -368,8 +92,8 @@ const { drawGraph, showInGraph } = (() => {
       const kind = this.data.kinds[this.data.root];
       const root = this.measure(kind, "");
       const shown = this.mode === "both" ? Object.keys(SIDES) : [this.mode];
-      this.w = shown.length * (root.w + GAP.pane);
-      this.h = root.h + GAP.title + GAP.frame;
+      this.w = shown.length * (root.w + PANE.gap);
+      this.h = root.h + PANE.title + GAP.frame;
       this.svg = make("svg", {
         viewBox: `0 0 ${this.w} ${this.h}`,
         role: "group",
@@ -377,17 +101,19 @@ const { drawGraph, showInGraph } = (() => {
       });
       const bundle = this.selected ? this.bundleOf(this.selected) : null;
       shown.forEach((side, pane) => {
-        const x = pane * (root.w + GAP.pane) + GAP.pane / 2;
+        const x = pane * (root.w + PANE.gap) + PANE.gap / 2;
         const text = side === "after" && this.data.planned ? "after, as planned" : side;
         this.svg.append(make("text", { x: x + root.w / 2, y: 18, class: "pane" }, text));
         if (pane) {
-          const at = x - GAP.pane / 2;
+          const at = x - PANE.gap / 2;
           this.svg.append(make("line", { x1: at, x2: at, y1: 0, y2: this.h, class: "divide" }));
         }
-        this.drawInside(this.svg, root, side, x, GAP.title, GAP.title - 8, this.h, bundle);
+        this.drawInside(this.svg, root, side, x, PANE.title, PANE.title - 8, this.h, bundle);
       });
       this.scroll.replaceChildren(this.svg);
-      for (const view of this.views) view.setAttribute("aria-pressed", view.dataset.mode === this.mode);
+      for (const view of this.views) {
+        view.setAttribute("aria-pressed", view.dataset.mode === this.mode);
+      }
       this.scale(this.zoom);
       this.aim(focus);
     }
@@ -408,10 +134,13 @@ const { drawGraph, showInGraph } = (() => {
         const from = source === OUTSIDE ? null : this.frame(inner.boxes[source], side, x, y);
         const to = target === OUTSIDE ? null : this.frame(inner.boxes[target], side, x, y);
         const middle = x + inner.w / 2;
-        const points = [from ? [from.x + from.w / 2, from.y + from.h] : [middle, top]];
+        // Sideways only between rows, so that no edge runs behind a box.
+        const points = from ? [[from.x + from.w / 2, from.y + from.h]] : [[middle, top]];
+        if (from) points.push([from.x + from.w / 2, y + inner.boxes[source].bottom]);
         for (const place of inner.passing.get(edge) ?? []) {
           points.push([x + place.x, y + place.top], [x + place.x, y + place.bottom]);
         }
+        if (to) points.push([to.x + to.w / 2, y + inner.boxes[target].top]);
         points.push(to ? [to.x + to.w / 2, to.y] : [middle, bottom]);
         let path = `M${points[0]}`;
         points.slice(1).forEach(([px, py], at) => {
@@ -419,11 +148,15 @@ const { drawGraph, showInGraph } = (() => {
           const half = (oy + py) / 2;
           path += px === ox ? `L${px},${py}` : `C${ox},${half} ${px},${half} ${px},${py}`;
         });
-        const one = sides === 3 || !((inner.kind.sides ?? 3) & 3) ? "edge" : `edge only-${side}`;
+        const one = sides === 3 ? "edge" : `edge only-${side}`;
         edges.append(make("path", { d: path, class: one }));
-        if (to) edges.append(make("path", { d: `M${to.x + to.w / 2 - 3},${to.y - 5}l3,5l3,-5z`, class: "tip" }));
+        if (!to) return;
+        const tip = `M${to.x + to.w / 2 - 3},${to.y - 5}l3,5l3,-5z`;
+        edges.append(make("path", { d: tip, class: "tip" }));
       });
-      for (const box of inner.boxes) if (box.size[side]) this.drawBox(parent, box, side, x, y, bundle);
+      for (const box of inner.boxes) {
+        if (box.size[side]) this.drawBox(parent, box, side, x, y, bundle);
+      }
     }
     drawBox(parent, box, side, x, y, bundle) {
       const { entry, key } = box;
@@ -441,21 +174,21 @@ const { drawGraph, showInGraph } = (() => {
         classes.push("together");
       }
       if (entry.function && status === "unchanged") classes.push("plain");
+      const what = module ? [] : [this.data.statuses[entry.status ?? 0]];
       const group = make("g", {
         class: classes.join(" "),
         "data-key": key,
         "data-side": side,
         role: "button",
         tabindex: "-1",
-        "aria-label": [title, ...lines, module ? "" : this.data.statuses[entry.status ?? 0], side].filter(Boolean).join(", "),
+        "aria-label": [title, ...lines, ...what, side].join(", "),
       });
       if (inner && (module || side === "after")) group.setAttribute("aria-expanded", open);
-      if (module && labelsOf(entry).length > 1 && !open) {
-        for (const shift of [6, 3]) {
-          group.append(make("rect", { x: at.x + shift, y: at.y + shift, width: at.w, height: at.h, rx: 6, class: "shape behind" }));
-        }
+      const several = this.labels(entry).length > 1 && !this.member.has(key) && !open;
+      for (const shift of several ? [6, 3, 0] : [0]) {
+        const corner = { x: at.x + shift, y: at.y + shift, rx: module ? 6 : 4 };
+        group.append(make("rect", { ...corner, width: at.w, height: at.h, class: "shape" }));
       }
-      group.append(make("rect", { x: at.x, y: at.y, width: at.w, height: at.h, rx: module ? 6 : 4, class: "shape" }));
       const mark = inner && (module || side === "after") ? (open ? "▾ " : "▸ ") : "";
       if (open) {
         const text = make("text", { x: at.x + 9, y: at.y + 16, class: "title" }, mark + title);
@@ -465,14 +198,19 @@ const { drawGraph, showInGraph } = (() => {
         const middle = at.x + at.w / 2;
         group.append(make("text", { x: middle, y: at.y + 15, class: "title middle" }, mark + title));
         lines.forEach((line, number) => {
-          group.append(make("text", { x: middle, y: at.y + 29 + 14 * number, class: "line middle" }, line));
+          const place = { x: middle, y: at.y + 29 + 14 * number };
+          group.append(make("text", { ...place, class: "line middle" }, line));
         });
-        if (module && inner && this.changed(inner.counts)) this.chips(group, inner.counts, middle, at.y + at.h - 17);
+        if (module && inner && this.changed(inner.counts)) {
+          this.chips(group, inner.counts, middle, at.y + at.h - 17);
+        }
       }
       parent.append(group);
       if (open) {
         const left = at.x + (at.w - box.inner.w) / 2;
-        this.drawInside(parent, box.inner, side, left, at.y + GAP.head + GAP.frame, at.y + GAP.head - 4, at.y + at.h, bundle);
+        const head = at.y + GAP.head;
+        const bottom = at.y + at.h;
+        this.drawInside(parent, box.inner, side, left, head + GAP.frame, head - 4, bottom, bundle);
       }
     }
     // How many operators of a module were changed in which way.
@@ -521,7 +259,9 @@ const { drawGraph, showInGraph } = (() => {
         const labels = this.labels(one);
         if (labels.length < 2) return;
         const choice = html("select", { "aria-label": "which of the alike blocks" });
-        ["all of them", ...labels].forEach((text, value) => choice.append(html("option", { value }, text)));
+        ["all of them", ...labels].forEach((text, value) => {
+          choice.append(html("option", { value }, text));
+        });
         choice.value = String((this.member.get(at) ?? -1) + 1);
         choice.addEventListener("change", () => {
           if (choice.value === "0") this.member.delete(at);
@@ -532,12 +272,11 @@ const { drawGraph, showInGraph } = (() => {
       });
       if (!this.isModule(entry)) {
         const status = this.data.statuses[entry.status ?? 0];
-        const [before, after] = ["before", "after"].map((side) =>
-          [this.name(side === "before" ? entry.before : entry.after ?? entry.before),
-            this.name(side === "before" ? entry.shape : entry.now ?? entry.shape)].filter(Boolean).join(", value of "),
-        );
-        if ((entry.sides ?? 3) & 1) row("before", before);
-        if ((entry.sides ?? 3) & 2) row("after", after);
+        const was = [entry.before, entry.shape].map(this.name);
+        const now = [entry.after ?? entry.before, entry.now ?? entry.shape].map(this.name);
+        const words = (texts) => texts.filter(Boolean).join(", value of ");
+        if ((entry.sides ?? 3) & SIDES.before) row("before", words(was));
+        if ((entry.sides ?? 3) & SIDES.after) row("after", words(now));
         row("what happened", status);
       }
       const sites = this.sites(key);
@@ -547,7 +286,10 @@ const { drawGraph, showInGraph } = (() => {
         const ranks = this.rankText(sites);
         if (ranks) row("form", `${texts("form").join(" or ")}, ${ranks}`);
         const losses = all("predicted").filter((loss) => loss !== null);
-        if (losses.length) row("predicted loss", `${range(losses, brief)} ${this.data.unit}${sites.length > 1 ? " each" : ""}`);
+        if (losses.length) {
+          const each = losses.length > 1 ? " each" : "";
+          row("predicted loss", `${range(losses, brief)} ${this.data.unit}${each}`);
+        }
         row("parameters", `${range(all("before"), count)} → ${range(all("after"), count)}`);
         const reasons = texts("reason");
         if (reasons.length) row("stays dense", reasons.slice(0, 3).join("; "));
@@ -560,7 +302,12 @@ const { drawGraph, showInGraph } = (() => {
       const place = Number(key.split("/").at(-1));
       const near = (end, other) => {
         const found = around.edges.filter((edge) => edge[end] === place).map((edge) => edge[other]);
-        const named = found.map((at) => (at === OUTSIDE ? "what is outside of this module" : this.title(around.entries[at], "")));
+        const outer = key.split("/").slice(0, -1);
+        const named = found.map((at) =>
+          at === OUTSIDE
+            ? "what is outside of this module"
+            : this.title(around.entries[at], [...outer, at].join("/")),
+        );
         return [...new Set(named)].join(", ");
       };
       if (near(1, 0)) row("reads", near(1, 0));
@@ -618,13 +365,16 @@ const { drawGraph, showInGraph } = (() => {
           if (entry.function) continue;
           for (const [member, label] of this.labels(entry).entries()) {
             const full = this.join(path, label);
-            const here = this.isModule(entry) ? [] : [[at, this.labels(entry).length > 1 ? member : null]];
-            if (here.length && full === name) return here;
-            if (!this.isModule(entry) || !(full === name || name.startsWith(`${full}.`))) continue;
+            const step = [at, this.labels(entry).length > 1 ? member : null];
+            if (!this.isModule(entry)) {
+              if (full === name) return [step];
+              continue;
+            }
+            if (full !== name && !name.startsWith(`${full}.`)) continue;
             const kinds = entry.kinds ?? [entry.kind];
             const inner = this.data.kinds[kinds[kinds.length > 1 ? member : 0]];
             const found = inner && search(inner, full, at);
-            if (found) return [[at, this.labels(entry).length > 1 ? member : null], ...found];
+            if (found) return [step, ...found];
           }
         }
         return null;
@@ -643,7 +393,6 @@ const { drawGraph, showInGraph } = (() => {
       return true;
     }
   }
-  const labelsOf = (entry) => entry.labels ?? [entry.label];
 
   let drawing = null;
   return {
