@@ -31,17 +31,20 @@ def graph_data(plan: Plan) -> dict[str, Any]:
          "names": ["q_proj", "linear 64→64", ...],        # all texts below are places in here
          "root": 12,                                       # place in kinds
          "kinds": [{"entries": [{"label": 0, "before": 1, ...}], "edges": [[0, 1, 3], ...],
-                    "rows": [[0], [1, -2], ...], "counts": [...]}, ...],
+                    "rows": [[0], [1, -2], ...]}, ...],
          "sites": {"model.layers.0.self_attn.q_proj": [form, rank, full, ...], ...},
          "unmatched": {"lm_head": 17}}
 
     A kind is what is inside of alike boxes, whatever their ranks.  Its entries have, where that is
-    not the usual: ``label`` or ``labels`` of several in a row; ``before`` and ``after``, the
+    not the usual: ``label``, or ``labels`` of several in a row; ``before`` and ``after``, the
     operator in words (none of a module); ``shape`` and ``now``, that of its value before and after;
-    ``status``; ``sides`` (1 before, 2 after, 3 both); ``kind`` or ``kinds``, one for each of
-    several; ``function`` and ``site``, each 1 where it is one; ``call``.  Edges are (source,
-    target, sides), -1 for outside; rows hold places of entries, and -1 minus that of an edge that
-    passes.  ``sites`` are by path, with the values that :data:`SITE` names.
+    ``status``; ``sides`` (1 before, 2 after, 3 both); ``kind``, or ``kinds``, one for each of
+    several; ``function`` and ``site``, each 1 where it is one; ``call``.  Status and sides are left
+    out of what is in a site: factorized, and after.
+
+    Edges are (source, target, sides), -1 for outside.  Rows hold places of entries, and -1 minus
+    that of an edge that passes; they are left out where every entry has one of its own.  ``sites``
+    are by path, with the values that :data:`SITE` names.
     """
     return tree_data(tree_of_plan(plan), plan.model_class.rpartition(".")[2], plan.loss_unit)
 
@@ -56,7 +59,14 @@ def tree_data(tree: Tree, title: str, unit: str) -> dict[str, Any]:
     """
     names = _Names()
     folded = fold_tree(tree)
-    kinds = [_kind(kind, names) for kind in folded.kinds]
+    bodies = {
+        inner
+        for kind in folded.kinds
+        for entry in kind.entries
+        if entry.site
+        for inner in entry.kinds
+    }
+    kinds = [_kind(kind, names, at in bodies) for at, kind in enumerate(folded.kinds)]
     sites = {box.site.name: box.site for box in tree.root.walk() if box.site is not None}
     unmatched = {name: names(reason) for name, reason in tree.unmatched.items()}
     rows = {name: _site(site, names) for name, site in sites.items()}
@@ -95,17 +105,17 @@ def _site(site: SitePlan, names: _Names) -> list[Any]:
     ]
 
 
-def _kind(kind: Kind, names: _Names) -> dict[str, Any]:
+def _kind(kind: Kind, names: _Names, body: bool) -> dict[str, Any]:
     placed = layout(len(kind.entries), kind.edges)
+    in_a_row = placed.rows == tuple((place,) for place in range(len(kind.entries)))
     return {
-        "entries": [_entry(entry, names) for entry in kind.entries],
+        "entries": [_entry(entry, names, body) for entry in kind.entries],
         "edges": [[edge.source, edge.target, edge.sides] for edge in kind.edges],
-        "rows": [list(row) for row in placed.rows],
-        "counts": list(kind.counts),
+        **({} if in_a_row else {"rows": [list(row) for row in placed.rows]}),
     }
 
 
-def _entry(entry: Entry, names: _Names) -> dict[str, Any]:
+def _entry(entry: Entry, names: _Names, body: bool) -> dict[str, Any]:
     labels = [names(label) for label in entry.labels]
     texts = {
         "before": entry.before,
@@ -114,7 +124,7 @@ def _entry(entry: Entry, names: _Names) -> dict[str, Any]:
         "now": entry.shape_after if entry.shape_after != entry.shape else "",
     }
     numbers = {
-        "status": entry.status,
+        "status": 0 if body else entry.status,
         "call": entry.call,
         "function": int(entry.function),
         "site": int(entry.site),
@@ -123,7 +133,7 @@ def _entry(entry: Entry, names: _Names) -> dict[str, Any]:
         **({"label": labels[0]} if len(labels) == 1 else {"labels": labels}),
         **{key: names(text) for key, text in texts.items() if text},
         **{key: number for key, number in numbers.items() if number},
-        **({"sides": entry.sides} if entry.sides != BEFORE | AFTER else {}),
+        **({} if body or entry.sides == BEFORE | AFTER else {"sides": entry.sides}),
         **({"kind": entry.kinds[0]} if len(entry.kinds) == 1 else {}),
         **({"kinds": list(entry.kinds)} if len(entry.kinds) > 1 else {}),
     }

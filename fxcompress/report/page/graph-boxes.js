@@ -42,7 +42,35 @@ const GraphBoxes = (() => {
       this.column = Object.fromEntries(data.site.map((name, at) => [name, at]));
       this.open = new Set(); // keys of entries
       this.member = new Map(); // of folded entries, which one is looked at
+      // What the data leave out because it is usual.
+      this.kinds = data.kinds.map((kind) => ({
+        edges: kind.edges,
+        rows: kind.rows ?? kind.entries.map((_, place) => [place]),
+        entries: kind.entries.map((entry) => ({ status: 0, sides: 3, ...entry })),
+      }));
+      for (const entry of this.kinds.flatMap((kind) => kind.entries)) {
+        if (!entry.site) continue;
+        for (const body of entry.kinds ?? [entry.kind]) {
+          for (const inner of this.kinds[body]?.entries ?? []) {
+            Object.assign(inner, { status: 1, sides: 2 });
+          }
+        }
+      }
+      for (const kind of this.kinds) kind.counts = this.countsOf(kind);
+      this.root = this.kinds[data.root];
       this.openAtFirst();
+    }
+    // How many operators of every status are in a kind; those inside of it come before it.
+    countsOf(kind) {
+      const found = CLASSES.map(() => 0);
+      for (const entry of kind.entries) {
+        if (!this.isModule(entry)) found[entry.status] += 1;
+        else {
+          const inner = this.kinds[(entry.kinds ?? [entry.kind])[0]];
+          inner?.counts.forEach((number, at) => (found[at] += number * this.labels(entry).length));
+        }
+      }
+      return found;
     }
 
     // ---- entries -----------------------------------------------------------------------
@@ -57,12 +85,12 @@ const GraphBoxes = (() => {
     }
     inside(entry, key) {
       const kind = this.kindOf(entry, key);
-      return kind === undefined ? null : this.data.kinds[kind];
+      return kind === undefined ? null : this.kinds[kind];
     }
     // Entries on the way to one, with their keys: "3/9" is entry 9 in entry 3 of the model.
     way(key) {
       const found = [];
-      let kind = this.data.kinds[this.data.root];
+      let kind = this.root;
       let at = "";
       for (const place of key.split("/").map(Number)) {
         at = at ? `${at}/${place}` : String(place);
@@ -131,19 +159,19 @@ const GraphBoxes = (() => {
       if (entry.site && side === "after") {
         const sites = this.sites(key);
         const ranks = this.rankText(sites);
-        if (CLASSES[entry.status ?? 0] === "dense") found.push("left dense");
+        if (CLASSES[entry.status] === "dense") found.push("left dense");
         else if (ranks) found.push(ranks);
-      } else if (side === "after" && CLASSES[entry.status ?? 0] === "dropped") {
+      } else if (side === "after" && CLASSES[entry.status] === "dropped") {
         found.push("does nothing any more");
       }
       if (shape && !(entry.site && entry.kind !== undefined && side === "after")) found.push(shape);
       return found;
     }
-    changed(counts) {
-      return counts.slice(1).some((number) => number > 0);
+    changes(kind) {
+      return kind.counts.map((number, at) => (at ? number : 0));
     }
     openAtFirst() {
-      const queue = [{ kind: this.data.kinds[this.data.root], key: "" }];
+      const queue = [{ kind: this.root, key: "" }];
       let shown = queue[0].kind.entries.length;
       const bodies = [];
       while (queue.length) {
@@ -153,7 +181,7 @@ const GraphBoxes = (() => {
           const inner = this.inside(entry, at);
           if (!inner) return;
           if (!this.isModule(entry)) bodies.push({ at, size: inner.entries.length });
-          else if (this.changed(inner.counts) && shown + inner.entries.length <= FEW) {
+          else if (this.changes(inner).some(Boolean) && shown + inner.entries.length <= FEW) {
             shown += inner.entries.length;
             this.open.add(at);
             queue.push({ kind: inner, key: at });
@@ -173,10 +201,9 @@ const GraphBoxes = (() => {
       const inner = this.isModule(entry) ? this.inside(entry, key) : null;
       const texts = [widthOf(this.title(entry, key), true) + (this.inside(entry, key) ? 16 : 0)];
       texts.push(...lines.map((line) => widthOf(line)));
-      if (inner && this.changed(inner.counts)) {
-        texts.push(26 * inner.counts.slice(1).filter((number) => number).length);
-      }
-      const chips = inner && this.changed(inner.counts) ? 16 : 0;
+      const number = inner ? this.changes(inner).filter(Boolean).length : 0;
+      texts.push(26 * number);
+      const chips = number ? 16 : 0;
       return { w: Math.ceil(Math.max(...texts)) + 18, h: 22 + 14 * lines.length + chips };
     }
     isOpen(entry, key, side) {
@@ -187,7 +214,7 @@ const GraphBoxes = (() => {
       );
     }
     measureEntry(entry, key) {
-      const sides = Object.keys(SIDES).filter((side) => (entry.sides ?? 3) & SIDES[side]);
+      const sides = Object.keys(SIDES).filter((side) => entry.sides & SIDES[side]);
       const found = { entry, key, size: {}, inner: null };
       for (const side of sides) {
         if (!this.isOpen(entry, key, side)) {

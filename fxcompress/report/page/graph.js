@@ -61,7 +61,7 @@ const { drawGraph, showInGraph } = (() => {
         html("span", { class: "graph-hint" }, "Click a box to open it; Ctrl and wheel to zoom."),
       );
       const legend = html("div", { class: "graph-legend", "aria-label": "legend" });
-      const present = this.data.kinds[this.data.root].counts;
+      const present = this.root.counts;
       this.data.statuses.forEach((status, at) => {
         if (at && !present[at]) return;
         const swatch = html("span", { class: `swatch s-${CLASSES[at]}`, "aria-hidden": "true" });
@@ -89,7 +89,7 @@ const { drawGraph, showInGraph } = (() => {
     }
     render() {
       const focus = this.scroll.contains(document.activeElement);
-      const kind = this.data.kinds[this.data.root];
+      const kind = this.root;
       const root = this.measure(kind, "");
       const shown = this.mode === "both" ? Object.keys(SIDES) : [this.mode];
       this.w = shown.length * (root.w + PANE.gap);
@@ -163,7 +163,7 @@ const { drawGraph, showInGraph } = (() => {
       const at = this.frame(box, side, x, y);
       const open = this.isOpen(entry, key, side);
       const inner = this.inside(entry, key);
-      const status = CLASSES[entry.status ?? 0];
+      const status = CLASSES[entry.status];
       const title = this.title(entry, key);
       const lines = this.lines(entry, key, side);
       const module = this.isModule(entry);
@@ -174,7 +174,7 @@ const { drawGraph, showInGraph } = (() => {
         classes.push("together");
       }
       if (entry.function && status === "unchanged") classes.push("plain");
-      const what = module ? [] : [this.data.statuses[entry.status ?? 0]];
+      const what = module ? [] : [this.data.statuses[entry.status]];
       const group = make("g", {
         class: classes.join(" "),
         "data-key": key,
@@ -201,9 +201,7 @@ const { drawGraph, showInGraph } = (() => {
           const place = { x: middle, y: at.y + 29 + 14 * number };
           group.append(make("text", { ...place, class: "line middle" }, line));
         });
-        if (module && inner && this.changed(inner.counts)) {
-          this.chips(group, inner.counts, middle, at.y + at.h - 17);
-        }
+        if (module && inner) this.chips(group, this.changes(inner), middle, at.y + at.h - 17);
       }
       parent.append(group);
       if (open) {
@@ -215,7 +213,7 @@ const { drawGraph, showInGraph } = (() => {
     }
     // How many operators of a module were changed in which way.
     chips(group, counts, middle, y) {
-      const some = counts.map((number, at) => [number, at]).filter(([number, at]) => at && number);
+      const some = counts.map((number, at) => [number, at]).filter(([number]) => number);
       let x = middle - (26 * some.length) / 2;
       for (const [number, at] of some) {
         const chip = make("g", { class: `chip s-${CLASSES[at]}` });
@@ -271,12 +269,12 @@ const { drawGraph, showInGraph } = (() => {
         row("of the blocks", choice);
       });
       if (!this.isModule(entry)) {
-        const status = this.data.statuses[entry.status ?? 0];
+        const status = this.data.statuses[entry.status];
         const was = [entry.before, entry.shape].map(this.name);
         const now = [entry.after ?? entry.before, entry.now ?? entry.shape].map(this.name);
         const words = (texts) => texts.filter(Boolean).join(", value of ");
-        if ((entry.sides ?? 3) & SIDES.before) row("before", words(was));
-        if ((entry.sides ?? 3) & SIDES.after) row("after", words(now));
+        if (entry.sides & SIDES.before) row("before", words(was));
+        if (entry.sides & SIDES.after) row("after", words(now));
         row("what happened", status);
       }
       const sites = this.sites(key);
@@ -295,7 +293,7 @@ const { drawGraph, showInGraph } = (() => {
         if (reasons.length) row("stays dense", reasons.slice(0, 3).join("; "));
         row("rule", texts("rule").join(", "));
         const together = texts("bundle");
-        if (together.length) row("together with", `${together[0]}${together.length > 1 ? ", ..." : ""}`);
+        if (together.length) row("together", together.slice(0, 3).join("; "));
       } else if (Object.hasOwn(this.data.unmatched, paths[0])) {
         row("not matched", this.name(this.data.unmatched[paths[0]]));
       }
@@ -372,14 +370,14 @@ const { drawGraph, showInGraph } = (() => {
             }
             if (full !== name && !name.startsWith(`${full}.`)) continue;
             const kinds = entry.kinds ?? [entry.kind];
-            const inner = this.data.kinds[kinds[kinds.length > 1 ? member : 0]];
+            const inner = this.kinds[kinds[kinds.length > 1 ? member : 0]];
             const found = inner && search(inner, full, at);
             if (found) return [step, ...found];
           }
         }
         return null;
       };
-      const found = search(this.data.kinds[this.data.root], "", "");
+      const found = search(this.root, "", "");
       if (!found) return false;
       for (const [key, member] of found) {
         this.open.add(key);
