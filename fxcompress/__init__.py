@@ -53,6 +53,7 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.metric": (),
         "fxcompress.metric.registry": ("register_metric",),
         "fxcompress.operators": (),
+        "fxcompress.picture": (),
         "fxcompress.pipeline.compare": ("diff",),
         "fxcompress.pipeline.compile": ("compile", "explain", "plan"),
         "fxcompress.pipeline.draw": ("draw",),
