@@ -124,12 +124,12 @@ def near_text(tree: Tree, glob: str, width: int | None = None) -> str:
         if box.is_module or not wanted.match(name_of(box)):
             continue
         node = box.before or box.after
-        assert node is not None
         lines = [f"{name_of(box)}  {_words(node)}".rstrip()]
         side = BEFORE if box.before is not None else AFTER
         reads, readers = near[side]
-        lines += [f"  reads    {text}" for text in reads.get(node.name, ())]
-        lines += [f"  read by  {text}" for text in readers.get(node.name, ())]
+        name = "" if node is None else node.name
+        lines += [f"  reads    {text}" for text in reads.get(name, ())]
+        lines += [f"  read by  {text}" for text in readers.get(name, ())]
         sites = [box.site] if box.site is not None and box.site.form is not None else []
         after = "" if tree.single else status_text(box, sites)
         if not after and box.status != UNCHANGED:
