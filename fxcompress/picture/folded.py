@@ -209,7 +209,7 @@ def _entry(box: Box, around: Box, place: int, kinds: tuple[int, ...]) -> Entry:
         sides=box.sides,
         site=site is not None,
         function=box.function,
-        call=box.call,
+        call=0 if inner is not None else box.call,  # the box around tells it
         kinds=kinds,
     )
 

@@ -148,7 +148,9 @@ const { drawGraph, showInGraph } = (() => {
           const half = (oy + py) / 2;
           path += px === ox ? `L${px},${py}` : `C${ox},${half} ${px},${half} ${px},${py}`;
         });
-        const one = sides === 3 ? "edge" : `edge only-${side}`;
+        // To what runs again, of a module that is called several times.
+        const back = from && to && to.y < from.y ? " back" : "";
+        const one = (sides === 3 ? "edge" : `edge only-${side}`) + back;
         edges.append(make("path", { d: path, class: one }));
         if (!to) return;
         const tip = `M${to.x + to.w / 2 - 3},${to.y - 5}l3,5l3,-5z`;
