@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxcompress.pipeline.compile import compile as compile
     from fxcompress.pipeline.compile import explain as explain
     from fxcompress.pipeline.compile import plan as plan
+    from fxcompress.pipeline.draw import draw as draw
     from fxcompress.pipeline.forecast import forecast as forecast
     from fxcompress.pipeline.measure import measure as measure
     from fxcompress.pipeline.sweep import sweep as sweep
@@ -55,8 +56,10 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.metric": (),
         "fxcompress.metric.registry": ("register_metric",),
         "fxcompress.operators": (),
+        "fxcompress.picture": (),
         "fxcompress.pipeline.compare": ("diff",),
         "fxcompress.pipeline.compile": ("compile", "explain", "plan"),
+        "fxcompress.pipeline.draw": ("draw",),
         "fxcompress.pipeline.forecast": ("forecast",),
         "fxcompress.pipeline.measure": ("measure",),
         "fxcompress.pipeline.sweep": ("sweep",),

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -41,9 +42,12 @@ from fxcompress.rules import (
     run_cases,
     suggest,
 )
+from fxcompress.rules.language.globs import GlobError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fxcompress.picture import Picture
 
 app = typer.Typer(
     name="fxcompress",
@@ -313,6 +317,67 @@ def diff(
         typer.echo(f"written to {html}")
     else:
         typer.echo(json.dumps(difference.to_json(), indent=1) if as_json else str(difference))
+
+
+@app.command()
+def graph(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="a model, as --model takes it elsewhere; or a directory written by save or "
+            "compile, or a plan.json: before and after"
+        ),
+    ],
+    data: Data = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="modules deeper than this are one line")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(help="only operators of this path, a glob, and their neighbours")
+    ] = None,
+    dot: Annotated[Path | None, typer.Option(help="write it for Graphviz to this file")] = None,
+    model_explorer: Annotated[
+        Path | None, typer.Option(help="write it for Google's Model Explorer to this directory")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the graph of a model as rules see it, or what was changed in it."""
+    drawn = _picture(source, data)
+    if dot is not None:
+        dot.write_text(drawn.to_dot(), encoding="utf-8")
+        typer.echo(f"written to {dot}")
+    if model_explorer is not None:
+        for path in drawn.to_model_explorer(model_explorer):
+            typer.echo(f"written to {path}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if node is not None:
+        try:
+            found = drawn.near(node, width)
+        except GlobError as error:
+            raise typer.BadParameter(f"--node {node}: {error}") from error
+        if not found:
+            raise typer.BadParameter(f"--node {node}: no operator has such a path")
+        typer.echo(found)
+    elif as_json:
+        typer.echo(json.dumps(drawn.to_json(), ensure_ascii=False))
+    elif dot is None and model_explorer is None:
+        typer.echo(drawn.text(depth, width))
+
+
+def _picture(source: str, data: str | None) -> Picture:
+    """The graph of a model, or that of a plan before and after."""
+    from fxcompress.saved.load import PLAN, read_plan
+
+    path = Path(source)
+    if path.name == PLAN and path.is_file():
+        path = path.parent
+    if (path / PLAN).is_file():
+        return fxcompress.draw(read_plan(path))
+    network, batches = load_model(source), load_data(data, source, 1, 16)
+    example = getattr(network, "dummy_inputs", None) if batches is None else _first(batches)
+    if example is None:
+        raise typer.BadParameter("graph runs the model once: give --data")
+    return fxcompress.draw(network, example)
 
 
 @app.command()

@@ -25,7 +25,7 @@ LAYERS = [
     {"graph", "forms"},
     {"metric"},
     {"rules", "plans.plan"},
-    {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},
+    {"picture", "plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
     {
         *("pipeline.decomposition", "pipeline.agreement", "pipeline.influence"),
@@ -41,7 +41,7 @@ LAYERS = [
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},
-    {"pipeline.compile", "pipeline.compare", "saved.plain"},
+    {"pipeline.compile", "pipeline.compare", "pipeline.draw", "saved.plain"},
     {"pipeline.sweep", "saved.save"},
     {"saved.hf"},
     {"cli"},
