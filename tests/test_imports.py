@@ -20,9 +20,9 @@ ROOT = Path(fxcompress.__file__).parent
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
     {"errors", "late", "plans.structure", "plans.units"},
-    {"operators", "budget", "files", "parking", "processes"},
+    {"operators", "budget", "files", "parking", "processes", "plans.record"},
     {"graph", "forms"},
-    {"metric"},
+    {"metric", "plans.tradeoff"},
     {"rules", "plans.plan"},
     {"plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
@@ -35,6 +35,7 @@ LAYERS = [
     {"pipeline.estimate", "pipeline.forecast"},
     {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
+    {"pipeline.tradeoff"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},
