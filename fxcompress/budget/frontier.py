@@ -54,8 +54,8 @@ class Frontier:
         taken: at every point what every candidate by itself, group or alternatives takes; all
             points have the same order of them.
         now: the point of the budget: the dearest that it allows.
-        more, less: the cheapest that costs a step more than the budget at least, and the dearest
-            that costs a step less; the last or the first if there is none.
+        more, less: the cheapest that costs more than a step above that, and the dearest that costs
+            a step less or still less; the last or the first if there is none.
     """
 
     costs: tuple[float, ...]
@@ -77,9 +77,9 @@ def frontier(entities: Sequence[Entity], budget: float, step: float) -> Frontier
     knapsack = knapsack_of([entities], [budget])
     cheapest, top = cheapest_picks(knapsack), top_picks(knapsack)
     _, _, now = crossing(knapsack, budget)
-    _, more, _ = crossing(knapsack, budget + step)
-    least = knapsack.cost(cheapest)
-    less = cheapest if budget - step < least else crossing(knapsack, budget - step)[2]
+    spent, least = knapsack.cost(now), knapsack.cost(cheapest)
+    _, more, _ = crossing(knapsack, spent + step)
+    less = cheapest if spent - step < least else crossing(knapsack, spent - step)[2]
     found = {knapsack.cost(picks): picks for picks in (cheapest, less, now, more, top)}
     _refine(knapsack, found)
     costs = sorted(found)

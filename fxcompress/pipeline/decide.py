@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import fxcompress
 from fxcompress.budget import Choice
 from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
@@ -28,6 +30,7 @@ from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
     BudgetOutcome,
     Held,
+    Made,
     NodeSummary,
     Part,
     Plan,
@@ -71,6 +74,11 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
     planned = Plan(
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
+        made=Made(
+            version=fxcompress.__version__,
+            torch=str(torch.__version__),
+            date=datetime.now(UTC).date().isoformat(),
+        ),
         metric=rules.metric.kind,
         loss_unit=METRICS[rules.metric.kind].unit,
         calibration={

@@ -544,6 +544,20 @@ class Round(Frozen):
     kind: Literal["factors", "whitened", "correction"]
 
 
+class Made(Frozen):
+    """With what and when a plan was made.
+
+    Attributes:
+        version: of fxcompress.
+        torch: its version.
+        date: the day, ``"2026-01-31"``, in UTC.
+    """
+
+    version: str
+    torch: str
+    date: str
+
+
 class Folded(Frozen):
     """A batch norm that is folded into the convolution before it: module paths of both."""
 
@@ -558,6 +572,7 @@ class Plan(Frozen):
         format: version of this record.
         model_class: ``"transformers.models.llama.modeling_llama.LlamaForCausalLM"``.
         rules: name of the rule file.
+        made: with what and when; None in files of before it was kept.
         metric: name of the metric.
         loss_unit: what predicted losses are measured in.
         calibration: what the metric was estimated on (batches, predictions, family, seed).
@@ -592,6 +607,7 @@ class Plan(Frozen):
     format: Literal[4] = FORMAT
     model_class: str
     rules: str
+    made: Made | None = None
     metric: str
     loss_unit: str
     calibration: dict[str, int | str]
