@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fxcompress
 from fxcompress.budget import Choice
 from fxcompress.forms import Rank, Template
 from fxcompress.graph.operator import Operator
@@ -43,6 +42,7 @@ from fxcompress.plans.plan import (
 from fxcompress.plans.tradeoff import Closest
 from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.rewrite import planned_weight
+from fxcompress.version import __version__
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
@@ -75,7 +75,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
         made=Made(
-            version=fxcompress.__version__,
+            version=__version__,
             torch=str(torch.__version__),
             date=datetime.now(UTC).date().isoformat(),
         ),

@@ -47,7 +47,8 @@ class Sites {
     this.state = { key: "loss-share", up: false };
     this.filter = { text: "", rule: "", form: "" };
     this.columns = this.makeColumns();
-    this.hidden = new Set(this.columns.filter((one) => one.menu).map((one) => one.key));
+    const crowded = (one) => one.menu || (data.other && one.head === "before"); // there is less room beside another plan
+    this.hidden = new Set(this.columns.filter(crowded).map((one) => one.key));
     this.tree = treeOf(sites.name);
     this.leaves = sites.name.map((name, site) => ({ label: name, path: name, sites: [site], site, children: [], depth: 0 }));
     if (this.tree.length === 1) this.open.add(this.tree[0].path);
@@ -296,7 +297,7 @@ class Sites {
       }
     }
     for (const [move, word] of [[this.data.budget.more, "with more budget"], [this.data.budget.less, "with less budget"]]) {
-      const row = move?.rows.find((one) => one[5] === sites.name[at]);
+      const row = move?.rows.find((one) => one[5] === sites.name[at] || together?.sites.includes(one[5]));
       if (row) fact(word, `${row[1]} → ${row[2]} (${move.text.split(" (")[0]})`);
     }
     if (this.data.graph && typeof showInGraph === "function")
