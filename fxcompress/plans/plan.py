@@ -645,8 +645,6 @@ class Plan(Frozen):
         absent = {unit.word for unit in COUNTED} - self.model_before.root.keys()
         if absent & {self.budget.unit, *(limit.unit for limit in self.limits)}:
             raise ValueError("no size is in the unit of a budget")
-        if self.tradeoff is not None and not self.tradeoff.names <= {s.name for s in self.sites}:
-            raise ValueError("the trade-off is about sites that are not in the plan")
         for name, sites in self.bundles.items():
             if len({(site.form, site.rank) for site in sites}) > 1:
                 raise ValueError(f"the sites of bundle {name} differ in form or rank")

@@ -98,8 +98,3 @@ class Tradeoff(Frozen):
                 if not math.isclose(total, math.fsum(parts), rel_tol=CLOSE, abs_tol=1e-12):
                     raise ValueError("a point of the trade-off is not the sum of its parts")
         return self
-
-    @property
-    def names(self) -> set[str]:
-        """All sites that it is about."""
-        return {name for curve in self.curves for name in curve.sites}
