@@ -11,6 +11,7 @@ import torch
 import fxcompress
 from fxcompress.plans.plan import Batch, Plan
 from fxcompress.report import diff_plan
+from fxcompress.report.comparison import comparison_text
 from fxcompress.report.page_data import MOVES, VALUES
 from fxcompress.report.plot import Plot
 from fxcompress.report.scatter import SIDE, fidelity_scatter
@@ -297,6 +298,17 @@ def test_two_plans_are_aligned_by_names(compressed: Plan) -> None:
         assert told["parameters"][at] == (None if one is None else one.after.parameters)
     assert told["only"] == ["extra"]
     assert told["there"] == "other.yaml, keep 0.8"
+    lines = comparison_text(compressed, other).split("operators differ\n")[1].splitlines()
+    assert (
+        [line.split()[0] for line in lines]
+        == [
+            compressed.sites[0].name,
+            "model.layers.1.mlp.up_proj",  # dense here
+            *(one.name for one in compressed.sites[14:]),  # the third block
+            "extra",
+        ]
+    )
+    assert lines[0].split()[-2:] == lines[-1].split()[1:3] == ["not", "matched"]
 
 
 def test_the_scatter_has_equality_on_its_diagonal() -> None:
