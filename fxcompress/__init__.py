@@ -8,6 +8,7 @@
 from typing import TYPE_CHECKING
 
 from fxcompress.late import exported, import_after
+from fxcompress.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fxcompress.errors import BudgetError as BudgetError
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from fxcompress.plans.plan import plan_of as plan_of
     from fxcompress.saved.load import load as load
     from fxcompress.saved.save import save as save
-
-__version__ = "0.1.0"
 
 __all__, __getattr__, __dir__ = exported(
     __name__,

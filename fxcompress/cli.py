@@ -304,17 +304,24 @@ def explain(
 @app.command()
 def diff(
     directory: Annotated[Path, typer.Argument(help="a directory written by save or compile")],
+    other: Annotated[
+        Path | None, typer.Argument(help="another such directory, to compare with")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="write the page to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what was changed in a saved model."""
+    """Show what was changed in a saved model, or how two of them differ."""
     from fxcompress.report import diff_plan
+    from fxcompress.report.comparison import comparison_text
     from fxcompress.saved.load import read_plan
 
     difference = diff_plan(read_plan(directory))
+    beside = None if other is None else read_plan(other)
     if html is not None:
-        html.write_text(difference.to_html(), encoding="utf-8")
+        html.write_text(difference.to_html(beside), encoding="utf-8")
         typer.echo(f"written to {html}")
+    elif beside is not None and not as_json:
+        typer.echo(comparison_text(difference.plan, beside))
     else:
         typer.echo(json.dumps(difference.to_json(), indent=1) if as_json else str(difference))
 

@@ -170,6 +170,7 @@ def test_compile_and_what_it_writes(run: _Run, tmp_path: Path, arguments: Any) -
     assert shown == (tmp_path / "o" / "diff.txt").read_text()
     shown, _ = run("diff", tmp_path / "o", "--json")
     assert json.loads(shown)
+    assert "0 of " in run("diff", tmp_path / "o", tmp_path / "o")[0]
     shown, _ = run("diff", tmp_path / "o", "--html", tmp_path / "page.html")
     assert "page.html" in shown
     assert (tmp_path / "page.html").read_text() == (tmp_path / "o" / "diff.html").read_text()

@@ -19,11 +19,11 @@ ROOT = Path(fxcompress.__file__).parent
 
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
-    {"errors", "late", "plans.structure", "plans.units"},
-    {"operators", "budget", "files", "mapped", "parking", "processes"},
+    {"errors", "late", "plans.structure", "plans.units", "version"},
+    {"operators", "budget", "files", "mapped", "parking", "processes", "plans.record"},
     {"collective", "checkpoint"},
     {"graph", "forms"},
-    {"metric"},
+    {"metric", "plans.tradeoff"},
     {"rules", "plans.plan"},
     {"picture", "plans.layers", "progress", "saved.tensors", "pipeline.equal"},
     {"report", "rewrite", "pipeline.sites", "pipeline.latency", "pipeline.request"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"pipeline.estimate", "pipeline.forecast"},
     {"pipeline.analysis"},
     {"pipeline.solving", "pipeline.measure", "pipeline.speed", "pipeline.unmatched"},
+    {"pipeline.tradeoff"},
     {"pipeline.decide"},
     {"pipeline.build", "saved.load"},
     {"isvt"},

@@ -110,6 +110,16 @@ def test_a_reserved_name_is_told_when_rules_are_checked() -> None:
         (lambda p: p["folded"][0].update(convolution="own"), "folded[0].convolution"),
         (lambda p: p["budget"].update(cost=1.0), "budget.cost"),
         (lambda p: p["budget"].update(predicted=7.0), "budget.predicted"),
+        (lambda p: p["tradeoff"].update(now=10**6), "out of order"),
+        (lambda p: p["tradeoff"]["losses"].__setitem__(0, 7.0), "not the sum of its parts"),
+        (lambda p: p["tradeoff"]["curves"].pop(), "not the sum of its parts"),
+        (lambda p: p["tradeoff"]["curves"][0]["taken"].pop(), "does not fit its points"),
+        (
+            lambda p: p["tradeoff"].update(
+                now=len(p["tradeoff"]["costs"]) - 1, more=len(p["tradeoff"]["costs"]) - 1
+            ),
+            "tradeoff.now",
+        ),
         (lambda p: p["model_before"].update(parameters=10**30), "model_before.parameters"),
         (lambda p: p["templates"]["graph:two"].update(name="pivoted"), "templates.graph:two"),
         (lambda p: p["templates"]["graph:own"]["steps"].reverse(), "templates.graph:own"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxcompress
+from fxcompress.report.quantities import loss
 from tests.small import rules
 
 N = 16
@@ -140,32 +141,52 @@ def test_of_several_rules_the_one_that_came_furthest_tells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewrite", "wide", "narrow"),
+    ("rewrite", "form", "rank", "saved", "narrow"),
     [
-        (
-            {"form": "low_rank"},
-            "low_rank saves below rank 8 only, and loses more than that is worth",
-            "low_rank saves at no rank",
-        ),
-        (
-            {"form": "pivoted"},
-            "every rank below 16 loses more than it saves",
-            "pivoted saves at no rank",
-        ),
+        ({"form": "low_rank"}, "low_rank", 7, 32, "low_rank saves at no rank"),
+        ({"form": "pivoted"}, "pivoted", 15, 1, "pivoted saves at no rank"),
         (
             {"any_of": ["pivoted", "low_rank"]},
-            "every rank below 16 loses more than it saves",
-            "pivoted and low_rank lose more than they save",
+            *("pivoted", 15, 1, "pivoted and low_rank save at no rank"),
         ),
     ],
 )
-def test_what_stays_dense_says_where_its_forms_break_even(
-    rewrite: Any, wide: str, narrow: str
+def test_what_stays_dense_says_what_came_closest(
+    rewrite: Any, form: str, rank: int, saved: int, narrow: str
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(N, N), nn.ReLU(), nn.Linear(N, 1)).eval()
     given = rules(1.0, metric="euclidean", rewrite=rewrite)
     plan = fxcompress.plan(model, given, [torch.randn(6, N)])
-    assert [site.reason for site in plan.sites] == [
-        f"left dense by the budget: {reason}" for reason in (wide, narrow)
-    ]
+    wide, last = plan.sites
+    assert last.reason == f"left dense by the budget: {narrow}"
+    assert last.closest is None
+    _, sigma, _ = torch.linalg.svd(model[0].weight.detach().double())
+    lost = 0.5 * float(sigma[rank:].square().sum())
+    assert wide.closest is not None
+    assert (wide.closest.form, wide.closest.rank) == (form, rank)
+    assert (wide.closest.saved, wide.closest.worth) == (saved, 0.0)
+    assert wide.closest.loss == pytest.approx(lost)
+    parameters = "parameter" + "s" * (saved > 1)
+    assert wide.reason == (
+        f"left dense by the budget: {form} of rank {rank} would save {saved} {parameters}, "
+        f"which the budget does not need, and lose {loss(lost)}"
+    )
+
+
+def test_what_stays_dense_is_not_worth_it_at_the_price() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(N, N), nn.ReLU(), nn.Linear(N, N), nn.ReLU(), nn.Linear(N, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    plan = fxcompress.plan(
+        model.eval(), rules(0.8, rewrite={"form": "low_rank"}), [torch.randn(64, N)] * 2
+    )
+    price = plan.budget.multiplier
+    assert price is not None
+    assert price > 0
+    near = [site.closest for site in plan.sites if site.closest is not None]
+    assert near
+    for one in near:
+        assert one.worth == pytest.approx(price * one.saved)
+        assert one.loss > one.worth - (plan.budget.gap or 0.0)  # else it would not be dense

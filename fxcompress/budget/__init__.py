@@ -24,6 +24,7 @@ Both sites by themselves, or together in a joint form at a lesser cost:
 """
 
 from fxcompress.budget._knapsack import least_cost
+from fxcompress.budget.frontier import Frontier, Taken, frontier
 from fxcompress.budget.problem import (
     Allocation,
     Alternatives,
@@ -45,13 +46,16 @@ __all__ = [
     "Candidate",
     "Choice",
     "Entity",
+    "Frontier",
     "Mode",
     "Option",
     "Resource",
+    "Taken",
     "Together",
     "allocate",
     "allocate_uniform",
     "allocate_within",
+    "frontier",
     "least_cost",
     "permitted_ranks",
 ]

@@ -56,16 +56,33 @@ def _value(knapsack: Knapsack, prices: tuple[float, ...], picks: list[Pick]) -> 
 
 
 def maximum(knapsack: Knapsack) -> Dual:
-    """The dual of one budget, which the cheapest choices meet.
+    """The dual of one budget, which the cheapest choices meet."""
+    (budget,) = knapsack.budgets
+    price, _, within = crossing(knapsack, budget)
+    if price == 0.0:
+        return Dual((0.0,), knapsack.loss(within), within)
+    picks = best_picks(knapsack, (price,))  # every choice is looked at afresh
+    return Dual((price,), _value(knapsack, (price,), picks), within)
+
+
+def crossing(knapsack: Knapsack, budget: float) -> tuple[float, list[Pick], list[Pick]]:
+    """The price at which the cost of what is taken crosses an amount.
 
     Between a price at which the budget is exceeded and one at which it is met, the next to try is
     where their lines meet.  It ends when there is no line below that point: what was taken at the
     higher price is optimal there, too.
+
+    Args:
+        knapsack: of one budget.
+        budget: the amount, which the cheapest choices do not exceed.
+
+    Returns:
+        The price, and what is optimal at it: above the amount, and within it.  With a price of 0
+        both are the choices of least loss, which are within it.
     """
-    (budget,) = knapsack.budgets
     below, above = top_picks(knapsack), cheapest_picks(knapsack)
     if knapsack.cost(below) <= budget:
-        return Dual((0.0,), knapsack.loss(below), below)
+        return 0.0, below, below
     open_entities = [at for at in range(len(below)) if below[at] != above[at]]
     while True:
         more, less = knapsack.cost(below), knapsack.cost(above)
@@ -76,8 +93,7 @@ def maximum(knapsack: Knapsack) -> Dual:
             picks[at] = best_pick(knapsack.entities[at], (price,))
         cost = knapsack.cost(picks)
         if not less < cost < more:
-            picks = best_picks(knapsack, (price,))  # every choice is looked at afresh
-            return Dual((price,), _value(knapsack, (price,), picks), above)
+            return price, below, above
         if cost <= budget:
             above = picks
         else:

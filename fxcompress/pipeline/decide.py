@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
@@ -20,14 +21,16 @@ from fxcompress.pipeline.decomposition import narrowing_loss, weight_left
 from fxcompress.pipeline.latency import ROUNDS, Table, table_path
 from fxcompress.pipeline.pricing import Counted, Pricing, timed
 from fxcompress.pipeline.sites import Group, Narrowing, Site, decoded, encoded, on_meta
-from fxcompress.pipeline.solving import solve
+from fxcompress.pipeline.solving import Solution, solve
 from fxcompress.pipeline.speed import batch_of
 from fxcompress.pipeline.survey import Survey
+from fxcompress.pipeline.tradeoff import closest, near_text, tradeoff
 from fxcompress.pipeline.unmatched import unmatched
 from fxcompress.plans.layers import layers
 from fxcompress.plans.plan import (
     BudgetOutcome,
     Held,
+    Made,
     NodeSummary,
     Part,
     Plan,
@@ -37,8 +40,10 @@ from fxcompress.plans.plan import (
     history,
     total_size,
 )
+from fxcompress.plans.tradeoff import Closest
 from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.rewrite import planned_weight
+from fxcompress.version import __version__
 
 
 def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Plan:
@@ -61,13 +66,20 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
         for group, choice in solution.decided(analysis.groups)
         for each in _chosen(group, analysis, choice)
     }
-    sites = tuple(_site_plan(chosen[site.name], analysis, excluded) for site in analysis.sites)
+    sites = tuple(
+        _site_plan(chosen[site.name], analysis, excluded, solution) for site in analysis.sites
+    )
     if "latency" in pricings:
         sites = _with_seconds(sites, analysis, pricings["latency"])
     saved = total_size(site.before for site in sites) - total_size(site.after for site in sites)
     planned = Plan(
         model_class=f"{type(analysis.model).__module__}.{type(analysis.model).__qualname__}",
         rules=analysis.rules.filename,
+        made=Made(
+            version=__version__,
+            torch=str(torch.__version__),
+            date=datetime.now(UTC).date().isoformat(),
+        ),
         metric=rules.metric.kind,
         loss_unit=METRICS[rules.metric.kind].unit,
         calibration={
@@ -88,6 +100,7 @@ def make_plan(analysis: Analysis, excluded: Mapping[str, frozenset[str]]) -> Pla
             bound=solution.bound,
         ),
         limits=tuple(more),
+        tradeoff=tradeoff(solution.frontier, analysis.groups),
         sites=sites,
         templates=_used_templates(analysis, sites),
         folded=analysis.folded,
@@ -292,10 +305,14 @@ def _narrowed(left: Group, place: Narrowing, analysis: Analysis, choice: Choice)
 
 
 def _site_plan(
-    chosen: _Chosen, analysis: Analysis, excluded: Mapping[str, frozenset[str]]
+    chosen: _Chosen,
+    analysis: Analysis,
+    excluded: Mapping[str, frozenset[str]],
+    solution: Solution,
 ) -> SitePlan:
     site, choice = chosen.site, chosen.choice
     dense = choice.form is None
+    near = closest(site, analysis, solution) if dense else None
     target = analysis.decomposed.groups[chosen.group.name].target
     found = None if choice.form is None else chosen.group.forms[choice.form].form
     sigma = (target.truncations() if found is None else found.truncations(target)).sigma
@@ -332,7 +349,8 @@ def _site_plan(
         energy=1.0 if dense else min(max(1.0 - lost, 0.0), 1.0),
         before=site.dense_size(),
         after=chosen.after,
-        reason=_dense_reason(site, forms, out, analysis) if dense else "",
+        reason=_dense_reason(site, forms, out, analysis, near) if dense else "",
+        closest=near,
         spectrum=tuple(sigma[shown].tolist()),
         held=_held(chosen),
     )
@@ -345,7 +363,11 @@ def _held(chosen: _Chosen) -> tuple[Held, ...]:
 
 
 def _dense_reason(
-    site: Site, forms: Sequence[str], excluded: Collection[str], analysis: Analysis
+    site: Site,
+    forms: Sequence[str],
+    excluded: Collection[str],
+    analysis: Analysis,
+    near: Closest | None,
 ) -> str:
     if site.name in analysis.decomposed.idle and not site.match.limits.unmeasured:
         known = analysis.estimate.calibration.unmeasured
@@ -360,21 +382,12 @@ def _dense_reason(
         return f"no form fits: {'; '.join(dict.fromkeys(misfits))}"
     if excluded and set(forms) <= set(excluded):
         return f"no form worked: {', '.join(sorted(excluded))} given up"
-    fitting = [form for form in single if not form.misfit()]
-    if any(1 < (form.break_even() or 0) == form.full_rank() for form in fitting):
-        full = site.shape.full_rank
-        return f"left dense by the budget: every rank below {full} loses more than it saves"
-    if len(forms) > 1:
-        return f"left dense by the budget: {_listed(forms)} lose more than they save"
-    limit = next((form.break_even() for form in fitting), None)
-    if limit is None:
-        return f"left dense by the budget: {forms[0]} loses more than it saves"
-    if limit == 1:
-        return f"left dense by the budget: {forms[0]} saves at no rank"
-    return (
-        f"left dense by the budget: {forms[0]} saves below rank {limit} only, and loses more than "
-        "that is worth"
-    )
+    if near is not None:
+        return near_text(near, analysis.rules.rules.budgets[0].unit)
+    if all(form.break_even() == 1 for form in single if not form.misfit()):
+        saves = "saves" if len(forms) == 1 else "save"
+        return f"left dense by the budget: {_listed(forms)} {saves} at no rank"
+    return "left dense by the budget: no rank that its rule allows saves as much as it asks for"
 
 
 def _listed(words: Sequence[str]) -> str:

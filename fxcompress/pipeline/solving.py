@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,10 +13,12 @@ from fxcompress.budget import (
     Candidate,
     Choice,
     Entity,
+    Frontier,
     Resource,
     allocate,
     allocate_uniform,
     allocate_within,
+    frontier,
     least_cost,
 )
 from fxcompress.errors import BudgetError
@@ -27,8 +29,29 @@ from fxcompress.plans.plan import Limit
 from fxcompress.plans.units import UNITS
 from fxcompress.rules import Budget
 
+STEP = 0.01
+"""Of the dense cost, by how much a budget might be changed: one percent."""
+
 ROUNDING = 1e-12
 """Of a sum of amounts, what its order may change."""
+
+
+@dataclass(frozen=True)
+class Near:
+    """The choice of one candidate that is best at the prices, dense left out.
+
+    Attributes:
+        form, rank: of it; the rank as options have it.
+        saved: what it costs less than dense, in the unit of the first budget.
+        worth: that of all budgets at their prices, in nats.
+        loss: what it loses, in nats.
+    """
+
+    form: str
+    rank: int
+    saved: float
+    worth: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -39,11 +62,15 @@ class Solution:
         allocation: a choice for every site and bundle.
         bound: no choices within the budgets have a lower predicted loss; None for uniform ranks.
         limits: the budgets in the order of the file, then those of single rules.
+        frontier: what other budgets would lose; None of several, and for uniform ranks.
+        closest: by the name of a site that could stay dense, what comes closest to being worth it.
     """
 
     allocation: Allocation
     bound: float | None
     limits: tuple[Limit, ...]
+    frontier: Frontier | None = None
+    closest: Mapping[str, Near] = field(default_factory=dict)
 
     def decided(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Choice]]:
         """Groups with what was chosen for them: of every site either its own, or one of several.
@@ -104,7 +131,11 @@ def solve(
         allocation = choose(only.entities, only.limit.limit)
         multiplier = allocation.multiplier if glob else None
         limit = only.limit.model_copy(update={"cost": allocation.cost, "multiplier": multiplier})
-        return Solution(allocation, allocation.bound if glob else None, (limit,))
+        near = _closest([only.entities], [multiplier or 0.0])
+        if not glob:
+            return Solution(allocation, None, (limit,), closest=near)
+        known = frontier(only.entities, only.limit.limit, STEP * only.limit.dense)
+        return Solution(allocation, allocation.bound, (limit,), known, near)
     if not glob:
         raise BudgetError(
             "allocation: uniform keeps the same fraction everywhere, which is one budget; with "
@@ -118,7 +149,51 @@ def solve(
         )
         for d in demands
     )
-    return Solution(together.allocation, together.bound, limits)
+    near = _closest([d.entities for d in demands], [together.multipliers[d.name] for d in demands])
+    return Solution(together.allocation, together.bound, limits, closest=near)
+
+
+def _closest(problems: Sequence[Sequence[Entity]], prices: Sequence[float]) -> dict[str, Near]:
+    """What each candidate that decides for itself would take at the prices instead of dense.
+
+    Args:
+        problems: for every budget the entities with their costs in its unit.
+        prices: λ of every budget.
+    """
+    found: dict[str, Near] = {}
+    for candidates in zip(*map(_candidates, problems), strict=True):
+        first = candidates[0]
+        if first.name in found or first.group is not None or first.dense_cost is None:
+            continue
+        best: Near | None = None
+        for options in zip(*(each.options for each in candidates), strict=True):
+            if not options[0].ranks.size:
+                continue
+            saved = np.array(
+                [(c.dense_cost or 0.0) - o.cost for c, o in zip(candidates, options, strict=True)]
+            )
+            worth, loss = np.array(prices) @ saved, options[0].loss
+            saving = (saved > 0.0).any(axis=0)
+            if not saving.any():
+                continue
+            at = int(np.argmin(np.where(saving, loss - worth, np.inf)))
+            near = Near(
+                options[0].form, int(options[0].ranks[at]), float(saved[0][at]), float(worth[at]),
+                float(loss[at]),
+            )  # fmt: skip
+            if best is None or near.loss - near.worth < best.loss - best.worth:
+                best = near
+        if best is not None:
+            found[first.name] = best
+    return found
+
+
+def _candidates(entities: Iterable[Entity]) -> Iterator[Candidate]:
+    for entity in entities:
+        if isinstance(entity, Candidate):
+            yield entity
+        else:
+            yield from (member for mode in entity.modes for member in mode.members)
 
 
 def _demand(

@@ -100,6 +100,9 @@ def _step_problems(plan: Plan, parts: bool) -> Iterator[Flaw]:
     yield from _folded_problems(plan, shapes)
     yield from _total_problems(plan)
     yield from _budget_problems(plan)
+    trade = plan.tradeoff
+    if trade is not None and trade.costs[trade.now] > plan.budget.limit * (1 + CLOSE):
+        yield "tradeoff.now", "it costs more than the budget"
     if plan.fidelity is not None:
         yield from _placed("fidelity.", _fidelity_problems(plan, plan.fidelity))
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     RootModel,
@@ -21,11 +20,13 @@ from pydantic import (
 )
 from torch import fx, nn
 
-from fxcompress.errors import RewriteError, printable
+from fxcompress.errors import RewriteError
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 from fxcompress.graph.wrappers import unwrapped
+from fxcompress.plans.record import Frozen, Whole, showable
 from fxcompress.plans.structure import Structure, structure_of
+from fxcompress.plans.tradeoff import Closest, Tradeoff
 from fxcompress.plans.units import COUNTED, CountedUnit, CountedWord, UnitWord
 
 FORMAT: Literal[4] = 4
@@ -34,44 +35,7 @@ FORMAT: Literal[4] = 4
 FloatingType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
-LARGEST = 2**63 - 1
-"""The largest whole number in a plan, either way."""
-
-LARGEST_FLOAT = 1e250
-"""The largest other number, so that sums of such are finite."""
-
-Whole = Annotated[int, Field(ge=0)]
-
-
-class _Frozen(BaseModel):
-    """A record that any report can show: its texts are printable, its numbers not too large.
-
-    That holds whoever made it; texts that came with control characters have escapes in their
-    place (:func:`printable`).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _showable(cls, value: Any) -> Any:
-        return _showable(value)
-
-
-def _showable(value: Any) -> Any:
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, tuple):
-        return tuple(map(_showable, value))
-    if isinstance(value, dict):
-        return {_showable(key): _showable(one) for key, one in value.items()}
-    largest = LARGEST_FLOAT if isinstance(value, float) else LARGEST
-    if isinstance(value, int | float) and abs(value) > largest:
-        raise ValueError("the number is too large")
-    return value
-
-
-class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(_showable)]]]):
+class Size(RootModel[dict[CountedWord, Annotated[int, AfterValidator(showable)]]]):
     """Exact counts by the word of their unit, biases included.
 
     A plan of before there was some unit lacks it everywhere.
@@ -139,7 +103,7 @@ def total_size(sizes: Iterable[Size]) -> Size:
     return Size({unit: sum((one[unit] for one in rest), n) for unit, n in first.root.items()})
 
 
-class Part(_Frozen):
+class Part(Frozen):
     """One operator of the subgraph that stands where an operator stood.
 
     Attributes:
@@ -157,7 +121,7 @@ class Part(_Frozen):
     kernel: tuple[Whole, ...] = ()
 
 
-class Then(_Frozen):
+class Then(Frozen):
     """The form of what a narrowed hidden value leaves of an operator.
 
     Attributes:
@@ -191,7 +155,7 @@ AND_INPUT = " and its input"
 """Ends the name of a bundle that is a hidden value, after the path of what reads it."""
 
 
-class Held(_Frozen):
+class Held(Frozen):
     """What a module, or a parameter by itself, has of every channel of a narrowed hidden value.
 
     Attributes:
@@ -204,7 +168,7 @@ class Held(_Frozen):
     bytes: Whole
 
 
-class SitePlan(_Frozen):
+class SitePlan(Frozen):
     """One weight parameter with all its uses, and what becomes of it.
 
     Attributes:
@@ -240,6 +204,8 @@ class SitePlan(_Frozen):
         spectrum: singular values in the metric: at most 64 of them, evenly spaced from the first
             to the last.
         held: of the last site of a narrowed hidden value, what else goes with its channels.
+        closest: of a site that stays dense, what came closest to being worth it at the price of the
+            budget; None if nothing was offered.
     """
 
     name: str
@@ -271,6 +237,7 @@ class SitePlan(_Frozen):
     spectrum: tuple[float, ...] = ()
     applied: Literal["", "as stored", "transposed"] = ""
     held: tuple[Held, ...] = ()
+    closest: Closest | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -343,7 +310,7 @@ def _within(rank: Rank, full: Rank) -> bool:
     return all(1 <= one <= most for one, most in zip(rank, full, strict=True))
 
 
-class Unmatched(_Frozen):
+class Unmatched(Frozen):
     """An operator with a weight that no rule rewrites, and the reason."""
 
     name: str
@@ -354,7 +321,7 @@ class Unmatched(_Frozen):
     reason: str
 
 
-class NodeSummary(_Frozen):
+class NodeSummary(Frozen):
     """One node of a recorded graph, for diffs."""
 
     name: str
@@ -364,7 +331,7 @@ class NodeSummary(_Frozen):
     shape: tuple[Whole, ...] | None
 
 
-class Limit(_Frozen):
+class Limit(Frozen):
     """A further budget that had to be met at the same time, and how it was.
 
     Attributes:
@@ -382,7 +349,7 @@ class Limit(_Frozen):
     rule: str = ""
 
 
-class BudgetOutcome(_Frozen):
+class BudgetOutcome(Frozen):
     """The budget and how it was met.
 
     Attributes:
@@ -425,7 +392,7 @@ class BudgetOutcome(_Frozen):
         return None if self.bound is None else self.fitted - self.bound
 
 
-class MeasuredSite(_Frozen):
+class MeasuredSite(Frozen):
     """A site, or a bundle as a whole, rewritten alone in the dense model.
 
     Attributes:
@@ -443,7 +410,7 @@ class MeasuredSite(_Frozen):
     error: float | None
 
 
-class Fidelity(_Frozen):
+class Fidelity(Frozen):
     """Predicted losses and measured ones, on data that the metric was not estimated on.
 
     Attributes:
@@ -479,7 +446,7 @@ class Fidelity(_Frozen):
         return {name: one for one in self.sites for name in one.sites}
 
 
-class HeldBack(_Frozen):
+class HeldBack(Frozen):
     """The whole compressed model beside the dense one, on calibration batches held back.
 
     Attributes:
@@ -496,7 +463,7 @@ class HeldBack(_Frozen):
     error: float | None
 
 
-class Batch(_Frozen):
+class Batch(Frozen):
     """The batch that graphs were recorded on: multiply-accumulates and times are of all of it.
 
     Attributes:
@@ -519,7 +486,7 @@ NOT_TIMED = "the forward time was not measured: "
 """What the warning of a model that could not be timed begins with."""
 
 
-class Speed(_Frozen):
+class Speed(Frozen):
     """Forward passes over the recorded batch, by the dense and the compressed model in turns.
 
     Attributes:
@@ -552,7 +519,7 @@ class Speed(_Frozen):
         return self.ratio < NOTICED and self.spread[1] < 1
 
 
-class Round(_Frozen):
+class Round(Frozen):
     """One attempt at a round of ISVT: a thresholding, and gradient steps after it.
 
     Attributes:
@@ -577,20 +544,35 @@ class Round(_Frozen):
     kind: Literal["factors", "whitened", "correction"]
 
 
-class Folded(_Frozen):
+class Made(Frozen):
+    """With what and when a plan was made.
+
+    Attributes:
+        version: of fxcompress.
+        torch: its version.
+        date: the day, ``"2026-01-31"``, in UTC.
+    """
+
+    version: str
+    torch: str
+    date: str
+
+
+class Folded(Frozen):
     """A batch norm that is folded into the convolution before it: module paths of both."""
 
     convolution: str
     norm: str
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """What is done to a model.
 
     Attributes:
         format: version of this record.
         model_class: ``"transformers.models.llama.modeling_llama.LlamaForCausalLM"``.
         rules: name of the rule file.
+        made: with what and when; None in files of before it was kept.
         metric: name of the metric.
         loss_unit: what predicted losses are measured in.
         calibration: what the metric was estimated on (batches, predictions, family, seed).
@@ -602,6 +584,8 @@ class Plan(_Frozen):
         speed: forward time of the dense and the compressed model; None if it was not measured.
         budget: the budget and how it was met; the first of several.
         limits: the other budgets, and those of single rules.
+        tradeoff: what other budgets would cost and lose; None with several budgets, with uniform
+            ranks, and in files of before it was kept.
         sites: every matched site, in graph order.
         templates: of the forms that rules spelled out, by the names of these forms.
         folded: batch norms that became part of the convolution before them.
@@ -623,6 +607,7 @@ class Plan(_Frozen):
     format: Literal[4] = FORMAT
     model_class: str
     rules: str
+    made: Made | None = None
     metric: str
     loss_unit: str
     calibration: dict[str, int | str]
@@ -632,8 +617,9 @@ class Plan(_Frozen):
     speed: Speed | None = None
     budget: BudgetOutcome
     limits: tuple[Limit, ...] = ()
+    tradeoff: Tradeoff | None = None
     sites: tuple[SitePlan, ...]
-    templates: dict[str, Template] = {}
+    templates: dict[str, Template] = Field(default_factory=dict)
     folded: tuple[Folded, ...] = ()
     unmatched: tuple[Unmatched, ...]
     model_before: Size
@@ -641,7 +627,7 @@ class Plan(_Frozen):
     expanded: tuple[str, ...] = ()
     before: tuple[NodeSummary, ...] = ()
     after: tuple[NodeSummary, ...] = ()
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     objective: Literal["", "kl", "task"] = ""
     rounds: tuple[Round, ...] = ()

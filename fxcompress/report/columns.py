@@ -1,19 +1,18 @@
-"""The columns of the tables, one object each, for the terminal and for the page alike.
+"""The columns of the tables, one object each: those of the terminal, and those of the page.
 
 A new column is one more object here, with its place in :data:`TERMINAL` or :data:`PAGE`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Literal
 
-from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size, total_size
+from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan
 from fxcompress.plans.units import COUNTED, CountedUnit
 from fxcompress.report.fold import below, child_name, common, parent
-from fxcompress.report.quantities import count, loss, loss_label, percent, short, span, sparkline
+from fxcompress.report.quantities import loss, loss_label, span, sparkline
 
 BARS = 12
 """Bars of a sparkline in the terminal at most, so that a line keeps to 100 columns."""
@@ -21,77 +20,54 @@ BARS = 12
 
 @dataclass(frozen=True)
 class Entry:
-    """What one line of a table is about.
+    """What one line of the table in the terminal is about.
 
     Attributes:
-        sites: in the terminal those that are alike, on the page all below a module; never empty.
+        sites: those that are alike; never empty.
         measured: what was measured, by the name of a site; a bundle's stands with each member.
-        samples: of the recorded batch, which amounts for its rows are divided by.
     """
 
     sites: tuple[SitePlan, ...]
     measured: Mapping[str, MeasuredSite]
-    samples: int = 1
-
-    @cached_property
-    def before(self) -> Size:
-        """Size before of all sites together."""
-        return total_size(site.before for site in self.sites)
-
-    @cached_property
-    def after(self) -> Size:
-        """Size after of all sites together."""
-        return total_size(site.after for site in self.sites)
-
-    @property
-    def found(self) -> list[MeasuredSite]:
-        """What was measured of these sites; a bundle counts for its first site.
-
-        A hidden value counts for what reads it.
-        """
-        pairs = ((self.measured.get(site.name), site) for site in self.sites)
-        return [
-            one
-            for one, site in pairs
-            if one is not None and (site.reader or one.sites[0]) == site.name
-        ]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table in the terminal, of that on the page, or of both.
+    """A column of the table in the terminal.
 
     Attributes:
         head: at its top; ``{loss}`` stands for the name of the loss.
-        alike: cell in the terminal, of sites that are alike.
-        below: cell on the page, of all sites below a module.
-        order: what the page sorts by, None if it does not.
-        brief: head in the terminal, if that is another one.
-        width: in the terminal, in characters.
-        group: head above it and its neighbours of the same group; ``{per}`` stands for what
-            amounts of the recorded batch are shown for.
-        left: whether the page aligns it to the left.
-        title: what the page shows when a cell is pointed at.
-        share: of a bar beside the cell on the page.
+        alike: cell of sites that are alike.
+        width: in characters.
         shown: whether a plan has it.
     """
 
     head: str
-    alike: Callable[[Entry], str] = lambda entry: ""
-    below: Callable[[Entry], str] = lambda entry: ""
-    order: Callable[[Entry], float] | None = None
-    brief: str = ""
+    alike: Callable[[Entry], str]
     width: int = 0
-    group: str = ""
-    left: bool = False
-    title: Callable[[Entry], str] = lambda entry: ""
-    share: Callable[[Entry], float] | None = None
     shown: Callable[[Plan], bool] = lambda plan: True
 
 
-def _kept(entry: Entry) -> float:
-    before = entry.before.parameters
-    return entry.after.parameters / before if before else 1.0
+@dataclass(frozen=True)
+class PageColumn:
+    """A column of numbers on the page, which are summed up over modules.
+
+    Attributes:
+        head: at its top; ``{loss}`` stands for the name of the loss.
+        value: of a site; None where it has none, or stands with another site.
+        write: how the page writes it: exactly, to three digits, as a loss, or as a time.
+        group: head above it and its neighbours of the same group; ``{per}`` stands for what
+            amounts of the recorded batch are shown for.
+        menu: whether it is behind the menu of columns at first.
+        shown: whether a plan has it.
+    """
+
+    head: str
+    value: Callable[[SitePlan, Plan], float | None]
+    write: Literal["count", "short", "loss", "seconds"]
+    group: str = ""
+    menu: bool = False
+    shown: Callable[[Plan], bool] = lambda plan: True
 
 
 def _kept_alike(entry: Entry) -> str:
@@ -100,20 +76,30 @@ def _kept_alike(entry: Entry) -> str:
     return span(kept, "{:.1f}%".format) if kept else "-"
 
 
-def _size(unit: CountedUnit, when: str) -> Column:
+def _size(unit: CountedUnit, when: str) -> PageColumn:
     """Column of an amount before or after."""
 
-    def total(entry: Entry) -> float:
-        whole = (entry.before if when == "before" else entry.after)[unit.word]
-        return whole / entry.samples if unit.per_row else whole
+    def amount(site: SitePlan, plan: Plan) -> float:
+        whole = (site.before if when == "before" else site.after)[unit.word]
+        return whole / (plan.batch.samples or 1) if unit.per_row else whole
 
-    return Column(
+    return PageColumn(
         head=when,
+        value=amount,
+        write="count" if unit.exact else "short",
         group=f"{unit.text}{{per}}" if unit.per_row else unit.text,
-        below=lambda entry: (count if unit.exact else short)(total(entry)),
-        title=lambda entry: "" if unit.exact else count(total(entry)),
-        order=total,
+        menu=not unit.exact,
         shown=lambda plan: unit in plan.model_before.units,
+    )
+
+
+def _seconds(at: int) -> PageColumn:
+    return PageColumn(
+        head=("before", "after")[at],
+        value=lambda site, plan: site.seconds[at] if site.seconds else None,
+        write="seconds",
+        group="time per batch",
+        shown=lambda plan: any(site.seconds for site in plan.sites),
     )
 
 
@@ -147,33 +133,18 @@ def ranks_text(sites: tuple[SitePlan, ...], bars: int, whole: str = "") -> str:
     return text if min(first) == max(first) else f"{text} {sparkline(first, bars)}"
 
 
-def _rank_below(entry: Entry) -> str:
-    if len(entry.sites) > 1:
-        return f"mean {100 * _rank_share(entry):.0f}%"
-    (site,) = entry.sites
-    text = " / ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
+def rank_text(site: SitePlan) -> str:
+    """``96 of 576``, ``8×16 of 32×64``, ``1024 of 1536, then 96 of 576``; empty if dense."""
+    if site.form is None:
+        return ""
+    text = " of ".join("×".join(map(str, ranks)) for ranks in (site.ranks, site.full_ranks))
     if site.then is None:
         return text
-    ranks, full = ("×".join(map(str, each)) for each in (site.then.ranks, site.then.full_ranks))
-    return f"{text}, then {ranks} / {full}"
+    then = " of ".join("×".join(map(str, r)) for r in (site.then.ranks, site.then.full_ranks))
+    return f"{text}, then {then}"
 
 
-def _rank_share(entry: Entry) -> float:
-    return sum(site.rank_share for site in entry.sites) / len(entry.sites)
-
-
-def _form_below(entry: Entry) -> str:
-    rewritten = [site for site in entry.sites if site.form is not None]
-    if len(entry.sites) > 1:
-        return f"{len(rewritten)} of {len(entry.sites)}"
-    return entry.sites[0].form_text
-
-
-def _predicted(entry: Entry) -> float:
-    return math.fsum(site.predicted for site in entry.sites)
-
-
-def _elsewhere(entry: Entry) -> str:
+def elsewhere(entry: Entry) -> str:
     """``with down_proj`` where the loss of a hidden value stands beside what reads it."""
     names = {
         "" if site.then or site.reader in ("", site.name) else beside(site.reader, site.name)
@@ -188,8 +159,11 @@ def beside(path: str, other: str) -> str:
     return below(path, common(parent(path), parent(other)))
 
 
-def _measured(entry: Entry) -> float:
-    return math.fsum(one.measured for one in entry.found)
+def measured_alone(site: SitePlan, plan: Plan) -> float | None:
+    """What was measured of a site; of a bundle with its first one, or with what reads it."""
+    one = None if plan.fidelity is None else plan.fidelity.by_site.get(site.name)
+    own = one is not None and (site.reader or one.sites[0]) == site.name
+    return one.measured if own and one is not None else None
 
 
 def measured_text(entry: Entry) -> str:
@@ -197,57 +171,36 @@ def measured_text(entry: Entry) -> str:
 
     That of a hidden value stands beside what reads it.
     """
-    if elsewhere := _elsewhere(entry):
-        return elsewhere
+    if told := elsewhere(entry):
+        return told
     first = entry.sites[0].reader or entry.measured[entry.sites[0].name].sites[0]
     if first != entry.sites[0].name:
         return f"with {child_name(first)}"
     return span((entry.measured[site.name].measured for site in entry.sites), loss)
 
 
-OPERATOR = Column("operator", alike=lambda entry: entry.sites[0].operator, width=17)
-FORM = Column(
-    "form", alike=lambda entry: entry.sites[0].form_text, below=_form_below, width=9, left=True
-)
-KEPT = Column(
-    "parameters kept",
-    alike=_kept_alike,
-    below=lambda entry: percent(entry.after.parameters, entry.before.parameters),
-    order=_kept,
-    share=_kept,
-    brief="kept",
-    width=13,
-)
+OPERATOR = Column("operator", lambda entry: entry.sites[0].operator, 17)
+FORM = Column("form", lambda entry: entry.sites[0].form_text, 9)
+KEPT = Column("kept", _kept_alike, 13)
 PREDICTED = Column(
-    "predicted {loss}",
-    alike=lambda entry: _elsewhere(entry) or span((site.predicted for site in entry.sites), loss),
-    below=lambda entry: _elsewhere(entry) or loss(_predicted(entry)),
-    order=_predicted,
-    brief="{loss}",
-    width=16,
+    "{loss}",
+    lambda entry: elsewhere(entry) or span((site.predicted for site in entry.sites), loss),
+    16,
 )
-MEASURED = Column(
-    "measured KL",
-    alike=measured_text,
-    below=lambda entry: loss(_measured(entry)) if entry.found else "–",
-    order=_measured,
-    width=16,
-    shown=lambda plan: plan.fidelity is not None,
-)
-RANK = Column(
-    "rank / full",
-    alike=lambda entry: ranks_text(entry.sites, BARS),
-    below=_rank_below,
-    order=_rank_share,
-    brief="rank",
-)
-SIZES = tuple(_size(unit, when) for unit in COUNTED for when in ("before", "after"))
+MEASURED = Column("measured KL", measured_text, 16, lambda plan: plan.fidelity is not None)
+RANK = Column("rank", lambda entry: ranks_text(entry.sites, BARS))
 
 TERMINAL = (OPERATOR, FORM, KEPT, PREDICTED, MEASURED, RANK)
 """In their order, after the name of the site."""
 
-PAGE = (FORM, RANK, KEPT, *SIZES, PREDICTED, MEASURED)
-"""In their order, after the module."""
+SIZES = tuple(_size(unit, when) for unit in COUNTED for when in ("before", "after"))
+LOST = PageColumn("predicted {loss}", lambda site, plan: site.predicted, "loss")
+MEASURED_ALONE = PageColumn(
+    "measured KL, alone", measured_alone, "loss", shown=lambda plan: plan.fidelity is not None
+)
+
+PAGE = (LOST, MEASURED_ALONE, *SIZES, _seconds(0), _seconds(1))
+"""In their order, after module, form, rank, what is kept, and the share of the loss."""
 
 
 def measured_sites(plan: Plan) -> Mapping[str, MeasuredSite]:
@@ -256,16 +209,20 @@ def measured_sites(plan: Plan) -> Mapping[str, MeasuredSite]:
 
 
 def shown(columns: tuple[Column, ...], plan: Plan) -> tuple[Column, ...]:
-    """The columns that a plan has."""
+    """The columns of the terminal that a plan has."""
     return tuple(column for column in columns if column.shown(plan))
 
 
-def head(column: Column, plan: Plan, *, brief: bool = False) -> str:
-    """Head of a column, on the page or in the terminal."""
-    text = column.brief if brief and column.brief else column.head
-    return text.format(loss=loss_label(plan.loss_unit))
+def shown_on_page(plan: Plan) -> tuple[PageColumn, ...]:
+    """The columns of the page that a plan has."""
+    return tuple(column for column in PAGE if column.shown(plan))
 
 
-def group(column: Column, plan: Plan) -> str:
+def head(column: Column | PageColumn, plan: Plan) -> str:
+    """Head of a column."""
+    return column.head.format(loss=loss_label(plan.loss_unit))
+
+
+def group(column: PageColumn, plan: Plan) -> str:
     """Head above a column and its neighbours, on the page."""
     return column.group.format(per=" per batch" if plan.batch.samples is None else " per sample")

@@ -148,11 +148,24 @@ class Diff:
             found["fidelity"] = plan.fidelity.model_dump(mode="json")
         return found
 
-    def to_html(self) -> str:
-        """One page that needs nothing else: styles, scripts and drawings are inside."""
-        from fxcompress.report.html import render
+    def to_html(self, other: Plan | None = None) -> str:
+        """One page that needs nothing else: styles, scripts and data are inside.
 
-        return render(self.plan, self.unchanged, str(self))
+        Args:
+            other: a plan of the same model to compare with, shown beside this one.
+        """
+        from fxcompress.report.html import render
+        from fxcompress.report.page_data import page_data
+
+        plan = self.plan
+        totals = [
+            f"{summary.model_name(plan)}: {summary.rewritten_text(plan)}",
+            summary.held_back_line(plan),
+            summary.speed_line(plan),
+            *summary.totals_lines(plan),
+            summary.predicted_line(plan),
+        ]
+        return render(page_data(plan, self.unchanged, str(self), other), totals)
 
 
 def diff_plan(plan: Plan) -> Diff:

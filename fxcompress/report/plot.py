@@ -5,13 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.resources import files
-
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-
-from fxcompress.report import summary
-from fxcompress.report.quantities import count, duration, loss, percent, with_error
+from functools import cached_property
 
 DECADES = 8
 """Values that are smaller than the largest by more decades stand at the low end of an axis."""
@@ -81,14 +75,6 @@ def even(
     return Axis(ticks[0], ticks[-1], length, ticks, title=title, text=text)
 
 
-def indices(last: int, length: int, title: str = "") -> Axis:
-    """A linear axis from 1 to ``last``: both have a tick, and round numbers between them."""
-    step = max(round_step((1, last), 5), 1)
-    between = (step * at for at in range(1, math.ceil(last / step)))
-    ticks = (1, *(at for at in between if 1 + step / 2 <= at <= last - step / 2), last)
-    return Axis(1, max(last, 2), length, tuple(dict.fromkeys(ticks)), title=title)
-
-
 def round_step(values: Sequence[float], parts: int) -> float:
     """A round distance between ticks: 1, 2 or 5 times a power of ten, ``parts`` at most.
 
@@ -130,7 +116,6 @@ class Plot:
         title: what it shows.
         curve: points of a line through it.
         marks, lines: on top.
-        shade: everything up to this x is, None for nothing.
         note: what is not drawn.
     """
 
@@ -140,30 +125,8 @@ class Plot:
     curve: tuple[tuple[float, float], ...] = ()
     marks: tuple[Mark, ...] = ()
     lines: tuple[Line, ...] = ()
-    shade: float | None = None
     note: str = ""
 
     def down(self, value: float) -> float:
         """Pixels of a y from the top."""
         return round(self.y.length - self.y.place(value), 1)
-
-    @property
-    def points(self) -> str:
-        """The curve in pixels: ``"0.0,3.2 8.9,7.1"``."""
-        return " ".join(f"{self.x.place(x)},{self.down(y)}" for x, y in self.curve)
-
-
-@cache
-def template(name: str) -> Template:
-    """A page of this package; everything that is put into it is escaped."""
-    folder = files("fxcompress.report")
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
-    )
-    environment.filters.update(count=count, duration=duration, loss=loss)
-    environment.globals.update(percent=percent, with_error=with_error, summary=summary)
-    return environment.get_template(name)

@@ -11,7 +11,9 @@ from typing import Any
 from fxcompress.plans.plan import Plan
 from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.report import summary
-from fxcompress.report.plot import Line, Mark, Plot, decades, even, template
+from fxcompress.report.html import render
+from fxcompress.report.page_data import by_keep, plot_json
+from fxcompress.report.plot import Line, Mark, Plot, decades, even
 from fxcompress.report.quantities import (
     LOSS_IN_NATS,
     count,
@@ -204,11 +206,28 @@ class Sweep:
         }
 
     def to_html(self) -> str:
-        """One page that needs nothing else: a plot of every quantity, and the table."""
-        page: str = template("sweep.html.j2").render(
-            title=summary.model_name(self._first), text=str(self), plots=self.plots()
-        )
-        return page
+        """One page that needs nothing else: a plot of every quantity, and sortable tables."""
+        head, *rows = self._rows()
+        plan, plans = self._first, self.plans
+        notes = [
+            f"keep {point.keep:g}: {point.reason}" for point in self.points if point.plan is None
+        ]
+        notes += self._per_row() + self._judged()
+        notes += [] if self.complete else ["interrupted: the smaller budgets are missing"]
+        data = {
+            "kind": "sweep",
+            "title": summary.model_name(plan),
+            "subtitle": f"{len(plans)} budgets; keep is of the {self.whole}",
+            "source": f"rules {plan.rules}, metric {plan.metric}",
+            "warnings": list(self.warnings),
+            "heads": head,
+            "rows": rows,
+            "notes": notes,
+            "plots": [plot_json(plot) for plot in self.plots()],
+            "ranks": by_keep(plans),
+            "text": str(self),
+        }
+        return render(data, str(self).splitlines())
 
     def plots(self) -> tuple[Plot, ...]:
         """Predicted loss on a logarithmic scale, and every measured value.

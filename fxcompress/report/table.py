@@ -49,7 +49,7 @@ def plan_table(plan: Plan) -> str:
     groups = fold_blocks(plan.rewritten)
     if groups:
         columns, measured = shown(TERMINAL, plan), measured_sites(plan)
-        lines = [_line("site", columns, [head(column, plan, brief=True) for column in columns])]
+        lines = [_line("site", columns, [head(column, plan) for column in columns])]
         for group in groups:
             lines += group_title(group)
             for row in group.rows:

@@ -1,59 +1,24 @@
+"""The page as data: what it tells of a plan, and that nothing in it is markup."""
+
+from __future__ import annotations
+
+import math
 import re
-from html.parser import HTMLParser
 
 import pytest
+import torch
 
+import fxcompress
 from fxcompress.plans.plan import Batch, Plan
 from fxcompress.report import diff_plan
-from fxcompress.report.columns import (
-    FORM,
-    MEASURED,
-    PAGE,
-    PREDICTED,
-    RANK,
-    SIZES,
-    Column,
-    measured_sites,
-    shown,
-)
-from fxcompress.report.html import HEIGHT, WIDTH, Row, spectrum_plot, tree_rows
-from fxcompress.report.plot import DECADES, Plot
+from fxcompress.report.comparison import comparison_text
+from fxcompress.report.page_data import MOVES, VALUES
+from fxcompress.report.plot import Plot
 from fxcompress.report.scatter import SIDE, fidelity_scatter
+from tests.report.pages import Page
 from tests.report.plans import llama, measured, plan, shared, site, unmatched
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements and texts of a page; fails where tags do not nest."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({name for name, _ in attrs}) == len(attrs)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "script" not in self.open and "style" not in self.open:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+from tests.report.ten_thousand import large
+from tests.small import Net, rules
 
 
 @pytest.fixture(scope="module")
@@ -66,60 +31,44 @@ def page(compressed: Plan) -> Page:
     return Page(diff_plan(compressed).to_html())
 
 
+@pytest.fixture(scope="module")
+def held_against(compressed: Plan) -> Page:
+    return Page(diff_plan(measured(compressed)).to_html())
+
+
 def test_page_needs_nothing_else(compressed: Plan) -> None:
     source = diff_plan(compressed).to_html()
-    assert not re.search(r"https?://|url\(|@import|(?<![\w-])(src|href)=", source)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|@import", source)
     page = Page(source)
-    assert len(page.all("script")) == len(page.all("style")) == 1
     assert not page.all("link")
+    assert not any("src" in one or "href" in one for _, one in page.elements)
     policies = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
     assert len(policies) == 1
     assert str(policies[0]).startswith("default-src 'none'")
 
 
-def test_every_site_has_a_row_and_a_spectrum(page: Page, compressed: Plan) -> None:
-    buttons = [one for one in page.all("button") if one.get("data-opens") == "detail"]
-    assert [one["title"] for one in buttons] == [one.name for one in compressed.sites]
-    assert all(one["aria-expanded"] == "false" for one in buttons)
-    details = {row["id"] for row in page.all("tr") if row.get("class") == "detail"}
-    assert {one["aria-controls"] for one in buttons} == details
-    assert len(page.all("svg")) == len(compressed.sites)
-    cuts = [line for line in page.all("line") if line.get("class") == "cut"]
-    assert len(cuts) == len(compressed.rewritten) == len(compressed.sites) - 1
+def test_the_script_makes_no_markup_of_text(compressed: Plan) -> None:
+    source = diff_plan(compressed).to_html()
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source
+    )
 
 
-def test_identifiers_are_unique_and_references_hold(page: Page) -> None:
-    identifiers = [one["id"] for _, one in page.elements if "id" in one]
-    assert len(set(identifiers)) == len(identifiers)
-    references = {one["aria-controls"] for _, one in page.elements if "aria-controls" in one}
-    assert references <= set(identifiers)
+def test_without_a_script_there_are_totals(page: Page, compressed: Plan) -> None:
+    assert len(page.all("noscript")) == 1
+    assert f"{compressed.model_after.parameters:,}" in page.text
+    assert "KL to the dense model: not measured" in page.text
 
 
-def sortable(plan: Plan) -> list[Column | None]:
-    """The columns that a page sorts by; the first one is the module."""
-    return [None, *(column for column in shown(PAGE, plan) if column.order is not None)]
+def real() -> Plan:
+    torch.manual_seed(0)
+    return fxcompress.plan(Net().eval(), rules(0.6), [torch.randn(32, 24) for _ in range(2)])
 
 
-def test_rows_carry_a_number_for_every_sortable_column(page: Page, compressed: Plan) -> None:
-    columns = [int(str(one["data-at"])) for one in page.all("button") if "data-at" in one]
-    assert columns == list(range(len(sortable(compressed))))
-    for row in page.all("tr"):
-        if "data-sort" in row:
-            numbers = [float(number) for number in str(row["data-sort"]).split(" ")]
-            assert len(numbers) == len(columns)
+HOSTILE = "<script>alert('x')</script>\"><img/src=x onerror=alert(1)>&amp;<!--"
 
 
-def test_reasons_and_the_text_are_on_the_page(page: Page, compressed: Plan) -> None:
-    for one in compressed.unmatched:
-        assert one.reason in page.text
-    assert "left dense by the budget" in page.text
-    assert str(diff_plan(compressed)) in page.text
-
-
-HOSTILE = "<script>alert('x')</script>\"><img/src=x onerror=alert(1)>&amp;"
-
-
-def test_everything_hostile_is_escaped() -> None:
+def hostile() -> Plan:
     sites = [
         site(f"h.0.{HOSTILE}", 64, 64, 8, rule=HOSTILE, location=HOSTILE, spectrum=(2.0, 1.0, 0.5)),
         site(f"h.1.{HOSTILE}", 64, 64, None, reason=HOSTILE),
@@ -136,15 +85,21 @@ def test_everything_hostile_is_escaped() -> None:
             "expanded": (HOSTILE,),
         }
     )
-    nasty = measured(nasty)
-    source = diff_plan(nasty).to_html()
+    return measured(nasty)
+
+
+def test_everything_hostile_is_data() -> None:
+    source = diff_plan(hostile()).to_html()
     assert "<script>alert" not in source
     assert "<img" not in source
+    assert source.count("<!--") == 0
     page = Page(source)
-    assert len(page.all("script")) == 1
+    usual = Page(diff_plan(llama(layers=1)).to_html())
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in usual.elements]
     assert not any(name.startswith("on") for _, one in page.elements for name in one)
-    # Escaped, not dropped: the page shows the very characters.
-    assert page.text.count(HOSTILE) > 10
+    # Not dropped: the data are the very characters.
+    assert page.data["sites"]["name"] == [f"h.{at}.{HOSTILE}" for at in (0, 1)]
+    assert page.data["warnings"][0] == HOSTILE
 
 
 @pytest.mark.parametrize(
@@ -153,150 +108,207 @@ def test_everything_hostile_is_escaped() -> None:
     ids=["nothing", "all unmatched", "the model is one layer"],
 )
 def test_small_plans_have_a_page(empty: Plan) -> None:
-    page = Page(diff_plan(empty).to_html())
-    assert ("No rule matched any operator." in page.text) == (not empty.sites)
+    data = Page(diff_plan(empty).to_html()).data
+    assert data["sites"]["name"] == [one.name for one in empty.sites]
+    assert len(data["unchanged"]) == len(empty.unmatched)
 
 
-def tree(made: Plan) -> list[Row]:
-    return tree_rows(made.sites, measured_sites(made))
+def test_every_site_is_there_with_its_spectrum(page: Page, compressed: Plan) -> None:
+    data = page.data["sites"]
+    assert data["name"] == [one.name for one in compressed.sites]
+    assert page.words("form") == [one.form_text for one in compressed.sites]
+    for found, one in zip(data["spectrum"], compressed.sites, strict=True):
+        assert len(found) == VALUES
+        ends = [one.spectrum[0], one.spectrum[-1]]
+        assert [found[0], found[-1]] == pytest.approx(ends, rel=5e-3)
+    (dense,) = [at for at, stays in enumerate(data["dense"]) if stays]
+    assert page.words("reason")[dense] == "left dense by the budget"
+    assert data["rank"][dense] == ""
 
 
-def test_tree_sums_up_and_skips_modules_with_one_child(compressed: Plan) -> None:
-    rows = tree(compressed)
-    assert [row.label for row in rows[:4]] == ["model.layers", "0", "self_attn", "q_proj"]
-    assert (rows[0].open, rows[1].open) == (True, False)
-    for row in rows:
-        below = [one for one in rows if one.above == row.key]
-        for column in (*shown(SIZES, compressed), PREDICTED) if below else ():
-            assert column.order is not None
-            assert column.order(row.entry) == pytest.approx(
-                sum(column.order(one.entry) for one in below)
-            )
-    assert FORM.below(rows[0].entry) == "20 of 21"
-    assert [row.key for row in rows] == list(range(len(rows)))
+def test_reasons_and_the_text_are_on_the_page(page: Page, compressed: Plan) -> None:
+    told = {one["reason"] for one in page.data["unchanged"]}
+    assert told == {one.reason for one in compressed.unmatched} | {"left dense by the budget"}
+    assert page.data["text"] == str(diff_plan(compressed))
 
 
-def test_tree_keeps_a_site_that_has_sites_below_and_two_weights_of_one_module() -> None:
-    sites = (site("a", 8, 8, 2), site("a.b", 8, 8, 2), site("c", 8, 8, 2), site("c", 8, 8, 4))
-    rows = [row for row in tree_rows(sites, {}) if row.site is not None]
-    assert sorted(RANK.below(row.entry) for row in rows) == [
-        *("2 / 8", "4 / 8", "mean 25%", "mean 38%"),
-    ]
-    assert [row.site for row in rows] == list(sites)
+# ---- totals equal their parts ---------------------------------------------------------
 
 
-def points(plot: Plot) -> list[tuple[float, float]]:
-    return [(plot.x.place(x), plot.down(y)) for x, y in plot.curve]
+@pytest.mark.parametrize("made", [llama(layers=3), shared(), measured(shared())])
+def test_rules_and_columns_add_up_to_the_totals(made: Plan) -> None:
+    page = Page(diff_plan(made).to_html())
+    told, data = page.data["rules"], page.data["sites"]
+    for when, size in (("before", made.model_before), ("after", made.model_after)):
+        parameters = sum(data["parameters"][when])
+        assert parameters == sum(page.column(when, "parameters"))
+        assert parameters == sum(rule[when] for rule in told)
+        rest = size.parameters - parameters
+        assert rest == made.model_before.parameters - sum(s.before.parameters for s in made.sites)
+    assert sum(rule["matched"] for rule in told) == len(made.sites)
+    assert sum(rule["rewritten"] for rule in told) == len(made.rewritten)
+    lost = made.budget.predicted
+    assert math.fsum(rule["predicted"] for rule in told) == pytest.approx(lost)
+    assert math.fsum(data["predicted"]) == pytest.approx(lost)
+    if made.fidelity is not None:
+        alone = [x for x in page.column("measured KL, alone") if x is not None]
+        assert math.fsum(alone) == pytest.approx(made.fidelity.singly, rel=1e-3)
+        assert math.fsum(rule["measured"] for rule in told) == pytest.approx(made.fidelity.singly)
 
 
-def test_spectrum_is_logarithmic_and_cut_between_components() -> None:
-    plot = spectrum_plot(site("a", 3, 3, 1, spectrum=(100.0, 10.0, 1.0)))
-    assert plot is not None
-    half = WIDTH / 2
-    assert points(plot) == [(0, 0), (half, HEIGHT / 2), (WIDTH, HEIGHT)]
-    assert [text for _, text in plot.y.ticks] == ["1", "2", "5", "10", "20", "50", "100"]
-    assert plot.x.ticks == ((0, "1"), (half, "2"), (WIDTH, "3"))
-    assert plot.shade is not None
-    assert plot.x.place(plot.shade) == half / 2
-    assert [line.text for line in plot.lines] == ["rank 1"]
+def test_what_is_bought_adds_up_to_the_frontier() -> None:
+    """Of a plan with more moves than are shown one by one."""
+    made = large(3 * MOVES)
+    trade = made.tradeoff
+    assert trade is not None
+    data = Page(diff_plan(made).to_html()).data["budget"]
+    rows = data["more"]["rows"]
+    assert len(rows) == MOVES + 1
+    assert rows[-1][0] == f"{2 * MOVES} others"
+    costs = [float(row[3].replace(",", "")) for row in rows]
+    assert sum(costs) == pytest.approx(trade.costs[1] - trade.costs[0])
+    assert math.fsum(row[4] for row in rows) == pytest.approx(trade.losses[1] - trade.losses[0])
+    assert data["less"] is None
 
 
-def test_spectrum_that_falls_to_zero_stays_on_the_page() -> None:
-    plot = spectrum_plot(site("a", 3, 3, 3, spectrum=(1.0, 0.0, 0.0)))
-    assert plot is not None
-    assert [y for _, y in points(plot)] == [0.0, HEIGHT, HEIGHT]
-    assert plot.y.low == pytest.approx(10.0**-DECADES)
-    assert plot.shade is not None
-    assert plot.x.place(plot.shade) == WIDTH
+def test_the_budget_of_a_real_model_has_a_price() -> None:
+    planned = real()
+    budget = Page(diff_plan(planned).to_html()).data["budget"]
+    trade = planned.tradeoff
+    assert trade is not None
+    assert budget["frontier"]["keep"][trade.now] <= 0.6 + 1e-3
+    assert "more parameters" in budget["more"]["text"]
+    assert budget["more"]["text"].endswith("% of what is lost now")
+    assert "less parameters" in budget["less"]["text"]
+    assert budget["more"]["loss"] < 0 < budget["less"]["loss"]
+    again = Plan.model_validate_json(planned.model_dump_json())
+    assert again == planned
 
 
-def test_no_cut_where_it_stays_dense_and_no_plot_without_values() -> None:
-    dense = spectrum_plot(site("a", 3, 3, None, spectrum=(2.0, 1.0)))
-    assert dense is not None
-    assert dense.shade is None
-    assert dense.lines == ()
-    assert spectrum_plot(site("a", 3, 3, 1)) is None
-    assert spectrum_plot(site("a", 3, 3, 1, spectrum=(0.0, 0.0))) is None
+def test_a_plan_without_a_frontier_says_why() -> None:
+    for made, why in (
+        (llama(layers=1), "the plan is an older one"),
+        (plan([site("fc", 8, 8, 2)], uniform=True), "ranks are uniform"),
+    ):
+        budget = Page(diff_plan(made).to_html()).data["budget"]
+        assert budget["frontier"] is None
+        assert why in budget["why"]
 
 
 # ---- measured losses ------------------------------------------------------------------
 
 
-def measured_sum(row: Row) -> float:
-    assert MEASURED.order is not None
-    return MEASURED.order(row.entry)
-
-
-@pytest.fixture(scope="module")
-def held_against(compressed: Plan) -> Page:
-    return Page(diff_plan(measured(compressed)).to_html())
-
-
 def test_measured_losses_have_a_column_and_a_drawing(held_against: Page, compressed: Plan) -> None:
-    columns = [int(str(one["data-at"])) for one in held_against.all("button") if "data-at" in one]
-    expected = sortable(measured(compressed))
-    assert columns == list(range(len(expected)))
     found = measured(compressed).fidelity
     assert found is not None
-    lines = {row.path: row for row in tree(measured(compressed))}
-    rows = [str(one["data-sort"]) for one in held_against.all("tr") if "data-sort" in one]
-    for row, line in zip(rows, lines.values(), strict=True):
-        own = [one.measured for one in line.entry.found]
-        assert float(row.split(" ")[expected.index(MEASURED)]) == pytest.approx(sum(own))
-    assert measured_sum(lines["model.layers"]) == pytest.approx(found.singly)
-    assert MEASURED.below(lines["model.layers.1.mlp.up_proj"].entry) == "–"  # left dense
-    marks = [one for one in held_against.all("circle") if one.get("class") == "mark"]
-    assert len(marks) == len(found.sites)
-    assert len(held_against.all("svg")) == len(compressed.sites) + 1
-    assert f"rank correlation of predicted and measured {found.rank_correlation:.2f}" in (
-        held_against.text
+    values = dict(
+        zip(
+            held_against.data["sites"]["name"],
+            held_against.column("measured KL, alone"),
+            strict=True,
+        )
     )
+    assert values["model.layers.1.mlp.up_proj"] is None  # left dense
+    for one in found.sites:
+        assert values[one.name] == pytest.approx(one.measured, rel=1e-3)
+    drawing = held_against.data["prediction"]["scatter"]
+    assert len(drawing["marks"]) == len(found.sites)
+    lines = " ".join(held_against.data["prediction"]["lines"])
+    assert f"rank correlation of predicted and measured {found.rank_correlation:.2f}" in lines
+
+
+def test_the_whole_is_not_the_sum_over_single_sites(held_against: Page) -> None:
+    rows = {row[0]: row[1] for row in held_against.data["prediction"]["rows"]}
+    assert rows["measured, the whole model on batches held back"].startswith("0.1729")
+    whole, alone = (
+        rows[f"measured, {what}"]
+        for what in ("the whole model on other data", "sites one at a time, in sum")
+    )
+    assert whole != alone
 
 
 def test_a_page_without_measurement_says_nothing_of_one(page: Page, compressed: Plan) -> None:
-    assert "not measured (no calibration batch was held back)" in page.text
-    assert "Predicted and measured" not in page.text
-    assert not [one for one in page.all("section") if one.get("id") == "fidelity"]
+    first = page.data["cards"][0]
+    assert first["big"] == "not measured"
+    assert first["lines"][0] == "no calibration batch was held back"
+    assert "measured KL, alone" not in [one["head"] for one in page.data["sites"]["columns"]]
+    assert page.data["prediction"]["scatter"] is None
     assert fidelity_scatter(compressed) is None
-    assert MEASURED not in shown(PAGE, compressed)
 
 
 def test_times_have_a_card(held_against: Page, page: Page) -> None:
-    text = " ".join(held_against.text.split())
-    assert "forward pass 1.06 times as fast 1.42 s → 1.34 s 1.04..1.08; cpu, 2 threads" in text
-    text = " ".join(page.text.split())
-    assert "forward pass not measured no time was taken when it was compressed" in text
+    told, missing = (one.data["cards"][1] for one in (held_against, page))
+    assert told["title"] == "forward pass"
+    assert told["big"] == "1.06 times as fast"
+    assert told["lines"] == [
+        "1.42 s → 1.34 s for the recorded batch",
+        "1.04..1.08; cpu, 2 threads, float32",
+    ]
+    assert missing["big"] == "not measured"
 
 
 def test_amounts_of_the_batch_are_per_sample(page: Page, compressed: Plan) -> None:
-    text = " ".join(page.text.split())
+    (card,) = [one for one in page.data["cards"] if one["title"].startswith("MACs")]
     before, after = compressed.model_before.macs // 2, compressed.model_after.macs // 2
-    assert "MACs per sample, of the model" in text
-    assert f"{before:,} → {after:,}" in text
-    assert "the recorded batch: 2 samples of 50" in text
-    assert "bytes, of the model" in text
-    whole = sum(site.before.macs for site in compressed.sites)
-    (top,) = [one for one in page.all("tr") if one.get("id") == "line-0"]
-    assert str(whole / 2) in str(top["data-sort"]).split()
-    unknown = Page(diff_plan(compressed.model_copy(update={"batch": Batch()})).to_html()).text
-    assert "MACs per batch" in unknown
-    assert "MACs per sample" not in unknown
+    assert card["title"] == "MACs of the model per sample"
+    assert card["lines"][0] == f"{before:,} → {after:,}"
+    assert card["lines"][-1] == "the recorded batch: 2 samples of 50"
+    whole = sum(one.before.macs for one in compressed.sites)
+    assert sum(page.column("before", "MACs per sample")) == pytest.approx(whole / 2, rel=1e-3)
+    unknown = diff_plan(compressed.model_copy(update={"batch": Batch()})).to_html()
+    assert "MACs of the model per batch" in unknown
+    assert "per sample" not in unknown
 
 
-def test_identifiers_hold_with_a_measurement(held_against: Page) -> None:
-    test_identifiers_are_unique_and_references_hold(held_against)
-
-
-def test_a_bundle_counts_once_in_the_tree() -> None:
+def test_a_bundle_counts_once() -> None:
     made = measured(shared())
-    rows = {row.path: row for row in tree(made)}
+    page = Page(diff_plan(made).to_html())
+    names, values = page.data["sites"]["name"], page.column("measured KL, alone")
+    told = dict(zip(names, values, strict=True))
     block = "model.layers.0.self_attn"
-    assert MEASURED.below(rows[f"{block}.k_proj"].entry) == "–"
-    both = [measured_sum(rows[f"{block}.{name}"]) for name in ("q_proj", "o_proj")]
-    assert min(both) > 0
-    assert measured_sum(rows[block]) == pytest.approx(sum(both))
-    text = Page(diff_plan(made).to_html()).text
-    assert text.count(f"{block}.q_proj, {block}.k_proj, {block}.v_proj together") == 3
+    assert told[f"{block}.k_proj"] is None
+    assert told[f"{block}.q_proj"] > 0
+    assert page.data["sites"]["bundles"][f"qkv@{block}.q_proj"]["sites"] == [
+        *(f"{block}.{name}_proj" for name in "qkv")
+    ]
+
+
+def test_what_is_known_of_how_it_was_made(page: Page) -> None:
+    data = page.data["reproduce"]
+    assert data["compile"] == 'fxcompress.compile(model, "decoder.yaml", calibration, keep=0.8)'
+    assert data["load"] == 'fxcompress.load("DIRECTORY")'
+    assert ["seed", "0"] in data["facts"]
+    assert data["stages"] == [["calibrate", 93.2]]
+    planned = real()
+    data = Page(diff_plan(planned).to_html()).data["reproduce"]
+    assert ["fxcompress", fxcompress.__version__] in data["facts"]
+    assert data["load"] == 'fxcompress.load("DIRECTORY", model)'
+
+
+def test_two_plans_are_aligned_by_names(compressed: Plan) -> None:
+    other = llama(layers=2, spectra=True)
+    sites = (*other.sites[1:], site("extra", 8, 8, 2))
+    other = other.model_copy(update={"sites": sites, "rules": "other.yaml"})
+    data = Page(diff_plan(compressed).to_html(other)).data
+    told = data["other"]
+    there = {one.name: one for one in sites}
+    for at, name in enumerate(data["sites"]["name"]):
+        one = there.get(name)
+        assert told["predicted"][at] == (None if one is None else one.predicted)
+        assert told["parameters"][at] == (None if one is None else one.after.parameters)
+    assert told["only"] == ["extra"]
+    assert told["there"] == "other.yaml, keep 0.8"
+    lines = comparison_text(compressed, other).split("operators differ\n")[1].splitlines()
+    assert (
+        [line.split()[0] for line in lines]
+        == [
+            compressed.sites[0].name,
+            "model.layers.1.mlp.up_proj",  # dense here
+            *(one.name for one in compressed.sites[14:]),  # the third block
+            "extra",
+        ]
+    )
+    assert lines[0].split()[-2:] == lines[-1].split()[1:3] == ["not", "matched"]
 
 
 def test_the_scatter_has_equality_on_its_diagonal() -> None:
@@ -311,7 +323,7 @@ def test_the_scatter_has_equality_on_its_diagonal() -> None:
         update={"fidelity": made.fidelity.model_copy(update={"sites": tuple(ones)})}
     )
     drawn = fidelity_scatter(exact)
-    assert drawn is not None
+    assert isinstance(drawn, Plot)
     assert [(line.x, line.y) for line in drawn.lines] == [((1e-4, 1e-2), (1e-4, 1e-2))]
     assert (drawn.x.ticks, drawn.x.length) == (drawn.y.ticks, SIDE)
     places = [(drawn.x.place(mark.x), drawn.down(mark.y)) for mark in drawn.marks]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fxcompress.plans.plan import AND_INPUT, Held, Part, Plan, SitePlan, Size
 from fxcompress.report import diff_plan
+from tests.report.pages import Page
 from tests.report.plans import measured, plan, site
 
 LOST = 0.0125
@@ -134,17 +135,18 @@ def test_what_else_has_entries_of_channels_has_lines_of_its_own() -> None:
         "- 1                   entries of channels     6,144\n"
         "+ 1                   entries of channels     4,096\n"
     ) in text
-    assert (
-        "entries of the channels that go, of net.1<" in diff_plan(plan([first, reader])).to_html()
-    )
+    held_with = Page(diff_plan(plan([first, reader])).to_html()).data["sites"]["bundles"]
+    assert [one["held"] for one in held_with.values()] == [["net.1"]]
 
 
 def test_the_page() -> None:
-    page = diff_plan(gated()).to_html()
-    assert (
-        "narrow, 1,024 of 1,536 channels: one change of h.0.mlp.gate, h.0.mlp.up, h.0.mlp.down"
-        in page
-    )
-    assert "with h.0.mlp.down, which reads it" in page
-    assert "Channels are chosen by what they add where they are read: h.0.mlp.down." in page
-    assert "together with the others on this input" not in page
+    page = Page(diff_plan(gated()).to_html())
+    names = page.data["sites"]["name"]
+    down = names.index("h.0.mlp.down")
+    (bundle, *_) = page.data["sites"]["bundles"].values()
+    assert bundle["sites"] == ["h.0.mlp.gate", "h.0.mlp.up", "h.0.mlp.down"]
+    assert bundle["reader"] == "h.0.mlp.down"
+    assert page.data["sites"]["rank"][down] == "1024 of 1536"
+    assert page.words("elsewhere")[names.index("h.0.mlp.gate")] == "with down"
+    assert page.words("elsewhere")[down] == ""
+    assert page.data["sites"]["spectrum"][names.index("h.0.mlp.gate")] == []

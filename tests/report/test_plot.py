@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fxcompress.plans.plan import Round
 from fxcompress.report.descent import MOST_TICKS, descent
-from fxcompress.report.plot import DECADES, Axis, decades, even, indices, round_step
+from fxcompress.report.plot import DECADES, Axis, decades, even, round_step
 from tests.report.plans import llama
 
 FINITE = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
@@ -50,24 +50,6 @@ def test_few_decades_have_ticks_between() -> None:
         *("0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"),
     ]
     assert texts(decades([0.002, 5], 100)) == ["0.001", "0.01", "0.1", "1", "10"]
-
-
-@pytest.mark.parametrize(
-    ("last", "expected"),
-    [
-        (1, ["1"]),
-        (3, ["1", "2", "3"]),
-        (192, ["1", "50", "100", "150", "192"]),
-        (410, ["1", "100", "200", "300", "410"]),  # not 400, whose text would touch that of 410
-        (576, ["1", "200", "400", "576"]),
-        (1000, ["1", "200", "400", "600", "800", "1000"]),
-    ],
-)
-def test_indices_begin_at_one_and_end_at_the_last(last: int, expected: list[str]) -> None:
-    axis = indices(last, 560)
-    assert texts(axis) == expected
-    assert axis.place(1) == 0
-    assert last == 1 or axis.place(last) == 560
 
 
 def test_steps() -> None:
