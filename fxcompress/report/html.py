@@ -14,8 +14,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-SCRIPTS = ("elements.js", "draw.js", "table.js", "sites.js", "graph.js", "page.js")
-"""In their order; one that does not exist is left out."""
+SCRIPTS = (
+    *("elements.js", "draw.js", "table.js", "sites.js"),
+    *("graph-boxes.js", "graph.js", "page.js"),
+)
+"""In their order."""
+
+STYLES = ("style.css", "graph.css")
 
 
 def render(data: Mapping[str, Any], totals: list[str]) -> str:
@@ -26,12 +31,11 @@ def render(data: Mapping[str, Any], totals: list[str]) -> str:
         totals: lines for readers without JavaScript.
     """
     folder = files("fxcompress.report").joinpath("page")
-    found = [folder.joinpath(name) for name in SCRIPTS]
     page: str = _template().render(
         title=data["title"],
         kind={"diff": "graph diff", "sweep": "sweep over budgets"}[data["kind"]],
-        style=folder.joinpath("style.css").read_text("utf-8"),
-        scripts=[one.read_text("utf-8") for one in found if one.is_file()],
+        style="\n".join(folder.joinpath(name).read_text("utf-8") for name in STYLES),
+        scripts=[folder.joinpath(name).read_text("utf-8") for name in SCRIPTS],
         data=embedded(data),
         totals=totals,
     )

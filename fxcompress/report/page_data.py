@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxcompress.picture import graph_data
 from fxcompress.plans.plan import Plan, SitePlan
 from fxcompress.plans.tradeoff import Tradeoff
 from fxcompress.plans.units import PARAMETERS, UNITS
@@ -74,6 +75,7 @@ def page_data(plan: Plan, unchanged: Sequence[Unchanged], text: str, other: Plan
         ],
         "expanded": list(plan.expanded),
         "reproduce": reproduce(plan),
+        "graph": graph_data(plan),
         "text": text if len(text) <= LONGEST_TEXT else "",
     }
 

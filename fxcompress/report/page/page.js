@@ -161,7 +161,7 @@ const TABS = data.kind === "sweep" ? [
   ["unchanged", "Unchanged, and why", unchangedTab],
   data.other && ["comparison", "Comparison", comparisonTab],
   data.rounds && ["runs", "Runs", runsTab],
-  data.graph && typeof drawGraph === "function" && ["graph", "Graph", null],
+  data.graph && ["graph", "Graph", null],
   ["reproduce", "Reproduce", reproduceTab],
   ["text", "As text", textTab],
 ].filter(Boolean);

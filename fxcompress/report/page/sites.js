@@ -300,7 +300,7 @@ class Sites {
       const row = move?.rows.find((one) => one[5] === sites.name[at] || together?.sites.includes(one[5]));
       if (row) fact(word, `${row[1]} → ${row[2]} (${move.text.split(" (")[0]})`);
     }
-    if (this.data.graph && typeof showInGraph === "function")
+    if (this.data.graph)
       fact("graph", element("button", { type: "button", class: "action", onclick: () => { this.links.tab("graph"); showInGraph(sites.name[at]); } }, "show in graph"));
     const drawing = spectrum(sites.spectrum[at], sites.full[at], dense ? null : sites.first[at], `${sites.first[at]} kept`);
     const what = reader ? "What each channel adds in the metric" : "Singular values in the metric";
