@@ -135,7 +135,7 @@ def forecast(
             :func:`fxcompress.compile`.
     """
     model = unwrapped(model)
-    loaded = read_rules(rules, memory)
+    loaded = read_rules(rules, memory=memory)
     with torch.inference_mode(False), stages(False) as silent:
         request = Request(silent, calibration, None, None, forward)
         found, _, total = survey(model, loaded, request, values=False)

@@ -127,7 +127,7 @@ def survey(
         What was found, and the calibration batches with their number if it is known.
     """
     # The plan goes to others together with the model: no paths of this machine.
-    loaded = replace(loaded, filename=Path(loaded.filename).name)
+    loaded = loaded.named(lambda name: Path(name).name)
     loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
