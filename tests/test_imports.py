@@ -158,7 +158,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "scipy", "transformers",
+    "jinja2", "networkx", "PIL", "datasets", "pandas", "scipy", "transformers",
 }  # fmt: skip
 
 
