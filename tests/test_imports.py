@@ -19,7 +19,7 @@ ROOT = Path(fxcompress.__file__).parent
 
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
-    {"errors", "late", "plans.structure", "plans.units"},
+    {"errors", "late", "notebook", "plans.structure", "plans.units"},
     {"operators", "budget", "files", "parking", "processes"},
     {"graph", "forms"},
     {"metric"},

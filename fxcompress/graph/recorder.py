@@ -215,8 +215,8 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
         raise RecordError(
             f"the model failed on the example batch: {type(error).__name__}: {error}\n"
             "A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
-            "mapping (keyword arguments); for anything else pass "
-            "forward=lambda model, batch: model(...)"
+            "mapping (keyword arguments); for anything else, such as (inputs, labels), pass "
+            "forward=lambda model, batch: model(batch[0])"
         ) from error
     finally:
         drew = random.finish(flops.drew)

@@ -281,6 +281,14 @@ def _batches(
             "the calibration iterable is empty or exhausted; pass a list of batches or a "
             "fresh DataLoader"
         ) from None
+    texts = isinstance(first, str) or (
+        isinstance(first, (list, tuple)) and first and isinstance(first[0], str)
+    )
+    if texts:
+        raise CalibrationError(
+            "calibration batches are texts, and a model takes tokens: "
+            'calibration=[tokenizer(text, return_tensors="pt") for text in texts]'
+        )
     return first, itertools.chain([first], iterator), total
 
 
@@ -291,6 +299,12 @@ def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
             return iter(batches)
         except TypeError:
             pass
+    if isinstance(batches, str):
+        raise CalibrationError(
+            f"{name} is the text {batches[:40]!r}, not an iterable of batches: read the file, "
+            'tokenize it, and pass [{"input_ids": part}, ...] (the command line does that: '
+            "fxcompress compile --data text.txt)"
+        )
     raise CalibrationError(
         f"{name} must be an iterable of batches, not one {type(batches).__name__}; "
         "for a single batch pass [batch]"
@@ -304,7 +318,11 @@ def working_copy(model: nn.Module) -> nn.Module:
         RecordError: it is no module, or cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+        named = f" ({model!r}): load it first, AutoModel....from_pretrained(...)"
+        hint = named if isinstance(model, str) else ""
+        raise RecordError(
+            f"the model must be a torch.nn.Module, not a {type(model).__name__}{hint}"
+        )
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise RecordError(
