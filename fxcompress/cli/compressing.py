@@ -155,7 +155,9 @@ def plan(
     given = options.overrides(keep, unit, memory, exclude, metric, seed)
     network, batches = loaded(model, data, Cut(sequences, length, batch_size), device, dtype)
     if dry_run:
-        told = fxcompress.forecast(network, rules, batches or (), memory=memory)
+        from fxcompress.rules import read_rules
+
+        told = fxcompress.forecast(network, read_rules(rules, **given), batches or ())
         typer.echo(json.dumps(asdict(told), indent=1) if as_json else str(told))
         return
     made = fxcompress.plan(network, rules, batches, **given)

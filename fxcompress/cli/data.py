@@ -154,7 +154,7 @@ def _are_records(made: Any) -> bool:
 
 def _dataset(path: Path) -> Any:
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets
     except ImportError as error:
         raise typer.BadParameter(
             f"--data {path} is a folder without images; to read what datasets saved there, "

@@ -713,7 +713,7 @@ class Plan(Shown, _Frozen):
         from fxcompress.report.frame import site_rows
 
         try:
-            import pandas  # type: ignore[import-untyped]
+            import pandas
         except ImportError as error:
             raise ImportError("to_dataframe() needs pandas: pip install pandas") from error
         return pandas.DataFrame(site_rows(self))
