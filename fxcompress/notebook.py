@@ -32,7 +32,7 @@ class Shown:
 
     @property
     def headline(self) -> str:
-        """What it comes to, in one line."""
+        """The result in one line."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

@@ -281,14 +281,6 @@ def _batches(
             "the calibration iterable is empty or exhausted; pass a list of batches or a "
             "fresh DataLoader"
         ) from None
-    texts = isinstance(first, str) or (
-        isinstance(first, (list, tuple)) and first and isinstance(first[0], str)
-    )
-    if texts:
-        raise CalibrationError(
-            "calibration batches are texts, and a model takes tokens: "
-            'calibration=[tokenizer(text, return_tensors="pt") for text in texts]'
-        )
     return first, itertools.chain([first], iterator), total
 
 
@@ -301,8 +293,8 @@ def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
             pass
     if isinstance(batches, str):
         raise CalibrationError(
-            f"{name} is the text {batches[:40]!r}, not an iterable of batches: read the file, "
-            'tokenize it, and pass [{"input_ids": part}, ...] (the command line does that: '
+            f"{name} must be an iterable of batches, not the text {batches[:40]!r}: read the "
+            'file, tokenize it, and pass [{"input_ids": part}, ...] (the command line does that: '
             "fxcompress compile --data text.txt)"
         )
     raise CalibrationError(

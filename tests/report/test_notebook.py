@@ -128,10 +128,10 @@ def test_diff_of_one_model(pair: tuple[nn.Module, nn.Module]) -> None:
 
 def test_arguments_of_another_kind(pair: tuple[nn.Module, nn.Module], tmp_path: Any) -> None:
     model, small = pair
-    with pytest.raises(CalibrationError, match=r"is the text 'book.txt', not an iterable"):
+    with pytest.raises(CalibrationError, match=r"not the text 'book.txt': read the file"):
         fxcompress.plan(model, rules(), "book.txt")
     for texts in (["one", "two"], [["one", "two"]]):
-        with pytest.raises(CalibrationError, match="calibration batches are texts"):
+        with pytest.raises(RecordError, match="The batch is text, and models take tokens"):
             fxcompress.plan(model, rules(), texts)
     with pytest.raises(RecordError, match=r"not a str .'org/name'.: load it first"):
         fxcompress.plan("org/name", rules(), data())  # type: ignore[arg-type]
