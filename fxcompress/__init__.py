@@ -32,11 +32,17 @@ if TYPE_CHECKING:
     from fxcompress.pipeline.compile import explain as explain
     from fxcompress.pipeline.compile import plan as plan
     from fxcompress.pipeline.draw import draw as draw
+    from fxcompress.pipeline.forecast import Forecast as Forecast
     from fxcompress.pipeline.forecast import forecast as forecast
     from fxcompress.pipeline.measure import measure as measure
     from fxcompress.pipeline.sweep import sweep as sweep
+    from fxcompress.plans.plan import Fidelity as Fidelity
     from fxcompress.plans.plan import Plan as Plan
+    from fxcompress.plans.plan import SitePlan as SitePlan
     from fxcompress.plans.plan import plan_of as plan_of
+    from fxcompress.report.diff import Diff as Diff
+    from fxcompress.report.sweep import Sweep as Sweep
+    from fxcompress.rules.matching.explain import Explanation as Explanation
     from fxcompress.saved.load import load as load
     from fxcompress.saved.save import save as save
 
@@ -59,12 +65,15 @@ __all__, __getattr__, __dir__ = exported(
         "fxcompress.pipeline.compare": ("diff",),
         "fxcompress.pipeline.compile": ("compile", "explain", "plan"),
         "fxcompress.pipeline.draw": ("draw",),
-        "fxcompress.pipeline.forecast": ("forecast",),
+        "fxcompress.pipeline.forecast": ("Forecast", "forecast"),
         "fxcompress.pipeline.measure": ("measure",),
         "fxcompress.pipeline.sweep": ("sweep",),
         "fxcompress.plans": (),
-        "fxcompress.plans.plan": ("Plan", "plan_of"),
+        "fxcompress.plans.plan": ("Fidelity", "Plan", "SitePlan", "plan_of"),
+        "fxcompress.report.diff": ("Diff",),
+        "fxcompress.report.sweep": ("Sweep",),
         "fxcompress.rules": (),
+        "fxcompress.rules.matching.explain": ("Explanation",),
         "fxcompress.saved.load": ("load",),
         "fxcompress.saved.save": ("save",),
     },

@@ -81,6 +81,8 @@ def try_directory(path: Path) -> None:
     Raises:
         SaveError: it cannot be made, or nothing can be written there.
     """
+    if path.is_file():
+        raise SaveError(f"{path} is a file: give a directory, which is made if it is missing")
     missing = [each for each in (path, *path.absolute().parents) if not os.path.lexists(each)]
     made: list[Path] = []
     try:

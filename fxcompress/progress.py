@@ -5,7 +5,7 @@ On a terminal, a bar for the running stage; the finished ones stay above it::
     record      ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━       1.2 s
     calibrate   ━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━━━━━━ 6/16 35.1 s  0:00:57 left
 
-Elsewhere nothing, unless it is asked for: then a line for each finished stage::
+In notebooks, and elsewhere if it is asked for, a line for each finished stage::
 
     record  1.2 s
     calibrate  16/16  93.2 s
@@ -13,10 +13,12 @@ Elsewhere nothing, unless it is asked for: then a line for each finished stage::
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
@@ -24,6 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
+
+from fxcompress.notebook import in_notebook
 
 Tick = Callable[[], None]
 
@@ -60,11 +64,13 @@ def stages(enabled: bool | None = None) -> Iterator[Progress]:
 
     Args:
         enabled: False for silence; True to show something even where stderr is no terminal;
-            None to show bars on a terminal and nothing elsewhere.
+            None to show bars on a terminal, lines in a notebook, and nothing elsewhere.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
     view: _View
-    if enabled is False or (enabled is None and not terminal) or sys.stderr is None:
+    if enabled is None:
+        enabled = terminal or in_notebook()
+    if not enabled or sys.stderr is None:
         view = _Silent()
     elif terminal:
         view = _Bars()
@@ -200,6 +206,23 @@ class _Remaining(TimeRemainingColumn):
         return super().render(task) + Text(" left")
 
 
+class _Memory(ProgressColumn):
+    """``1.4 GB``, what the process holds, where the system tells."""
+
+    def render(self, task: Task) -> Text:
+        held = _resident()
+        return Text("" if task.finished or held is None else f"{held / 1e9:.1f} GB", "dim")
+
+
+def _resident() -> int | None:
+    """Bytes of memory that the process holds; None where Linux's ``/proc`` is missing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 class _Bars:
     """Bars on a terminal."""
 
@@ -210,6 +233,7 @@ class _Bars:
             TextColumn("{task.fields[count]}", markup=False, justify="right"),
             _Elapsed(),
             _Remaining(),
+            _Memory(),
             console=Console(stderr=True),
             # Slow enough not to take time from the work it reports on.
             refresh_per_second=4,

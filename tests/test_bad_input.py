@@ -145,14 +145,18 @@ def test_data_without_a_batch(given: Callable[[], Any]) -> None:
     refuse(CalibrationError, "empty or exhausted", calibration=given)
 
 
-@pytest.mark.parametrize(
-    "given", [data()[0], {"x": data()[0]}, "prose.txt", b"prose", 3, 0.5, net(), nn.ReLU]
-)
+@pytest.mark.parametrize("given", [data()[0], {"x": data()[0]}, b"prose", 3, 0.5, net(), nn.ReLU])
 def test_data_that_is_no_iterable_of_batches(given: Any) -> None:
     words = ("calibration", "[batch]", type(given).__name__)
     refuse(CalibrationError, *words, calibration=lambda: given)
     words = ("examples", "[batch]", type(given).__name__)
     refuse(CalibrationError, *words, calibration=data(), examples=given)
+
+
+def test_the_name_of_a_text_file_is_no_data() -> None:
+    words = ("not the text 'prose.txt'", "tokenize it", "fxcompress compile --data")
+    refuse(CalibrationError, "calibration", *words, calibration=lambda: "prose.txt")
+    refuse(CalibrationError, "examples", *words, calibration=data(), examples="prose.txt")
 
 
 @pytest.mark.parametrize("batch", ["a sentence", None, np.zeros((3, 24)), object(), [1, 2]])

@@ -19,7 +19,7 @@ ROOT = Path(fxcompress.__file__).parent
 
 LAYERS = [
     # What a layer imports stands above it; layers in one row know nothing of each other.
-    {"errors", "late", "plans.structure", "plans.units", "version"},
+    {"errors", "late", "notebook", "plans.structure", "plans.units", "version"},
     {"operators", "budget", "files", "mapped", "parking", "processes", "plans.record"},
     {"collective", "checkpoint"},
     {"graph", "forms"},
@@ -162,7 +162,7 @@ def test_reached_sees_torch_where_it_is() -> None:
 
 LIBRARIES = {
     "torch", "numpy", "yaml", "pydantic", "pydantic_core", "rich", "typer", "safetensors",
-    "jinja2", "networkx", "scipy", "transformers", "accelerate",
+    "jinja2", "networkx", "PIL", "datasets", "pandas", "scipy", "transformers", "accelerate",
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxcompress
-from fxcompress.cli import _keeps, app
+from fxcompress.cli import app
+from fxcompress.cli.sweeping import parse_keeps
 from tests.small import data, net, rules
 
 KEEPS = (0.9, 0.6, 0.45)
@@ -194,7 +195,7 @@ def test_what_the_command_refuses_before_any_work(option: str, value: str, messa
     ],
 )
 def test_steps(text: str, keeps: list[float]) -> None:
-    assert _keeps(text) == keeps
+    assert parse_keeps(text) == keeps
 
 
 def test_the_command_interrupted(tmp_path: Path) -> None:

@@ -212,11 +212,14 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
     except RecordError:
         raise
     except Exception as error:
+        several = isinstance(example, (list, tuple)) and len(example) > 0
+        texts = isinstance(example[0] if several else example, str)
+        hint = "The batch is text, and models take tokens: tokenizer(text, return_tensors='pt')\n"
         raise RecordError(
             f"the model failed on the example batch: {type(error).__name__}: {error}\n"
-            "A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
-            "mapping (keyword arguments); for anything else pass "
-            "forward=lambda model, batch: model(...)"
+            f"{hint if texts else ''}A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
+            "mapping (keyword arguments); for anything else, such as (inputs, labels), pass "
+            "forward=lambda model, batch: model(batch[0])"
         ) from error
     finally:
         drew = random.finish(flops.drew)

@@ -47,7 +47,7 @@ from fxcompress.pipeline.request import Request
 from fxcompress.pipeline.survey import Survey, survey
 from fxcompress.plans.plan import attach_plan
 from fxcompress.progress import Progress, stages
-from fxcompress.rules import Rules, at_progress, read_rules, with_budget
+from fxcompress.rules import Rules, at_progress, read_rules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -145,7 +145,7 @@ class ISVT(Generic[M]):
         self._count = 0
         self._starts: Mapping[str, Tensor] = {}
         self._progress = progress
-        loaded = with_budget(read_rules(rules), keep, unit)
+        loaded = read_rules(rules, keep=keep, unit=unit)
         with torch.inference_mode(False), stages(progress) as show:
             request = Request(show, calibration, examples, loss, forward)
             self._survey, data = survey(model, loaded, request)

@@ -31,7 +31,7 @@ from fxcompress.pipeline.survey import legality_in, match_model, working_copy
 from fxcompress.plans.plan import Plan, attach_plan
 from fxcompress.progress import stages
 from fxcompress.rewrite import is_offloaded, record_operators, resident
-from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest, with_budget
+from fxcompress.rules import Explanation, Rules, choices, read_rules, suggest
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,6 +50,9 @@ def compile(
     keep: float | None = None,
     unit: str | None = None,
     memory: int | str | None = None,
+    exclude: str | Iterable[str] | None = None,
+    metric: str | None = None,
+    seed: int | None = None,
     inplace: bool = False,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -75,6 +78,10 @@ def compile(
         memory: what the work may take beside the model and the data: bytes, or text as ``"8GiB"``;
             most of what is free if neither this nor the rules say.  The result is the same: with
             less memory the model is run more often, and what has to wait is written to files.
+        exclude: globs on module paths (``"*.lm_head"``), one or several: what they match stays
+            dense, whatever the rules say.
+        metric: overrides ``metric.kind``: ``"kfac"``, ``"activation"``, ...
+        seed: overrides ``metric.seed``, of the labels that the Fisher metric draws.
         inplace: change ``model`` itself and return it.
         examples: batches to record the graph on, if the first calibration batch does not show
             all that the model can do.
@@ -111,7 +118,9 @@ def compile(
             "place: leave inplace out; what is returned takes no memory for weights that are not "
             "there"
         )
-    loaded = with_budget(read_rules(rules, memory), keep, unit)
+    loaded = read_rules(
+        rules, keep=keep, unit=unit, memory=memory, exclude=exclude, metric=metric, seed=seed
+    )
     by_itself = alone or loaded.rules.solver.iterative  # training needs the same data everywhere
     with torch.inference_mode(False), joined(by_itself) as processes, stages(progress) as show:
         request = Request(
@@ -141,6 +150,9 @@ def plan(
     keep: float | None = None,
     unit: str | None = None,
     memory: int | str | None = None,
+    exclude: str | Iterable[str] | None = None,
+    metric: str | None = None,
+    seed: int | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
@@ -152,7 +164,9 @@ def plan(
     Arguments and errors as there.
     """
     model = resident(unwrapped(model))
-    loaded = with_budget(read_rules(rules, memory), keep, unit)
+    loaded = read_rules(
+        rules, keep=keep, unit=unit, memory=memory, exclude=exclude, metric=metric, seed=seed
+    )
     with torch.inference_mode(False), joined(alone) as processes, stages(progress) as show:
         request = Request(show, calibration, examples, loss, forward, processes=processes)
         analysis = analyse(model, loaded, request)
@@ -171,6 +185,9 @@ def explain(
     keep: float | None = None,
     unit: str | None = None,
     memory: int | str | None = None,
+    exclude: str | Iterable[str] | None = None,
+    metric: str | None = None,
+    seed: int | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     progress: bool | None = None,
@@ -185,14 +202,17 @@ def explain(
         rule: explain the rule with this id only.
         calibration: as in :func:`compile`.  With it the budget is solved as well, and the
             explanation tells what is left dense and why.
-        keep, unit, memory, loss, forward, progress, alone: as in :func:`compile`.
+        keep, unit, memory, exclude, metric, seed, loss, forward, progress, alone: as in
+            :func:`compile`.
 
     Raises:
         RuleError: the rules cannot be used, or none has the id.
         RecordError, CalibrationError, BudgetError: as in :func:`compile`.
     """
     model = resident(unwrapped(model))
-    loaded = with_budget(read_rules(rules, memory), keep, unit)
+    loaded = read_rules(
+        rules, keep=keep, unit=unit, memory=memory, exclude=exclude, metric=metric, seed=seed
+    )
     ids = [each.id for each in loaded.rules.rules]
     if rule is not None and rule not in ids:
         raise RuleError(f"no rule has the id '{rule}'; {suggest(rule, ids) or choices(ids)}")

@@ -136,7 +136,7 @@ def forecast(
             :func:`fxcompress.compile`.
     """
     model = resident(unwrapped(model))
-    loaded = read_rules(rules, memory)
+    loaded = read_rules(rules, memory=memory)
     with torch.inference_mode(False), stages(False) as silent:
         request = Request(silent, calibration, None, None, forward)
         found, data = survey(model, loaded, request, values=False)

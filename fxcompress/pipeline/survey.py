@@ -134,7 +134,7 @@ def survey(
         What was found, and the calibration batches.
     """
     # The plan goes to others together with the model: no paths of this machine.
-    loaded = replace(loaded, filename=Path(loaded.filename).name)
+    loaded = loaded.named(lambda name: Path(name).name)
     loaded = with_output(loaded, declared_by(model))
     metric = METRICS[loaded.rules.metric.kind]
     work = working_copy(model)
@@ -316,6 +316,12 @@ def iterate(name: str, batches: Iterable[Any]) -> Iterator[Any]:
             return iter(batches)
         except TypeError:
             pass
+    if isinstance(batches, str):
+        raise CalibrationError(
+            f"{name} must be an iterable of batches, not the text {batches[:40]!r}: read the "
+            'file, tokenize it, and pass [{"input_ids": part}, ...] (the command line does that: '
+            "fxcompress compile --data text.txt)"
+        )
     raise CalibrationError(
         f"{name} must be an iterable of batches, not one {type(batches).__name__}; "
         "for a single batch pass [batch]"
@@ -329,7 +335,11 @@ def working_copy(model: nn.Module) -> nn.Module:
         RecordError: it is no module, or cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise RecordError(f"the model must be a torch.nn.Module, not a {type(model).__name__}")
+        named = f" ({model!r}): load it first, AutoModel....from_pretrained(...)"
+        hint = named if isinstance(model, str) else ""
+        raise RecordError(
+            f"the model must be a torch.nn.Module, not a {type(model).__name__}{hint}"
+        )
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise RecordError(

@@ -41,6 +41,9 @@ def sweep(
     keeps: Sequence[float] = KEEPS,
     unit: str | None = None,
     memory: int | str | None = None,
+    exclude: str | Iterable[str] | None = None,
+    metric: str | None = None,
+    seed: int | None = None,
     evaluate: Evaluate | None = None,
     examples: Sequence[Any] | None = None,
     loss: Loss | None = None,
@@ -51,8 +54,8 @@ def sweep(
     """Plan a model for many budgets, and evaluate it at each if asked to.
 
     Args:
-        model, rules, calibration, unit, memory, examples, loss, forward, progress, alone:
-            as of :func:`fxcompress.compile`.
+        model, rules, calibration, unit, memory, exclude, metric, seed: as of
+            :func:`fxcompress.compile`; so are examples, loss, forward, progress, and alone.
         keeps: fractions that replace ``budget.keep`` of the rules.
         evaluate: from a model to a number, or several by name; the dense model is evaluated, too.
             What it is given is as :func:`fxcompress.compile` returns it, plan included, and only
@@ -68,7 +71,8 @@ def sweep(
         TypeError, ValueError: ``evaluate`` returns no numbers, or others than for the dense model.
     """
     model = resident(unwrapped(model))
-    loaded = _by_keep(read_rules(rules, memory), keeps, unit)
+    given = read_rules(rules, memory=memory, exclude=exclude, metric=metric, seed=seed)
+    loaded = _by_keep(given, keeps, unit)
     points: list[Point] = []
     dense: dict[str, float] = {}
     try:

@@ -24,6 +24,7 @@ from fxcompress.errors import RewriteError
 from fxcompress.forms.target import Rank
 from fxcompress.forms.template import Template
 from fxcompress.graph.wrappers import unwrapped
+from fxcompress.notebook import Shown
 from fxcompress.plans.record import Frozen, Whole, showable
 from fxcompress.plans.structure import Structure, structure_of
 from fxcompress.plans.tradeoff import Closest, Tradeoff
@@ -410,7 +411,7 @@ class MeasuredSite(Frozen):
     error: float | None
 
 
-class Fidelity(Frozen):
+class Fidelity(Shown, Frozen):
     """Predicted losses and measured ones, on data that the metric was not estimated on.
 
     Attributes:
@@ -439,6 +440,19 @@ class Fidelity(Frozen):
     def singly(self) -> float:
         """Measured KL of the sites one at a time, summed up."""
         return math.fsum(one.measured for one in self.sites)
+
+    @property
+    def headline(self) -> str:
+        """``KL 0.1275 measured on 4 batches, 30 sites``."""
+        return f"KL {self.measured:.4g} measured on {self.batches} batches, {len(self.sites)} sites"
+
+    def __str__(self) -> str:
+        width = max((len(one.name) for one in self.sites), default=4)
+        lines = [self.headline, f"{'site':{width}}  {'predicted':>10}  {'measured':>10}"]
+        lines += [
+            f"{s.name:{width}}  {s.predicted:>10.3g}  {s.measured:>10.3g}" for s in self.sites
+        ]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     @property
     def by_site(self) -> dict[str, MeasuredSite]:
@@ -565,7 +579,7 @@ class Folded(Frozen):
     norm: str
 
 
-class Plan(Frozen):
+class Plan(Shown, Frozen):
     """What is done to a model.
 
     Attributes:
@@ -649,6 +663,46 @@ class Plan(Frozen):
             if len({(site.form, site.rank) for site in sites}) > 1:
                 raise ValueError(f"the sites of bundle {name} differ in form or rank")
         return self
+
+    @property
+    def headline(self) -> str:
+        """What was rewritten, how much is left, and the loss."""
+        from fxcompress.report.frame import headline
+
+        return headline(self)
+
+    def worst(self, n: int = 10) -> tuple[SitePlan, ...]:
+        """The rewritten sites that lose most, the worst one first.
+
+        By what was measured site by site, once :func:`fxcompress.measure` was called, else by
+        what was predicted.  Of sites that are rewritten together the first one stands for all.
+
+        Args:
+            n: how many.
+        """
+        measured = {} if self.fidelity is None else self.fidelity.by_site
+        losses = {
+            sites[0].name: measured[sites[0].name].measured
+            if sites[0].name in measured
+            else math.fsum(site.predicted for site in sites)
+            for sites in self.groups.values()
+        }
+        first = [sites[0] for sites in self.groups.values()]
+        return tuple(sorted(first, key=lambda site: -losses[site.name])[: max(0, n)])
+
+    def to_dataframe(self) -> Any:
+        """One row for each matched site, as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from fxcompress.report.frame import site_rows
+
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_dataframe() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(site_rows(self))
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:

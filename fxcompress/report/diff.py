@@ -11,11 +11,13 @@ from itertools import groupby
 from typing import Any
 
 from fxcompress.forms import find_form
+from fxcompress.notebook import Shown
 from fxcompress.plans.plan import MeasuredSite, Plan, SitePlan, Size
 from fxcompress.report import columns, summary
 from fxcompress.report.columns import MEASURED, PREDICTED, Entry, beside, measured_sites
 from fxcompress.report.descent import rounds_lines
 from fxcompress.report.fold import BlockGroup, Row, fold_blocks
+from fxcompress.report.frame import headline
 from fxcompress.report.quantities import (
     WIDEST,
     count,
@@ -45,8 +47,8 @@ SHARED = "shared."
 """Paths of layers that several operators have in common begin with this."""
 
 
-@dataclass(frozen=True)
-class Diff:
+@dataclass(frozen=True, repr=False)
+class Diff(Shown):
     """What a plan changes in a model's graph.
 
     ``print(diff)`` shows alike blocks folded::
@@ -100,6 +102,11 @@ class Diff:
             narrowed = any(site.reader for site in plan.rewritten)
             sections.append([LEGEND, CHANNELS] if narrowed else [LEGEND])
         return "\n\n".join("\n".join(lines) for lines in sections)
+
+    @property
+    def headline(self) -> str:
+        """What was rewritten, how much is left, and the loss."""
+        return headline(self.plan)
 
     def to_json(self) -> dict[str, Any]:
         """Every site by itself, and the totals; nothing but JSON's own types.

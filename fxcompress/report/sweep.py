@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from textwrap import wrap
 from typing import Any
 
+from fxcompress.notebook import Shown
 from fxcompress.plans.plan import Plan
 from fxcompress.plans.units import UNITS, CountedUnit
 from fxcompress.report import summary
@@ -49,8 +50,8 @@ class Point:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
     """What a sweep found.
 
     Attributes:
@@ -71,6 +72,12 @@ class Sweep:
     @property
     def _first(self) -> Plan:
         return next(point.plan for point in self.points if point.plan is not None)
+
+    @property
+    def headline(self) -> str:
+        """``LlamaForCausalLM, keep 0.9, 0.8, 0.7``."""
+        keeps = ", ".join(f"{point.keep:g}" for point in self.points)
+        return f"{summary.model_name(self._first)}, keep {keeps}"
 
     def __str__(self) -> str:
         """Measured values are the last columns; a short one keeps to 100 characters.

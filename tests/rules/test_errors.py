@@ -24,6 +24,60 @@ def rule(match: str = "node: {op: linear, as: fc}", rest: str = "rewrite: {form:
 
 
 CASES = {
+    "another word for convolutions": (
+        rule("node: {op: conv}"),
+        "r.yaml:4:24 error[unknown-operator]: unknown operator 'conv'\n"
+        "   match: {node: {op: conv}}\n"
+        "                      ^^^^ did you mean 'conv2d', 'conv1d' or 'conv3d'?",
+    ),
+    "attention is no operator": (
+        rule("node: {op: attention}"),
+        "^^^^^^^^^ did you mean 'linear', with name: \"*attn*\": attention is linear layers?",
+    ),
+    "another word for low rank": (
+        rule(rest="rewrite: {form: svd}"),
+        "r.yaml:5:21 error[unknown-form]: unknown form 'svd'\n"
+        "   rewrite: {form: svd}\n"
+        "                   ^^^ did you mean 'low_rank'?",
+    ),
+    "a metric by itself": (
+        "metric: fisher\n" + HEAD + RULE,
+        "r.yaml:1:9 error[wrong-type]: metric is a mapping, not 'fisher'\n"
+        "   metric: fisher\n"
+        "           ^^^^^^ metric: {kind: kfac}",
+    ),
+    "another word for kfac": (
+        "metric: {kind: fisher}\n" + HEAD + RULE,
+        "^^^^^^ did you mean 'kfac'?",
+    ),
+    "another word for macs": (
+        "budget: {keep: 0.5, unit: flops}\nrules:\n" + RULE,
+        "^^^^^ did you mean 'macs'?",
+    ),
+    "a percentage": (
+        "budget: {keep: 80%}\nrules:\n" + RULE,
+        "r.yaml:1:16 error[wrong-type]: keep is a number, not '80%'\n"
+        "   budget: {keep: 80%}\n"
+        "                  ^^^ 80 % is written 0.8",
+    ),
+    "a percentage as a number": (
+        "budget: {keep: 80}\nrules:\n" + RULE,
+        "r.yaml:1:16 error[bad-number]: keep is 80, and has to be at most 1\n"
+        "   budget: {keep: 80}\n"
+        "                  ^^ 80 % is written 0.8",
+    ),
+    "a rank": (
+        rule(rest="rewrite: {form: pivoted, rank: 64}"),
+        "^^^^ the budget chooses ranks; to set one, min_rank and max_rank: 64",
+    ),
+    "a regular expression": (
+        rule("node: {op: linear, name: '^model\\..*\\.(q|k)_proj$'}"),
+        "'^model\\..*\\.(q|k)_proj$' is a regular expression, and a name is a glob",
+    ),
+    "what it is as a glob": (
+        rule("node: {op: linear, name: '^model\\..*\\.(q|k)_proj$'}"),
+        '"model.*.{q,k}_proj": * is any text, dots too, and {a,b} an or',
+    ),
     "unknown attribute": (
         rule("node: {op: linear, in_feature: 512}"),
         "r.yaml:4:32 error[unknown-attribute]: linear has no attribute 'in_feature'\n"
@@ -240,7 +294,7 @@ CASES = {
         "on: 3\n" + HEAD + RULE.replace("id: a", "id: no"),
         "r.yaml:1:1 error[unknown-key]: unknown key 'on'\n"
         "   on: 3\n"
-        "   ^^ one of: version, budget, metric, solver, defaults, memory, rules, tests",
+        "   ^^ one of: version, extends, budget, metric, solver, defaults, memory, rules, tests",
     ),
     "trap: duplicate key": (
         rule(rest="rewrite: none\n    rewrite: {form: pivoted}"),

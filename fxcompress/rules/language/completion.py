@@ -39,8 +39,8 @@ _EXACTLY_ONE = {
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a rule file, with the forms and metrics that are registered.
 
-    >>> sorted(json_schema()["required"])
-    ['budget', 'rules']
+    >>> [sorted(either["required"]) for either in json_schema()["anyOf"]]
+    [['budget', 'rules'], ['extends']]
     """
     schema = RuleSet.model_json_schema(by_alias=True, mode="validation")
     models: dict[str, Any] = schema["$defs"]
@@ -66,6 +66,8 @@ def json_schema() -> dict[str, Any]:
     one["enum"] = many["items"]["enum"] = alone
     for name, keys in _EXACTLY_ONE.items():
         models[name]["oneOf"] = [{"required": [key]} for key in keys]
+    # What builds on another file may leave out what that says.
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _MOST_SHOWN = 50
 _WIDEST = 120
@@ -20,11 +20,24 @@ _WIDEST = 120
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """A stretch of one line of the source; line and column count from 1."""
+    """A stretch of one line of a source; line and column count from 1.
+
+    Attributes:
+        source: 0 for the file itself; from 1 on, the files that it builds on.
+    """
 
     line: int
     column: int
     length: int = 1
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text, and the name that locations show for it."""
+
+    filename: str
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -49,13 +62,27 @@ def split_lines(text: str) -> list[str]:
     return re.split("\r\n|[\r\n\x85\u2028\u2029]", text)
 
 
-_OTHER_WORDS = {
-    **dict.fromkeys(("flops", "flop", "madds", "multiply_accumulates"), "macs"),
-    **dict.fromkeys(("time", "seconds", "speed", "ms"), "latency"),
-    **dict.fromkeys(("weights", "size", "numel"), "parameters"),
-    **dict.fromkeys(("memory", "mib", "mb"), "bytes"),
+_OTHER_WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("flops", "flop", "madds", "multiply_accumulates"), ("macs",)),
+    **dict.fromkeys(("time", "seconds", "speed", "ms"), ("latency",)),
+    **dict.fromkeys(("weights", "size", "numel", "params"), ("parameters",)),
+    **dict.fromkeys(("memory", "mib", "mb"), ("bytes",)),
+    **dict.fromkeys(("conv", "convolution"), ("conv2d", "conv1d", "conv3d")),
+    **dict.fromkeys(("deconv", "conv_transpose"), ("conv_transpose2d", "conv_transpose1d")),
+    **dict.fromkeys(("dense", "fc", "mlp", "addmm", "gemm", "attention", "attn"), ("linear",)),
+    **dict.fromkeys(("svd", "lora", "lowrank", "factorized"), ("low_rank", "euclidean")),
+    **dict.fromkeys(("prune", "pruning", "pruned", "structured"), ("narrow",)),
+    **dict.fromkeys(("tucker", "cp"), ("tucker2",)),
+    **dict.fromkeys(("fisher", "kl", "hessian", "natural"), ("kfac",)),
+    **dict.fromkeys(("frobenius", "l2", "identity", "weight"), ("euclidean",)),
+    **dict.fromkeys(("inputs", "wanda", "asvd", "whitening"), ("activation",)),
 }
-"""What others call a word of ours, where the letters do not tell."""
+"""What others call words of ours, where the letters do not tell; those that are known count."""
+
+_BESIDE = {
+    **dict.fromkeys(("attention", "attn"), ', with name: "*attn*": attention is linear layers'),
+}
+"""What has to be said with such a word."""
 
 
 def suggest(word: str, known: Collection[str]) -> str:
@@ -65,10 +92,14 @@ def suggest(word: str, known: Collection[str]) -> str:
     "did you mean 'in_features'?"
     >>> suggest("FLOPs", ["parameters", "macs"])
     "did you mean 'macs'?"
+    >>> suggest("conv", ["conv2d", "linear", "conv1d"])
+    "did you mean 'conv2d' or 'conv1d'?"
     """
-    other = _OTHER_WORDS.get(word.lower())
-    if other in known:
-        return f"did you mean '{other}'?"
+    others = [each for each in _OTHER_WORDS.get(word.lower(), ()) if each in known]
+    if others:
+        *most, last = [f"'{each}'" for each in others]
+        named = f"{', '.join(most)} or {last}" if most else last
+        return f"did you mean {named}{_BESIDE.get(word.lower(), '')}?"
     close = difflib.get_close_matches(word[:100], list(known), n=1)
     if not close:
         # difflib is case-sensitive, and 'Linear' is what people write first.
@@ -77,17 +108,36 @@ def suggest(word: str, known: Collection[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else ""
 
 
+def as_fraction(value: object) -> str:
+    """``"80 % is written 0.8"`` of a percentage where a fraction is wanted, otherwise ``""``.
+
+    >>> as_fraction("80%"), as_fraction(80), as_fraction("most")
+    ('80 % is written 0.8', '80 % is written 0.8', '')
+    """
+    found = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,6})?)\s*%?\s*", str(value))
+    if found is None or not 1 < float(found[1]) <= 100:
+        return ""
+    return f"{float(found[1]):g} % is written {float(found[1]) / 100:g}"
+
+
 def choices(known: Collection[str]) -> str:
     """``"one of: a, b"``: the hint where nothing comes close."""
     return "one of: " + ", ".join(known)
 
 
-def render(diagnostics: Sequence[Diagnostic], filename: str, text: str) -> str:
-    """All problems as one text, in the order of the file."""
-    lines = split_lines(text)
+def render(
+    diagnostics: Sequence[Diagnostic], filename: str, text: str, bases: Sequence[Source] = ()
+) -> str:
+    """All problems as one text, in the order of the file, and then of those that it builds on."""
+    sources = [Source(filename, text), *bases]
+    lines = [split_lines(source.text) for source in sources]
     nowhere = Span(1, 1)
-    ordered = sorted(diagnostics, key=lambda item: item.span or nowhere)
-    blocks = [_block(item, filename, lines) for item in ordered[:_MOST_SHOWN]]
+    placed = [(item.span or nowhere, item) for item in diagnostics]
+    ordered = sorted(placed, key=lambda pair: (pair[0].source, pair[0]))
+    blocks = [
+        _block(item, sources[span.source].filename, lines[span.source])
+        for span, item in ordered[:_MOST_SHOWN]
+    ]
     if len(ordered) > _MOST_SHOWN:
         blocks.append(f"{filename}: and {len(ordered) - _MOST_SHOWN} more errors")
     return _printable("\n".join(blocks))

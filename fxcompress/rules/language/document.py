@@ -52,7 +52,7 @@ class Placed:
         if self.style not in ("plain", "quoted"):
             return self.value
         first = self.value.column + offset + (1 if self.style == "quoted" else 0)
-        return Span(self.value.line, first, length)
+        return Span(self.value.line, first, length, self.value.source)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
 from fxcompress.rules.language.document import Document, KeyPath, Placed
 from fxcompress.rules.language.expressions import ExpressionError
 from fxcompress.rules.language.fields import WithAttributes
-from fxcompress.rules.language.globs import GlobError, expand
+from fxcompress.rules.language.globs import GlobError, expand, glob_for_regex
 from fxcompress.rules.language.schema import CaseNode, GraphNode
 from fxcompress.rules.language.vocabulary import ALL_OPERATORS, OPERATORS, AttributeType
 
@@ -80,6 +80,11 @@ class Findings:
     def globs(self, globs: Sequence[str] | None, path: KeyPath) -> None:
         """Check some globs."""
         for index, glob in enumerate(globs or ()):
+            if (instead := glob_for_regex(glob)) is not None:
+                message = f"'{glob}' is a regular expression, and a name is a glob"
+                hint = f'"{instead}": * is any text, dots too, and {{a,b}} an or'
+                self.report((*path, index), "bad-glob", message, hint, value=True)
+                continue
             try:
                 self.plain_globs += len(expand(glob))
                 if self.plain_globs > _MOST_GLOBS:

@@ -1,34 +1,53 @@
-"""Rules as callers give them, and with other budgets."""
+"""Rules as callers give them, with what they say instead of the file."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from os import PathLike
 
 from pydantic import TypeAdapter, ValidationError
 
 from fxcompress.errors import BudgetError, MemoryLimitError, RuleError
+from fxcompress.metric.words import metric_words
 from fxcompress.plans.units import UNITS, CountedUnit
-from fxcompress.rules.language.diagnostics import suggest
+from fxcompress.rules.language.diagnostics import Source, as_fraction, choices, suggest
+from fxcompress.rules.language.extending import moved
 from fxcompress.rules.language.fields import Bytes
-from fxcompress.rules.language.loader import LoadedRules, load_rules
+from fxcompress.rules.language.loader import LoadedRules, load_rules, parse_rules
 from fxcompress.rules.language.schema import Rule, RuleSet
-from fxcompress.rules.language.settings import Budget
+from fxcompress.rules.language.settings import Budget, Metric
+from fxcompress.rules.language.vocabulary import OPERATORS
 
 Rules = str | PathLike[str] | RuleSet | LoadedRules
 """A rule file, the name of a preset, or a rule set."""
 
 
-def read_rules(rules: Rules, memory: int | str | None = None) -> LoadedRules:
-    """A rule file, a preset or a rule set, checked.
+def read_rules(
+    rules: Rules,
+    *,
+    keep: float | None = None,
+    unit: str | None = None,
+    memory: int | str | None = None,
+    exclude: str | Iterable[str] | None = None,
+    metric: str | None = None,
+    seed: int | None = None,
+) -> LoadedRules:
+    """A rule file, a preset or a rule set, checked, with what a caller says instead.
 
     Args:
         rules: one of these.
+        keep, unit: as of :func:`with_budget`.
         memory: a limit on memory instead of that of the rules: bytes, or text (``"8GiB"``).
+        exclude: globs on module paths; what they match stays dense, whatever the rules say.
+        metric: instead of ``metric.kind``.
+        seed: instead of ``metric.seed``.
 
     Raises:
-        RuleError: it is none of these, or cannot be used.
+        RuleError: it is none of these, or cannot be used; or a glob or the metric is wrong.
+        BudgetError: as of :func:`with_budget`.
         MemoryLimitError: ``memory`` is no number of bytes.
     """
     if not isinstance(rules, (str, PathLike, RuleSet, LoadedRules)):
@@ -36,15 +55,75 @@ def read_rules(rules: Rules, memory: int | str | None = None) -> LoadedRules:
             f"rules must be a file, the name of a preset or a RuleSet, not a {type(rules).__name__}"
         )
     loaded = rules if isinstance(rules, LoadedRules) else load_rules(rules)
-    if memory is None:
+    loaded = with_budget(loaded, keep, unit)
+    if exclude is not None:
+        loaded = _excluding(loaded, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    changed: dict[str, object] = {}
+    if metric is not None or seed is not None:
+        changed["metric"] = _metric(loaded.rules.metric, metric, seed)
+    if memory is not None:
+        changed["memory"] = _memory(memory)
+    if not changed:
         return loaded
+    return replace(loaded, rules=loaded.rules.model_copy(update=changed))
+
+
+def _memory(memory: int | str) -> int:
     try:
-        found = TypeAdapter(Bytes).validate_python(memory)
+        found: int = TypeAdapter(Bytes).validate_python(memory)
     except ValidationError as error:
         raise MemoryLimitError(
             f"memory is a number of bytes, or one with a unit, as in '8GiB', not {memory!r}"
         ) from error
-    return replace(loaded, rules=loaded.rules.model_copy(update={"memory": found}))
+    return found
+
+
+def _metric(given: Metric, kind: str | None, seed: int | None) -> Metric:
+    """A metric with another kind or seed."""
+    changed: dict[str, object] = {}
+    if kind is not None:
+        known = metric_words()
+        if kind not in known:
+            hint = suggest(str(kind), known) or choices(known)
+            raise RuleError(f"unknown metric {kind!r}; {hint}")
+        changed["kind"] = kind
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise RuleError(f"seed is a whole number, not {seed!r}")
+        changed["seed"] = int(seed)
+    return given.model_copy(update=changed)
+
+
+def _excluding(loaded: LoadedRules, globs: tuple[str, ...]) -> LoadedRules:
+    """Rules with one more, which keeps what the globs match dense and wins over all others."""
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise RuleError(f"exclude is a glob on module paths, or several, not {globs!r}")
+    rules = loaded.rules.rules
+    ids = {rule.id for rule in rules}
+    name = next(
+        n for n in ("excluded", *map("excluded-{}".format, range(len(ids)))) if n not in ids
+    )
+    text = (
+        "budget: {keep: 1}\nrules:\n"
+        f"- id: {name}\n"
+        f"  priority: {1 + max(rule.priority for rule in rules)}\n"
+        f"  match: {{node: {{op: [{', '.join(OPERATORS)}], name: {json.dumps(globs)}}}}}\n"
+        "  rewrite: none\n"
+    )
+    more = parse_rules(text, "exclude")
+    source, number = len(loaded.bases) + 1, len(rules)
+    entries = {
+        ("rules", number, *path[2:]): moved(entry, source)
+        for path, entry in more.entries.items()
+        if path[:2] == ("rules", 0)
+    }
+    return replace(
+        loaded,
+        rules=loaded.rules.model_copy(update={"rules": (*rules, *more.rules.rules)}),
+        entries={**loaded.entries, **entries},
+        expressions={**loaded.expressions, **more.expressions},
+        bases=(*loaded.bases, Source(more.filename, more.text)),
+    )
 
 
 def with_budget(
@@ -61,7 +140,8 @@ def with_budget(
     if keep is None and unit is None:
         return loaded
     if keep is not None and not (isinstance(keep, Real) and 0 < keep <= 1):
-        raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}")
+        hint = f": {written}" if (written := as_fraction(keep)) else ""
+        raise BudgetError(f"keep must be a number above 0, and 1 at most, not {keep!r}{hint}")
     if unit is not None and not (isinstance(unit, str) and unit in UNITS):
         hint = suggest(str(unit), UNITS)
         raise BudgetError(

@@ -37,6 +37,21 @@ def compile_globs(patterns: Iterable[str]) -> re.Pattern[str]:
     )
 
 
+def glob_for_regex(pattern: str) -> str | None:
+    """What to write for a pattern that is a regular expression; None if it is a glob.
+
+    >>> glob_for_regex(r"^model\\..*\\.(q|k)_proj$"), glob_for_regex("model.*.{q,k}_proj")
+    ('model.*.{q,k}_proj', None)
+    """
+    if not re.search(r"^\^|\$$|\\|^\.\*|\.\+|\|", pattern):
+        return None
+    glob = pattern.removeprefix("^").removesuffix("$")
+    glob = re.sub(r"\\d\+?|\[0-9\]\+", "*", glob)
+    glob = re.sub(r"\((?:\?:)?([^()]*)\)", lambda found: f"{{{found[1].replace('|', ',')}}}", glob)
+    glob = re.sub(r"(?<!\\)\.[*+]\??", "*", glob).replace("\\.", ".")
+    return "*" if re.search(r"[\\()|^$+]", glob) else glob
+
+
 def expand(pattern: str) -> tuple[str, ...]:
     """The globs without braces that together mean the same as ``pattern``.
 

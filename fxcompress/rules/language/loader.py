@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,7 +25,7 @@ import yaml
 from fxcompress.errors import RuleError
 from fxcompress.forms.template import Template
 from fxcompress.rules.language.checks import check_rules
-from fxcompress.rules.language.diagnostics import Diagnostic, choices, render, suggest
+from fxcompress.rules.language.diagnostics import Diagnostic, Source, Span, render
 from fxcompress.rules.language.document import (
     Core,
     Document,
@@ -35,12 +35,10 @@ from fxcompress.rules.language.document import (
     read_document,
 )
 from fxcompress.rules.language.expressions import Expression, ExpressionError
-from fxcompress.rules.language.presets import preset_names, preset_path
+from fxcompress.rules.language.extending import extended
+from fxcompress.rules.language.reading import MOST_BYTES, read_source, unusable
 from fxcompress.rules.language.schema import Rule, RuleSet
 from fxcompress.rules.language.validation import validate
-
-_MOST_BYTES = 64_000
-"""What PyYAML reads in about half a second; rule files have a few thousand."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -60,6 +58,7 @@ class LoadedRules:
         entries: path of keys (``("rules", 0, "where", 1)``) -> where that value stands.
         expressions: rule id -> its ``where`` conditions.
         templates: rule id -> its ``graph``, for rules that have one.
+        bases: the files that it builds on, in the order of ``Span.source``.
     """
 
     rules: RuleSet
@@ -68,6 +67,7 @@ class LoadedRules:
     entries: Mapping[KeyPath, Placed] = field(repr=False)
     expressions: Mapping[str, tuple[Expression, ...]] = field(repr=False)
     templates: Mapping[str, Template] = field(repr=False, default_factory=dict)
+    bases: tuple[Source, ...] = field(repr=False, default=())
 
     def location(self, rule_id: str, *keys: str | int) -> str:
         """``"file:line"`` of a rule, or ``"file:line:column"`` of a value inside it.
@@ -79,7 +79,8 @@ class LoadedRules:
         """
         path = self._path(rule_id)
         if not keys:
-            return f"{self.filename}:{self.entries[path].value.line}"
+            span = self.entries[path].value
+            return f"{self._file(span)}:{span.line}"
         return self.place(*path, *keys)
 
     def place(self, *keys: str | int) -> str:
@@ -90,12 +91,20 @@ class LoadedRules:
         'r.yaml:1:16'
         """
         span = self.entries[nearest(self.entries, keys)].value
-        return f"{self.filename}:{span.line}:{span.column}"
+        return f"{self._file(span)}:{span.line}:{span.column}"
 
     @property
     def each(self) -> tuple[LoadedRule, ...]:
         """The rules one by one, in file order."""
         return tuple(LoadedRule(rule, number, self) for number, rule in enumerate(self.rules.rules))
+
+    def named(self, rename: Callable[[str], str]) -> LoadedRules:
+        """The rules with other names of the files in locations."""
+        bases = tuple(replace(base, filename=rename(base.filename)) for base in self.bases)
+        return replace(self, filename=rename(self.filename), bases=bases)
+
+    def _file(self, span: Span) -> str:
+        return self.bases[span.source - 1].filename if span.source else self.filename
 
     def _path(self, rule_id: str) -> KeyPath:
         for index, rule in enumerate(self.rules.rules):
@@ -124,6 +133,13 @@ class LoadedRule:
         return self.file.location(self.rule.id)
 
     @property
+    def source(self) -> Source:
+        """The file that it stands in."""
+        file = self.file
+        at = file.entries["rules", self.number].value.source
+        return file.bases[at - 1] if at else Source(file.filename, file.text)
+
+    @property
     def expressions(self) -> tuple[Expression, ...]:
         """The ``where`` conditions of the rule."""
         return self.file.expressions[self.rule.id]
@@ -142,7 +158,7 @@ class LoadedRule:
         entry = self.file.entries[("rules", self.number, "where", index)]
         message = f"on operator '{operator}': {error.message}"
         item = Diagnostic(error.code, message, entry.part(error.offset, error.length))
-        return RuleError(render([item], self.file.filename, self.file.text))
+        return RuleError(render([item], self.file.filename, self.file.text, self.file.bases))
 
 
 def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:
@@ -160,57 +176,50 @@ def load_rules(source: str | os.PathLike[str] | RuleSet) -> LoadedRules:
     if isinstance(source, RuleSet):
         plain = source.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         text = yaml.dump(
-            plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_MOST_BYTES
+            plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=MOST_BYTES
         )
         return parse_rules(text, "<RuleSet>")
-    name = os.fspath(source)
-    preset = preset_path(name) if isinstance(source, str) else None
-    path = preset or Path(name)
-    try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise _unusable(name, "too-large", f"{size:,} bytes; at most {_MOST_BYTES:,}")
-        raw = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        presets = preset_names()
-        hint = suggest(name, presets) or f"presets are {choices(presets)}"
-        raise _unusable(name, "unreadable", f"cannot read it: {reason}", hint) from None
-    # A preset shows as "decoder.yaml": where it is installed says nothing about the rules.
-    shown = path.name if preset else name
-    return parse_rules(_decode(raw, shown), shown)
+    read, path = read_source(source)
+    return parse_rules(read.text, read.filename, path.parent)
 
 
-def parse_rules(text: str, filename: str) -> LoadedRules:
-    """Rules from YAML text; ``filename`` is what locations show.
+def parse_rules(text: str, filename: str, directory: Path | None = None) -> LoadedRules:
+    """Rules from YAML text.
+
+    Args:
+        text: the YAML.
+        filename: what locations show.
+        directory: that the path after ``extends`` starts from; the current one if left out.
 
     Raises:
         RuleError: every problem found in the text.
     """
-    if len(text) > _MOST_BYTES:
-        raise _unusable(filename, "too-large", f"more than {_MOST_BYTES:,} characters")
+    if len(text) > MOST_BYTES:
+        raise unusable(filename, "too-large", f"more than {MOST_BYTES:,} characters")
     text = text.removeprefix("\ufeff")
     document = read_document(text)
     if not isinstance(document.data, dict):
         raise _not_a_mapping(document, filename, text)
+    document, bases = extended(document, directory or Path())
     valid, shape = validate(document)
     checked = check_rules(document, valid)
     # A line that YAML itself misread, and characters that the reader has complained about, are
     # not worth a second complaint.
     told = {item.span for item in document.diagnostics}
     misread = {
-        item.span.line
+        (item.span.source, item.span.line)
         for item in document.diagnostics
         if item.span and item.code.startswith("yaml-")
     }
     new = [
         item
         for item in dict.fromkeys((*shape, *checked.diagnostics))
-        if item.span is None or not (item.span in told or item.span.line in misread)
+        if item.span is None
+        or not (item.span in told or (item.span.source, item.span.line) in misread)
     ]
     diagnostics = [*document.diagnostics, *new]
     if diagnostics or valid.whole is None:
-        raise RuleError(render(diagnostics, filename, text))
+        raise RuleError(render(diagnostics, filename, text, bases))
     return LoadedRules(
         valid.whole,
         filename,
@@ -218,6 +227,7 @@ def parse_rules(text: str, filename: str) -> LoadedRules:
         MappingProxyType(dict(document.entries)),
         MappingProxyType(dict(checked.expressions)),
         MappingProxyType(dict(checked.templates)),
+        bases,
     )
 
 
@@ -233,22 +243,3 @@ def _not_a_mapping(document: Document, filename: str, text: str) -> RuleError:
         message = f"a rule file is a mapping, not {what}"
         problems.append(Diagnostic("not-a-mapping", message, document.entries[()].value, hint))
     return RuleError(render(problems, filename, text))
-
-
-def _decode(raw: bytes, filename: str) -> str:
-    if b"\0" in raw:
-        raise _unusable(filename, "binary", "a binary file, not YAML text")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line = before.count(b"\n") + 1
-        column = error.start - (before.rfind(b"\n") + 1) + 1
-        raise RuleError(
-            f"{filename}:{line}:{column} error[not-utf-8]: byte 0x{raw[error.start]:02x} is not "
-            "UTF-8\n   save the file as UTF-8"
-        ) from None
-
-
-def _unusable(filename: str, code: str, message: str, hint: str = "") -> RuleError:
-    return RuleError(render([Diagnostic(code, message, hint=hint)], filename, ""))

@@ -418,6 +418,9 @@ class RuleSet(FrozenModel):
 
     version: Literal[1] = 1
     """Of the rule language."""
+    extends: Text | None = None
+    """A preset, or the path of another rule file from here: what is said there holds unless it is
+    said here, too; a rule replaces the one with its id, others are appended."""
     budget: Annotated[
         Annotated[Budget, Tag("one")]
         | Annotated[

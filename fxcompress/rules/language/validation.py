@@ -12,8 +12,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fxcompress.metric.words import metric_words
 from fxcompress.rules.language import schema
-from fxcompress.rules.language.diagnostics import Diagnostic, choices, suggest
+from fxcompress.rules.language.diagnostics import Diagnostic, as_fraction, choices, suggest
 from fxcompress.rules.language.document import Document, KeyPath, Placed
 from fxcompress.rules.language.vocabulary import LATER_KEYS, LATER_VALUES
 
@@ -27,6 +28,14 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+_OTHER_KEYS = {
+    ("rewrite", "rank"): "the budget chooses ranks; to set one, min_rank and max_rank: 64",
+    ("rewrite", "ratio"): "keep: 0.5 is the share that remains",
+    **{("budget", key): "keep: 0.8 is the share that remains" for key in ("ratio", "sparsity")},
+    **{("node", key): 'name: "*.mlp.*", a glob' for key in ("regex", "pattern", "path", "module")},
+}
+"""What to write for a key (behind that of its mapping) that others would have."""
+
 _WANTED = {
     "string_type": "a string",
     "bool_type": "true or false",
@@ -152,7 +161,8 @@ def _diagnostic(document: Document, detail: ErrorDetails) -> Diagnostic:
     if kind in _BOUNDS:
         limit, words = _BOUNDS[kind]
         message = f"{key} is {detail['input']}, and has to be {words} {_bound(detail, limit)}"
-        return Diagnostic("bad-number", message, entry.value)
+        hint = as_fraction(detail["input"]) if _bound(detail, limit) == "1" else ""
+        return Diagnostic("bad-number", message, entry.value, hint)
     if kind == "finite_number":
         return Diagnostic("bad-number", f"{key} has to be finite", entry.value)
     if kind == "too_short":
@@ -203,7 +213,8 @@ def _unknown_key(path: KeyPath, entry: Placed) -> Diagnostic:
         return Diagnostic("not-supported", message, entry.best)
     known = [field.alias or name for name, field in model.model_fields.items()]
     message = f"unknown key '{key}'"
-    return Diagnostic("unknown-key", message, entry.best, suggest(key, known) or choices(known))
+    hint = _OTHER_KEYS.get((parent, key), "") or suggest(key, known) or choices(known)
+    return Diagnostic("unknown-key", message, entry.best, hint)
 
 
 def _model_at(path: KeyPath) -> type[BaseModel]:
@@ -266,10 +277,27 @@ def _wrong_type(key: str, kind: str, value: Any, entry: Placed) -> Diagnostic:
         hint = f'quote it: "{entry.raw}"'
     elif isinstance(value, str) and isinstance(_number(value), int | float):
         hint = "without the quotes"
+    elif kind == "float_type":
+        hint = as_fraction(value)
+    elif kind.startswith("model") and isinstance(value, str | int | float):
+        hint = _in_a_mapping(key, value)
     span = entry.best if isinstance(value, dict | list) else entry.value
     name = key or "a rule file"
     what = "a string or a list of them" if key in _ONE_OR_MANY else _WANTED[kind]
     return Diagnostic("wrong-type", f"{name} is {what}, not {_shown(value)}", span, hint)
+
+
+def _in_a_mapping(key: str, value: object) -> str:
+    """A value that was written by itself, under the key of the mapping that it is meant for."""
+    if key == "metric" and isinstance(value, str):
+        words = metric_words()
+        meant = (
+            value if value in words else suggest(value, words).partition("'")[2].partition("'")[0]
+        )
+        return f"metric: {{kind: {meant or 'kfac'}}}"
+    if key == "budget":
+        return as_fraction(value) or "budget: {keep: 0.8}"
+    return f"rewrite: {{form: {value}}}" if key == "rewrite" else ""
 
 
 def _number(text: str) -> float | None:

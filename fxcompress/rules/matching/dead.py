@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from fxcompress.graph.operator import Operator
-from fxcompress.rules.language.diagnostics import suggest
+from fxcompress.rules.language.diagnostics import Source, suggest
 from fxcompress.rules.language.globs import compile_globs
-from fxcompress.rules.language.loader import LoadedRule, LoadedRules
+from fxcompress.rules.language.loader import LoadedRule
 from fxcompress.rules.language.presets import preset_path
 from fxcompress.rules.language.schema import Exclusion
 from fxcompress.rules.matching.literals import matches_literal
@@ -20,7 +20,7 @@ from fxcompress.rules.matching.sites import SiteIndex
 Named = Callable[[str], bool]
 
 
-def dead_globs(rules: LoadedRules, index: SiteIndex) -> Callable[[LoadedRule], Iterator[str]]:
+def dead_globs(index: SiteIndex) -> Callable[[LoadedRule], Iterator[str]]:
     """A function that tells for each rule what in it hits no operator of the graph.
 
     Nothing is said of presets, which name what only some models have, and of rules that say
@@ -31,6 +31,8 @@ def dead_globs(rules: LoadedRules, index: SiteIndex) -> Callable[[LoadedRule], I
     ]
     paths = {operator.path: None for operator in operators}
     around = {path: None for operator in operators for path in enclosing(operator)}
+
+    of_preset = cache(_is_preset)
 
     @cache
     def hits(glob: str) -> bool:
@@ -66,7 +68,7 @@ def dead_globs(rules: LoadedRules, index: SiteIndex) -> Callable[[LoadedRule], I
                     f"operator{f' ({shown})' if shown else ''}, so it protects nothing"
                 )
 
-    return (lambda loaded: iter(())) if _is_preset(rules) else told
+    return lambda loaded: iter(()) if of_preset(loaded.source) else told(loaded)
 
 
 def _fits(entry: Exclusion, operator: Operator) -> bool:
@@ -90,7 +92,7 @@ def _text(loaded: LoadedRule, key: Sequence[str | int], glob: str, there: dict[s
     )
 
 
-def _is_preset(loaded: LoadedRules) -> bool:
-    name = loaded.filename.replace("\\", "/").rpartition("/")[2].removesuffix(".yaml")
+def _is_preset(source: Source) -> bool:
+    name = source.filename.replace("\\", "/").rpartition("/")[2].removesuffix(".yaml")
     path = preset_path(name)
-    return path is not None and path.read_text(encoding="utf-8") == loaded.text
+    return path is not None and path.read_text(encoding="utf-8") == source.text

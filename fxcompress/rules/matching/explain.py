@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fxcompress.forms.words import hidden_forms
+from fxcompress.notebook import Shown
 from fxcompress.rules.language.vocabulary import STEPS
 from fxcompress.rules.matching.folding import fold_numbers, fold_paths, words_of
 from fxcompress.rules.matching.result import Funnel, Instance, Match, MatchResult
@@ -82,8 +83,8 @@ class RuleExplanation:
     matched: tuple[Matched, ...] = ()
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """The explanation of a whole rule file, or of one rule; ``str()`` gives the text.
 
     Attributes:
@@ -122,6 +123,14 @@ class Explanation:
         return cls(
             tuple(_explain(result, rule_id, outcomes, refused, hidden) for rule_id in wanted),
             tuple(item.text for item in result.problems if item.rule_id in wanted),
+        )
+
+    @property
+    def headline(self) -> str:
+        """``gates 6 of 14, rest 8 of 14``: what every rule gets of what it looks at."""
+        counts = [(item.rule_id, item.funnel.steps) for item in self.rules]
+        return ", ".join(
+            f"{rule} {steps[-1][1]} of {steps[0][1]}" for rule, steps in counts if steps
         )
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ def find_problems(
     for every unmet ``expect``.
     """
     problems: list[Problem] = []
-    dead = dead_globs(loaded, index)
+    dead = dead_globs(index)
     for run in runs:
         rule, kept = run.rule, run.count
         problems += [Problem("warning", rule.id, text) for text in run.warnings()]
