@@ -217,7 +217,8 @@ def _record_one(model: nn.Module, example: Any, forward: Forward | None) -> Reco
         hint = "The batch is text, and models take tokens: tokenizer(text, return_tensors='pt')\n"
         raise RecordError(
             f"the model failed on the example batch: {type(error).__name__}: {error}\n"
-            f"{hint if texts else ''}A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
+            f"{hint if texts else ''}"
+            "A batch is a tensor (one positional argument), a tuple (positional arguments) or a "
             "mapping (keyword arguments); for anything else, such as (inputs, labels), pass "
             "forward=lambda model, batch: model(batch[0])"
         ) from error
