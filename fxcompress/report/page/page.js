@@ -31,9 +31,10 @@ function moves(title, given) {
   const signed = (x) => (x > 0 ? "+" : "") + WRITE.loss(x);
   return [
     element("h2", {}, title), element("p", { class: "said" }, given.text),
+    element("p", { class: "soft" }, "By the price alone; what that leaves of the budget the plan spends on a few larger ranks."),
     smallTable([
       { key: "name", head: "operators", left: true, cell: (row) => link(row[5], row[0]), order: (row) => row[0] },
-      { key: "now", head: "takes now", left: true, cell: (row) => row[1], order: (row) => row[1] },
+      { key: "now", head: "at the price now", left: true, cell: (row) => row[1], order: (row) => row[1] },
       { key: "then", head: "would take", left: true, cell: (row) => row[2], order: (row) => row[2] },
       number("cost", given.unit, 3, String),
       number("loss", `change of ${data.loss.label}`, 4, signed),
