@@ -109,6 +109,10 @@ def gather(
         for site in section.sites:
             finished = sums.finish(site, found.predictions, Moments())
             reason = _unmeasured(site, finished, found.reach[site.name], metric)
+            if reason is None and site.name in found.experts:
+                rows, width = found.reach[site.name].rows, site.shape.informative_rows
+                if rows < SCARCE * width:  # so few show nothing: as for one that none reached
+                    reason, finished = HARDLY, finished.changed(torch.zeros_like)
             if reason:
                 unmeasured[site.name] = reason
             moments[site.name] = park(finished)
@@ -139,6 +143,8 @@ def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> S
 
 def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -> str | None:
     """Why the moments say nothing of an influence on the output; None if they do."""
+    if not reach.rows:
+        return UNREACHED
     if metric.backward and not reach.answered:
         return UNANSWERED
     groups = site.shape.matrix[0]
@@ -150,5 +156,10 @@ def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -
     return "its inputs are all zero" if not metric.backward else ZERO
 
 
+SCARCE = 0.25
+"""An expert is measured if at least so many rows reach it, in parts of its width."""
+
+UNREACHED = "no calibration data reached it"
+HARDLY = "hardly any calibration data reached it"
 UNANSWERED = "no gradient came back to it"
 ZERO = "its inputs or the gradients that came back to it are all exactly zero"

@@ -66,6 +66,7 @@ class Passed:
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
         reach: per site name.
         ran: names of watched modules that ran.
+        experts: names of sites that are experts of a stack, of a pass that has to reach every site.
     """
 
     batches: int
@@ -73,6 +74,7 @@ class Passed:
     kind: str
     reach: Mapping[str, Reach]
     ran: tuple[str, ...]
+    experts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,8 @@ def passed(session: Session, batches: int, predictions: int, kind: str, everywhe
         site.name: Reach(session.rows[site.name], session.answered[site.name])
         for site in session.sites
     }
-    return Passed(batches, predictions, kind, reach, tuple(sorted(session.ran)))
+    experts = session.experts() if everywhere else frozenset[str]()
+    return Passed(batches, predictions, kind, reach, tuple(sorted(session.ran)), experts)
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None, index: int) -> Any:

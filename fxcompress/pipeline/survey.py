@@ -33,6 +33,7 @@ from fxcompress.rewrite import (
     Factorized,
     find_batch_norms,
     fold_batch_norms,
+    idle_matrices,
     prepared,
     record_operators,
 )
@@ -137,8 +138,10 @@ def survey(
     first, batches, total = _batches(request.calibration, bool(metric.needs), metric.name, examples)
 
     tick = request.show.stage("record", None)
-    examples = examples or [first]
+    given, examples = bool(examples), examples or [first]
     recording = record_operators(work, examples, forward=request.forward)
+    if not given and first is not None:
+        recording, examples, batches = _with_experts(work, recording, examples, batches, request)
     tick()
 
     request.show.stage("match", None)
@@ -187,6 +190,42 @@ def survey(
         make_room(work, recording, sites, Needs(metric, total), loaded.rules.memory),
     )
     return found, batches, total
+
+
+MOST_EXAMPLES = 8
+"""Calibration batches that are recorded at most to see all experts of a model run."""
+
+
+def _with_experts(
+    model: nn.Module,
+    recording: Recording,
+    examples: list[Any],
+    batches: Iterable[Any],
+    request: Request,
+) -> tuple[Recording, list[Any], Iterable[Any]]:
+    """Record further batches while they reach experts that no batch reached before.
+
+    Args:
+        model: the working copy.
+        recording: of the first batch.
+        examples: the first batch.
+        batches: all of them.
+        request: says how to call the model.
+
+    Returns:
+        The recording, the batches that it is of, and all batches.
+    """
+    waiting = iter(batches)
+    drawn = [next(waiting)]
+    idle = idle_matrices(model, recording)
+    while idle and len(drawn) < MOST_EXAMPLES and (more := [*itertools.islice(waiting, 1)]):
+        drawn += more
+        again = record(model, [*examples, *more], forward=request.forward)
+        left = idle_matrices(model, again)
+        if left == idle:
+            break
+        recording, examples, idle = again, [*examples, *more], left
+    return recording, examples, itertools.chain(drawn, waiting)
 
 
 def described(found: Survey) -> str:

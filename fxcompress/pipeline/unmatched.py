@@ -10,6 +10,7 @@ from torch import nn
 from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
+from fxcompress.operators.applied import displayed
 from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Unmatched
 from fxcompress.rules import STEPS
@@ -64,7 +65,7 @@ def _unseen(analysis: Survey) -> list[Unmatched]:
         reason = _unseen_reason(analysis.model, name, facts, ran)
         out.append(
             Unmatched(
-                name=owner or name,
+                name=displayed(analysis.model, owner) or name,
                 op=ran.get(owner, "parameter"),
                 weight=name,
                 shape=facts.shape,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, UntypedStorage, fx, nn
 
+from fxcompress.graph.versions import storage
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
 from fxcompress.rewrite.lift import lift
@@ -89,6 +90,12 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     A copy, since parameters are not only kept in ``_parameters``: ``nn.LSTM`` computes with a
     list of its own, and so may any other module.  What ``original`` does not share is moved.
     """
-    shared = {id(parameter) for parameter in original.parameters()}
-    memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
+    # By memory: a matrix of a stack is a parameter of its own, in the memory of the original's.
+    shared = {_place(parameter) for parameter in original.parameters()}
+    memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if _place(p) not in shared}
     return _copied(rewritten, memo)
+
+
+def _place(parameter: Tensor) -> int:
+    """Tells whose memory a parameter has; that on the meta device has none."""
+    return storage(parameter) or id(parameter)

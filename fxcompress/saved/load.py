@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
+from fxcompress.operators.stacked import release_memory
 from fxcompress.plans.checks import Flaw, body_problems, plan_problems
 from fxcompress.plans.layers import site_layers
 from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
@@ -127,6 +128,7 @@ def load(
     _require_untied(path / WEIGHTS, model, stored)
     for step in (*plan.earlier, plan):
         apply_plan(model, step, empty_bodies(step, model))
+    release_memory(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored and tensor.dtype != stored[name].dtype:
             tensor.data = tensor.data.to(stored[name].dtype)  # as it was saved
