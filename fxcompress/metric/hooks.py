@@ -158,7 +158,7 @@ class Session:
                 raise CalibrationError(_not_shared(site.name, self.batch))
 
     def experts(self) -> frozenset[str]:
-        """Names of the sites that are experts of a stack: which rows reach one is up to a router."""
+        """Names of the sites that are experts of a stack: a router says which rows reach one."""
         sites = (site.name for site in self.sites)
         return frozenset(n for n in sites if isinstance(self.model.get_submodule(n), Matrix))
 

@@ -19,7 +19,7 @@ from fxcompress.errors import CalibrationError, RecordError, RuleError
 from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
-from fxcompress.graph.recorder import Recording, record
+from fxcompress.graph.recorder import Recording, record, together
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.metric import METRICS
 from fxcompress.metric.output import Family, declared_by
@@ -217,15 +217,18 @@ def _with_experts(
     """
     waiting = iter(batches)
     drawn = [next(waiting)]
+    runs, recorded = [recording], [*examples]
     idle = idle_matrices(model, recording)
     while idle and len(drawn) < MOST_EXAMPLES and (more := [*itertools.islice(waiting, 1)]):
         drawn += more
-        again = record(model, [*examples, *more], forward=request.forward)
-        left = idle_matrices(model, again)
+        run = record(model, more, forward=request.forward)
+        left = idle & idle_matrices(model, run)
         if left == idle:
             break
-        recording, examples, idle = again, [*examples, *more], left
-    return recording, examples, itertools.chain(drawn, waiting)
+        runs.append(run)
+        recorded += more
+        idle = left
+    return together(runs), recorded, itertools.chain(drawn, waiting)
 
 
 def described(found: Survey) -> str:

@@ -13,6 +13,7 @@ from fxcompress.graph.recorder import Weight
 from fxcompress.operators.applied import displayed
 from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Unmatched
+from fxcompress.rewrite import planned_weight
 from fxcompress.rules import STEPS
 
 
@@ -67,7 +68,7 @@ def _unseen(analysis: Survey) -> list[Unmatched]:
             Unmatched(
                 name=displayed(analysis.model, owner) or name,
                 op=ran.get(owner, "parameter"),
-                weight=name,
+                weight=planned_weight(analysis.model, name)[0],
                 shape=facts.shape,
                 parameters=math.prod(facts.shape),
                 reason=reason,
