@@ -40,9 +40,9 @@ rules:
     )
 
 
-def rows(count: int = 60, seed: int = 0) -> Tensor:
+def rows(count: int = 60, seed: int = 0, width: int = Mixture.N) -> Tensor:
     numbers = torch.Generator().manual_seed(seed)
-    return torch.randn(count, Mixture.N, generator=numbers, dtype=torch.float64)
+    return torch.randn(count, width, generator=numbers, dtype=torch.float64)
 
 
 def loss(output: Tensor, batch: Tensor) -> Tensor:
@@ -145,14 +145,19 @@ def test_an_expert_that_no_data_reach_stays_and_is_told() -> None:
     assert torch.equal(small.get_parameter("up.2.product.weight"), model.up[2])
 
 
+class Wide(Unused):
+    N, HIDDEN = 48, 40
+
+
 def test_an_expert_that_hardly_any_data_reach_stays_and_is_told() -> None:
-    data = rows().clamp(max=1)
-    data[0, 0] = 3  # one row, of six numbers
+    data = rows(200, width=48).clamp(max=1)
+    data[:2, 0] = 3  # two rows, of a width of 48 and of 40
     planned = fxcompress.plan(
-        Unused(never=False).eval(), rules(name="{up,down}.*", keep=0.75), [data], progress=False
+        Wide(never=False).eval(), rules(name="{up,down}.*", keep=0.75), [data], progress=False
     )
     told = {site.name: site.reason for site in planned.sites if site.form is None}
     assert told["up.2"] == "no influence was measured: hardly any calibration data reached it"
+    assert told["down.2"] == told["up.2"]
     assert any("up.2, down.2: left dense" in note for note in planned.warnings)
 
 

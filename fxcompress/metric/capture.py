@@ -156,7 +156,7 @@ def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -
     return "its inputs are all zero" if not metric.backward else ZERO
 
 
-SCARCE = 0.25
+SCARCE = 1 / 16
 """An expert is measured if at least so many rows reach it, in parts of its width."""
 
 UNREACHED = "no calibration data reached it"
