@@ -19,6 +19,7 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.metric.spectrum import decompose
 from fxcompress.operators.applied import displayed, operator_at
 from fxcompress.operators.modules import canonical_weight
+from fxcompress.operators.stacked import stack_at
 from fxcompress.pipeline.sites import Site, gather_sites
 from fxcompress.plans.plan import ZERO, BudgetOutcome, Plan, SitePlan
 from fxcompress.rewrite import (
@@ -82,6 +83,14 @@ def rewrite(
         entries[place] = each.model_copy(update={"weight": weight, "applied": applied})
     apply_plan(rewritten, plan_for(entries), bodies)
     return Rewritten(model, own_parameters(rewritten, model), sites)
+
+
+def dense_weight(model: nn.Module, weight: str) -> Tensor:
+    """A weight, or a matrix of a stack, of a model as it was given, by the name that plans have."""
+    stack = stack_at(model, weight)
+    if isinstance(stack, nn.Parameter):
+        return stack[int(weight.rpartition(".")[2])]
+    return model.get_parameter(weight)
 
 
 def body_of(module: nn.Module, site: Site, form: str, rank: int | None = None) -> fx.GraphModule:

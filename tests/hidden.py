@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.forms import find_form, fit
+from fxcompress.forms.narrow import rows_of
 from fxcompress.graph.eligible import obstacle
 from fxcompress.operators.applied import operator_at
 from fxcompress.pipeline.sites import Group, gather_sites
@@ -30,7 +31,7 @@ from fxcompress.rewrite import (
     skeleton,
 )
 from fxcompress.rules import LoadedRules, match_rules, parse_rules
-from tests.full_rank import entry, plan_for
+from tests.full_rank import dense_weight, entry, plan_for
 
 RULES = """
 version: 1
@@ -77,7 +78,7 @@ def narrowed_pair(
         share: of the channels that are kept; with all of them consumers stay as they are.
     """
     reference = copy.deepcopy(model)
-    dense = dict(prepared(reference).named_parameters())
+    dense = prepared(reference)
     bodies, entries = {}, []
     for group in groups:
         form = fit(find_form("narrow"), group.shapes, group.held)
@@ -89,7 +90,10 @@ def narrowed_pair(
         refitted = torch.randn_like(own) if share < 1 else own
         body = form.empty(rank)
         biases = [getattr(operator_at(work, site.name), "bias", None) for site in group.sites]
-        rows = [site.shape.by_outputs(site.weight_in(work))[kept] for site in makers]
+        rows = [
+            site.shape.by_outputs(site.weight_in(work))[rows_of(kept, site.out_features, n)]
+            for site in makers
+        ]
         form.fill(body, [kept, refitted, *rows], biases)
         bodies[group.name] = body
         for member, site in enumerate(group.sites):
@@ -100,7 +104,8 @@ def narrowed_pair(
             entries.append(made.model_copy(update=more))
         wide: Tensor = torch.zeros_like(weight).index_copy(axis, kept, refitted)
         with torch.no_grad():
-            dense[planned_weight(work, consumer.weight)[0]].copy_(consumer.shape.stored(wide))
+            own = dense_weight(dense, planned_weight(work, consumer.weight)[0])
+            own.copy_(consumer.shape.stored(wide))
     small = skeleton(model)
     apply_plan(small, plan_for(entries), bodies)
     return own_parameters(small, model), reference

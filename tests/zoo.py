@@ -153,12 +153,12 @@ decoder("mistral", transformers.MistralConfig, 15, sliding_window=8)
 decoder("falcon", transformers.FalconConfig, 8, head_dim=None)
 # Gemma ties its head to the embedding.
 decoder("gemma", transformers.GemmaConfig, 14)
-# The experts of Mixtral are slices of one parameter; its router is a bare parameter.
-decoder("mixtral", transformers.MixtralConfig, 11, num_local_experts=4, num_experts_per_tok=2)
+# Of four experts in each layer, slices of two parameters; the router is a bare parameter.
+decoder("mixtral", transformers.MixtralConfig, 27, num_local_experts=4, num_experts_per_tok=2)
 decoder(
     "qwen2_moe",
     transformers.Qwen2MoeConfig,
-    19,  # and a shared expert of three layers with a gate, in both layers
+    35,  # and a shared expert of three layers with a gate, in both layers
     num_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=32,

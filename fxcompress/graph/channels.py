@@ -253,8 +253,9 @@ def _block(asked: Question) -> Through | str:
         at = entries.index(...)
         entries[at : at + 1] = [slice(None)] * (len(before) - len(entries) + 1)
     entries += [slice(None)] * (len(before) - len(entries))
-    size, n = (*before, 0)[asked.axis], asked.channels
-    if len(entries) == len(before) and size % n == 0:
+    aligned = None not in entries and len(entries) == len(before) > asked.axis
+    size, n = before[asked.axis] if aligned else 0, asked.channels
+    if aligned and size % n == 0:
         own = entries[asked.axis]
         others = [each for axis, each in enumerate(entries) if axis != asked.axis]
         blocks = [range(size)[at : at + n] for at in range(0, size, n)]

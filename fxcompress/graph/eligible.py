@@ -103,6 +103,17 @@ def applied_shape(model: nn.Module, facts: Weight) -> Shape | str:
     return shapes[0]
 
 
+def piles(model: nn.Module, facts: Weight) -> bool:
+    """Whether functions may apply a weight one matrix at a time (mixtures of experts)."""
+    if len(facts.shape) != 3 or 0 in facts.shape or facts.dtype not in FLOATING:
+        return False
+    if len(facts.aliases) > 1 or not facts.applied:
+        return False
+    path, _, name = facts.name.rpartition(".")
+    plain = type(model.get_submodule(path)._parameters.get(name)) is nn.Parameter
+    return plain and all(isinstance(each, str) for each in facts.applied)
+
+
 def _function_obstacle(model: nn.Module, operator: Operator, facts: Weight) -> str:
     found = applied_shape(model, facts)
     where = f"applied by a function call in {forward_of(operator.scope)}"

@@ -161,6 +161,15 @@ def record(
     expect_draws(False)
     runs = [_record_one(model, example, forward) for example in examples]
     expect_draws(any(run.drew for run in runs))
+    return together(runs)
+
+
+def together(runs: Sequence[Recording]) -> Recording:
+    """The graph of several runs of a model.
+
+    Args:
+        runs: recordings of one run each, one at least.
+    """
     first = runs[0]
     if len(runs) == 1:
         return first

@@ -154,9 +154,15 @@ def _measured(
         sums.reduce(passes.processes)
     moments, unmeasured = {}, {}
     for site in section.sites:
-        moments[site.name] = found = sums.finish(site, passed.predictions, Moments())
-        if reason := _unmeasured(site, found, passed.reach[site.name], metric):
+        found = sums.finish(site, passed.predictions, Moments())
+        reason = _unmeasured(site, found, passed.reach[site.name], metric)
+        if reason is None and site.name in passed.experts:
+            rows, width = passed.reach[site.name].rows, site.shape.informative_rows
+            if rows < SCARCE * width:  # so few show nothing: as for one that none reached
+                reason, found = HARDLY, found.changed(torch.zeros_like)
+        if reason:
             unmeasured[site.name] = reason
+        moments[site.name] = found
     return _Measured(moments, unmeasured, passed)
 
 
@@ -197,6 +203,7 @@ class Saved:
             "unmeasured": dict(found.unmeasured),
             "passed": {
                 **vars(found.passed),
+                "experts": sorted(found.passed.experts),
                 "reach": {name: astuple(each) for name, each in found.passed.reach.items()},
             },
             "state": passes.state(),
@@ -211,7 +218,11 @@ def _read(content: Mapping[str, Any]) -> _Measured:
     passed = content["passed"]
     reach = {name: Reach(*each) for name, each in passed["reach"].items()}
     moments = {name: Moments(**each) for name, each in content["moments"].items()}
-    return _Measured(moments, content["unmeasured"], Passed(**{**passed, "reach": reach}))
+    return _Measured(
+        moments,
+        content["unmeasured"],
+        Passed(**{**passed, "reach": reach, "experts": frozenset(passed["experts"])}),
+    )
 
 
 def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> Several:
@@ -232,6 +243,8 @@ def _sums(metric: Metric, sites: Sequence[SiteFacts], device: torch.device) -> S
 
 def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -> str | None:
     """Why the moments say nothing of an influence on the output; None if they do."""
+    if not reach.rows:
+        return UNREACHED
     if metric.backward and not reach.answered:
         return UNANSWERED
     groups = site.shape.matrix[0]
@@ -243,5 +256,10 @@ def _unmeasured(site: SiteFacts, found: Moments, reach: Reach, metric: Metric) -
     return "its inputs are all zero" if not metric.backward else ZERO
 
 
+SCARCE = 1 / 16
+"""An expert is measured if at least so many rows reach it, in parts of its width."""
+
+UNREACHED = "no calibration data reached it"
+HARDLY = "hardly any calibration data reached it"
 UNANSWERED = "no gradient came back to it"
 ZERO = "its inputs or the gradients that came back to it are all exactly zero"

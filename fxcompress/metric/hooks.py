@@ -29,8 +29,9 @@ from fxcompress.graph.physical import base, folded, is_differentiated, outside, 
 from fxcompress.metric.masks import input_mask, is_swapped, output_marks
 from fxcompress.metric.starts import Start
 from fxcompress.metric.visitor import InputKey, SiteFacts, Visitor, input_key
-from fxcompress.operators.applied import operator_at
+from fxcompress.operators.applied import displayed, operator_at
 from fxcompress.operators.shape import channels_of, extents_of
+from fxcompress.operators.stacked import Matrix
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Session:
                 module = operator_at(self.model, site.name)
                 handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
             for name in self.watched:
-                ran = partial(self._see_run, name)
+                ran = partial(self._see_run, displayed(self.model, name))
                 handles.append(self.model.get_submodule(name).register_forward_hook(ran))
             with still(self.model):
                 yield
@@ -156,6 +157,11 @@ class Session:
             other = first.setdefault(input_key(site), site)
             if self.calls[site.name] != self.calls[other.name]:
                 raise CalibrationError(_not_shared(site.name, self.batch))
+
+    def experts(self) -> frozenset[str]:
+        """Names of the sites that are experts of a stack: a router says which rows reach one."""
+        sites = (site.name for site in self.sites)
+        return frozenset(n for n in sites if isinstance(self.model.get_submodule(n), Matrix))
 
     def _hook(self, site: SiteFacts) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:

@@ -68,6 +68,7 @@ class Passed:
         kind: output family, ``"loss"`` for a user's loss, ``"none"`` without a backward pass.
         reach: per site name.
         ran: names of watched modules that ran.
+        experts: names of sites that are experts of a stack, of a pass that has to reach every site.
     """
 
     batches: int
@@ -75,6 +76,7 @@ class Passed:
     kind: str
     reach: Mapping[str, Reach]
     ran: tuple[str, ...]
+    experts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -288,19 +290,21 @@ def passed(
     found = processes.gathered((batches, predictions, kind, session.ran))
     batches, predictions = sum(each[0] for each in found), sum(each[1] for each in found)
     require_data(batches, predictions if session.visitor.backward else None)
+    experts = session.experts()
     if everywhere:
-        require_reached([name for name in names if not rows.get(name)])
+        require_reached([n for n in names if not rows.get(n) and n not in experts])
     return Passed(
         batches,
         predictions,
         next((each[2] for each in found if each[2] != "none"), "none"),
         {name: Reach(rows.get(name, 0), answered.get(name, 0)) for name in names},
         tuple(sorted({name for each in found for name in each[3]})),
+        experts if everywhere else frozenset(),
     )
 
 
 def require_reached(unreached: Sequence[str]) -> None:
-    """Require that data got to every site.
+    """Require that data got to every site but experts.
 
     Args:
         unreached: names of those that none got to.

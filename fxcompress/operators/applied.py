@@ -16,7 +16,7 @@ for runs the operator; anything else computes with the dense weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import GetSetDescriptorType
@@ -37,7 +37,7 @@ PRODUCT = "product"
 class _Weight:
     """What answers as a tensor would: an object for a weight, or the transpose of one."""
 
-    stands_for: Applied
+    stands_for: Any
     transposed: bool
 
     @classmethod
@@ -57,11 +57,16 @@ class _Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.stands_for.product.parameters()).dtype
+        return self._some.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.stands_for.product.parameters()).device
+        return self._some.device
+
+    @property
+    def _some(self) -> nn.Parameter:
+        found: nn.Parameter = next(self.stands_for.product.parameters())
+        return found
 
     @property
     def T(self) -> Any:
@@ -73,33 +78,18 @@ class _Weight:
 
     def dense(self) -> Tensor:
         """The dense weight, as the object has it."""
-        weight: Tensor = self.stands_for.product.weight  # type: ignore[assignment]
+        weight: Tensor = self.stands_for.product.weight
         return weight.T if self.transposed else weight
 
     def __len__(self) -> int:
         return self.shape[0]
 
 
-class Applied(_Weight, nn.Module):
-    """A weight that a forward applies by a function, and the operator that runs instead.
-
-    Attributes:
-        product: the operator.
-        applies: its shape; calls that would apply it in another way compute with the dense weight.
-        size: of the weight, as it is stored.
-    """
-
-    product: nn.Module
-
-    def __init__(self, product: nn.Module, applies: Shape, size: tuple[int, ...]) -> None:
-        super().__init__()
-        self.product = product
-        self.applies = applies
-        self.size = size
-        self.train(product.training)
+class StandIn(_Weight, nn.Module):
+    """A module in the place of a parameter."""
 
     @property
-    def stands_for(self) -> Applied:  # type: ignore[override]
+    def stands_for(self) -> Any:
         return self
 
     @property
@@ -118,6 +108,34 @@ class Applied(_Weight, nn.Module):
     def type(self, *args: Any, **kwargs: Any) -> Any:
         """``Tensor.type``: the type of the weight, or the weight in another one."""
         return run(Tensor.type, (self, *args), kwargs)
+
+    def answer(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a function makes of it in a way of its own; None for no such way.
+
+        Args:
+            name: of the function.
+            args, kwargs: what it is called with, the object among them.
+        """
+        return None
+
+
+class Applied(StandIn):
+    """A weight that a forward applies by a function, and the operator that runs instead.
+
+    Attributes:
+        product: the operator.
+        applies: its shape; calls that would apply it in another way compute with the dense weight.
+        size: of the weight, as it is stored.
+    """
+
+    product: nn.Module
+
+    def __init__(self, product: nn.Module, applies: Shape, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.product = product
+        self.applies = applies
+        self.size = size
+        self.train(product.training)
 
 
 class _Transpose(_Weight):
@@ -158,7 +176,7 @@ for _name in (
 ):
     setattr(_Weight, f"__{_name}__", _operation(f"__{_name}__"))
 for _name in ("float", "double", "half", "bfloat16", "cpu", "cuda", "requires_grad_"):
-    setattr(Applied, _name, _operation(_name))
+    setattr(StandIn, _name, _operation(_name))
 
 
 def run(function: Any, args: Any, kwargs: Any) -> Any:
@@ -174,6 +192,9 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         swaps = transposes(name, first, args[1:], kwargs)
         if swaps is not None:
             return _transpose(first) if swaps else first
+    for each in args:
+        if isinstance(each, StandIn) and (own := each.answer(name, args, kwargs)) is not None:
+            return own
     found = application(name, args, kwargs, is_applied)
     if found is not None and isinstance(found.weight, _Weight):
         weight: Any = found.weight
@@ -268,7 +289,9 @@ def _dense(value: Any) -> Any:
 
 def _fits(found: Application, weight: Any) -> bool:
     """Whether a call applies a weight as the operator in its place does."""
-    applied: Applied = weight.stands_for
+    applied = weight.stands_for
+    if not isinstance(applied, Applied):
+        return False
     shape = found.shape.mirrored() if weight.transposed else found.shape
     return shape is not None and shape.same_product(applied.applies)
 

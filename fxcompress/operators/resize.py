@@ -8,6 +8,7 @@ from torch import nn
 
 from fxcompress.operators.applied import Applied, operator_at
 from fxcompress.operators.modules import canonical_weight, kind_of, shape_of
+from fxcompress.operators.stacked import Matrix
 
 
 def resize_obstacle(model: nn.Module, name: str) -> str | None:
@@ -18,7 +19,7 @@ def resize_obstacle(model: nn.Module, name: str) -> str | None:
         name: of the operator, as it is displayed.
     """
     owner = model.get_submodule(name)
-    if operator_at(model, name) is owner:
+    if operator_at(model, name) is owner or isinstance(owner, Matrix):
         return None
     if kind_of(owner) is None or not isinstance(owner._modules.get("weight"), Applied):
         return f"a function applies the weight of {name}"
@@ -48,6 +49,9 @@ def resize(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     weight: Any = layer.weight
     stored = shape_of(original).resized(shape.in_features, shape.out_features)
     small = nn.Parameter(stored.stored(canonical_weight(layer).detach()), weight.requires_grad)
+    if isinstance(owner, Matrix):
+        owner.become(stored, small)
+        return owner
     owner._modules.pop("weight", None)
     owner._parameters = {"weight": small, **_without_weight(owner)}
     if layer.bias is not None:

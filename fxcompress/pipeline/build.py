@@ -19,6 +19,7 @@ from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import operator_at, operator_path
 from fxcompress.operators.modules import canonical_weight, shape_of
 from fxcompress.operators.shape import channels_of
+from fxcompress.operators.stacked import release_memory
 from fxcompress.pipeline.agreement import parted
 from fxcompress.pipeline.analysis import Analysis
 from fxcompress.pipeline.decide import foreseen, make_plan, summarize
@@ -65,6 +66,7 @@ def rewrite(model: M, analysis: Analysis, *, inplace: bool = False) -> tuple[M, 
     notes = given_up.notes
     if inplace:
         apply_plan(model, planned, bodies)
+        release_memory(model)
         rewritten = model
     else:
         rewritten = own_parameters(rewritten, model)

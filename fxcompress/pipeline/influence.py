@@ -15,7 +15,8 @@ from torch import nn
 from fxcompress.errors import CalibrationError
 from fxcompress.graph.recorder import Recording
 from fxcompress.metric import METRICS, Calibration
-from fxcompress.metric.capture import UNANSWERED
+from fxcompress.metric.capture import HARDLY, UNANSWERED, UNREACHED, ZERO
+from fxcompress.operators.applied import displayed
 from fxcompress.operators.modules import shape_of
 from fxcompress.pipeline.sites import Site
 from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
@@ -23,12 +24,15 @@ from fxcompress.rules import GraphNode, NodePattern, RuleSet, compile_globs
 NAMED = 8
 """Layers that a note names; more of them are counted."""
 
+_MORE_DATA = "give more data, or of more kinds"
 _REMEDIES = {
-    True: (
+    UNREACHED: _MORE_DATA,
+    HARDLY: _MORE_DATA,
+    UNANSWERED: (
         "it runs under no_grad, is detached, feeds a choice (argmax, round), or only outputs that "
         "do not count: name those that do (metric: {output: {...}}) or pass loss="
     ),
-    False: "dead units, a zero further on, or a model that is sure of every sample",
+    ZERO: "dead units, a zero further on, or a model that is sure of every sample",
 }
 
 
@@ -41,7 +45,7 @@ def require_influence(sites: Sequence[Site], found: Calibration) -> None:
     if not sites or any(s.name not in found.unmeasured or s.match.limits.unmeasured for s in sites):
         return
     reasons = dict.fromkeys(found.unmeasured.values())
-    remedy = "; ".join(_REMEDIES[reason == UNANSWERED] for reason in reasons)
+    remedy = "; ".join(dict.fromkeys(_remedy(reason) for reason in reasons))
     free = [f"{{kind: {name}}}" for name, metric in METRICS.items() if not metric.backward]
     raise CalibrationError(
         f"no influence on the output was measured of any matched layer "
@@ -57,7 +61,7 @@ def reach_notes(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
         names = [name for name, each in found.unmeasured.items() if each == reason]
         rows = sum(found.reach[name].rows for name in names)
         those = [name for name in names if name in kept]
-        cause = f"{reason} in {rows:,} rows ({_REMEDIES[reason == UNANSWERED]})"
+        cause = f"{reason} in {rows:,} rows ({_remedy(reason)})"
         if those:
             yield (
                 f"{_listed(those)}: left dense, as no influence on the output was measured: "
@@ -78,6 +82,10 @@ def reach_notes(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
         )
 
 
+def _remedy(reason: str) -> str:
+    return _REMEDIES.get(reason, _REMEDIES[ZERO])
+
+
 def _partly_answered(found: Calibration) -> Iterator[str]:
     parts = [
         f"{name} ({reach.answered:,} of {reach.rows:,})"
@@ -95,7 +103,8 @@ def _few_rows(sites: Sequence[Site], found: Calibration) -> Iterator[str]:
     few = []
     for site in sites:
         reach, width = found.reach.get(site.name), site.shape.informative_rows
-        if reach is not None and reach.rows < width:
+        known = found.unmeasured.get(site.name) not in (UNREACHED, HARDLY)
+        if reach is not None and known and reach.rows < width:
             few.append((reach.rows / width, f"{site.name} ({reach.rows:,} rows, {width:,} wide)"))
     if few:
         few.sort(key=lambda pair: pair[0])
@@ -126,7 +135,7 @@ def unrecorded(model: nn.Module, recording: Recording, rules: RuleSet) -> tuple[
             op = shape_of(module).op
         except (ValueError, AttributeError):
             continue
-        if any(_names(node, op, owner) for node in _nodes(rules)):
+        if any(_names(node, op, displayed(model, owner)) for node in _nodes(rules)):
             found[owner] = None
     return tuple(found)
 

@@ -22,7 +22,7 @@ from fxcompress.graph.eligible import obstacle
 from fxcompress.graph.inputs import to_device
 from fxcompress.graph.operator import Operator
 from fxcompress.graph.paths import above
-from fxcompress.graph.recorder import Recording, record
+from fxcompress.graph.recorder import Recording, record, together
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
 from fxcompress.metric import METRICS
 from fxcompress.metric.output import Family, declared_by
@@ -38,6 +38,7 @@ from fxcompress.rewrite import (
     Factorized,
     find_batch_norms,
     fold_batch_norms,
+    idle_matrices,
     prepared,
     record_operators,
 )
@@ -144,8 +145,14 @@ def survey(
     first, data = _data(request, bool(metric.needs), metric.name, examples)
 
     tick = request.show.stage("record", None)
+    given = bool(examples)
     examples = [*_shared(examples or [first], request.processes)]
     recording = record_operators(work, examples, forward=request.forward)
+    if not given and first is not None and request.processes.size == 1:
+        recording, examples, batches = _with_experts(
+            work, recording, examples, data.batches, request
+        )
+        data = replace(data, batches=batches)
     tick()
 
     request.show.stage("match", None)
@@ -198,6 +205,45 @@ def survey(
         data.told,
     )  # fmt: skip
     return found, data
+
+
+MOST_EXAMPLES = 8
+"""Calibration batches that are recorded at most to see all experts of a model run."""
+
+
+def _with_experts(
+    model: nn.Module,
+    recording: Recording,
+    examples: list[Any],
+    batches: Iterable[Any],
+    request: Request,
+) -> tuple[Recording, list[Any], Iterable[Any]]:
+    """Record further batches while they reach experts that no batch reached before.
+
+    Args:
+        model: the working copy.
+        recording: of the first batch.
+        examples: the first batch.
+        batches: all of them.
+        request: says how to call the model.
+
+    Returns:
+        The recording, the batches that it is of, and all batches.
+    """
+    waiting = iter(batches)
+    drawn = [next(waiting)]
+    runs, recorded = [recording], [*examples]
+    idle = idle_matrices(model, recording)
+    while idle and len(drawn) < MOST_EXAMPLES and (more := [*itertools.islice(waiting, 1)]):
+        drawn += more
+        run = record(model, more, forward=request.forward)
+        left = idle & idle_matrices(model, run)
+        if left == idle:
+            break
+        runs.append(run)
+        recorded += more
+        idle = left
+    return together(runs), recorded, itertools.chain(drawn, waiting)
 
 
 def described(found: Survey) -> str:

@@ -10,8 +10,10 @@ from torch import nn
 from fxcompress.graph.eligible import MADE_BY_HOOK, PARAMETRIZED, forward_of, made_by_hook
 from fxcompress.graph.paths import above
 from fxcompress.graph.recorder import Weight
+from fxcompress.operators.applied import displayed
 from fxcompress.pipeline.survey import Survey
 from fxcompress.plans.plan import Unmatched
+from fxcompress.rewrite import planned_weight
 from fxcompress.rules import STEPS
 
 
@@ -64,9 +66,9 @@ def _unseen(analysis: Survey) -> list[Unmatched]:
         reason = _unseen_reason(analysis.model, name, facts, ran)
         out.append(
             Unmatched(
-                name=owner or name,
+                name=displayed(analysis.model, owner) or name,
                 op=ran.get(owner, "parameter"),
-                weight=name,
+                weight=planned_weight(analysis.model, name)[0],
                 shape=facts.shape,
                 parameters=math.prod(facts.shape),
                 reason=reason,

@@ -1,6 +1,12 @@
 """Rewriting: bodies in place of operators, in a module tree or in an fx graph."""
 
-from fxcompress.rewrite.applied import hold_like, hold_planned, planned_weight, record_operators
+from fxcompress.rewrite.applied import (
+    hold_like,
+    hold_planned,
+    idle_matrices,
+    planned_weight,
+    record_operators,
+)
 from fxcompress.rewrite.apply import Bodies, apply_plan, empty_bodies, mismatches
 from fxcompress.rewrite.attention import ProjectedAttention
 from fxcompress.rewrite.batch_norm import find_batch_norms, fold_batch_norms
@@ -23,6 +29,7 @@ __all__ = [
     "fold_batch_norms",
     "hold_like",
     "hold_planned",
+    "idle_matrices",
     "is_offloaded",
     "mismatches",
     "own_parameters",

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from fxcompress.errors import RecordError
-from fxcompress.graph.eligible import applied_shape
+from fxcompress.graph.eligible import applied_shape, piles
 from fxcompress.graph.inputs import Forward
 from fxcompress.graph.recorder import Recording, record
 from fxcompress.operators.applied import PRODUCT, Applied, hold, release
 from fxcompress.operators.modules import parse_shape
 from fxcompress.operators.shape import Shape
+from fxcompress.operators.stacked import Stack, pile, restore, stack_at, ways
 from fxcompress.plans.plan import SitePlan
 
 
@@ -34,7 +35,7 @@ def record_operators(
     Raises:
         RecordError: as there.
     """
-    recording = record(model, examples, forward=forward)
+    recording = _piled(model, record(model, examples, forward=forward), examples, forward)
     found = {
         name: shape
         for name, facts in recording.weights.items()
@@ -57,6 +58,45 @@ def record_operators(
     return held or record(model, examples, forward=forward)
 
 
+def _piled(
+    model: nn.Module, recording: Recording, examples: Sequence[Any], forward: Forward | None
+) -> Recording:
+    """The recording with objects in the places of stacks, of which one matrix at a time is applied.
+
+    Args:
+        model: objects are put in.
+        recording: of it without them.
+        examples, forward: that it was recorded on.
+    """
+    stacks = {
+        name: model.get_parameter(name)
+        for name, facts in recording.weights.items()
+        if piles(model, facts)
+    }
+    for way in (0, 1):
+        if not stacks:
+            break
+        for name, parameter in stacks.items():
+            pile(model, name, ways(parameter)[way])
+        try:
+            recording = record(model, examples, forward=forward)
+            idle = {name for name in stacks if not _runs(recording, name)}
+        except RecordError:
+            idle = {*stacks}
+        for name in idle:
+            restore(model, name, stacks[name])
+        stacks = {name: stacks[name] for name in idle}
+        if idle:
+            recording = record(model, examples, forward=forward)
+    return recording
+
+
+def _runs(recording: Recording, stack: str) -> bool:
+    """Whether a matrix of a stack is applied, and none of them otherwise."""
+    facts = [each for name, each in recording.weights.items() if name.startswith(f"{stack}.")]
+    return any(each.calls for each in facts) and not any(each.strangers for each in facts)
+
+
 def _held(
     model: nn.Module, examples: Sequence[Any], forward: Forward | None, found: dict[str, Shape]
 ) -> Recording:
@@ -77,6 +117,16 @@ def _held(
     for name in idle:
         release(model, name)
     return record(model, examples, forward=forward) if idle else recording
+
+
+def idle_matrices(model: nn.Module, recording: Recording) -> frozenset[str]:
+    """Names of the matrices of stacks that no recorded batch reached: experts without a row."""
+    return frozenset(
+        name
+        for name, facts in recording.weights.items()
+        if not facts.calls
+        and isinstance(stack_at(model, name.removesuffix(f".{PRODUCT}.weight")), Stack)
+    )
 
 
 AppliedAs = Literal["", "as stored", "transposed"]
@@ -118,7 +168,7 @@ def hold_planned(
         try:
             if mirrored is None:
                 raise ValueError(f"{shape} is not stored transposed")
-            hold(model, site.weight, mirrored)
+            _hold(model, site.weight, mirrored)
         except (AttributeError, ValueError) as error:
             problems.append(str(error))
     return problems
@@ -128,4 +178,13 @@ def hold_like(model: nn.Module, other: nn.Module) -> None:
     """Put objects where another copy of the same model has them; changes ``model``."""
     for path, module in other.named_modules():
         if isinstance(module, Applied):
-            hold(model, path, module.applies)
+            _hold(model, path, module.applies)
+
+
+def _hold(model: nn.Module, weight: str, shape: Shape) -> None:
+    """Put an object in the place of a weight, or of the stack that it is a matrix of."""
+    found = stack_at(model, weight)
+    if isinstance(found, nn.Parameter):
+        pile(model, weight.rpartition(".")[0], shape)
+    elif found is None:
+        hold(model, weight, shape)

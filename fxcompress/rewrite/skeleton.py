@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, UntypedStorage, fx, nn
 
+from fxcompress.graph.versions import storage
 from fxcompress.mapped import mapped_copies
 from fxcompress.rewrite.attention import expand_attention
 from fxcompress.rewrite.fast_paths import disable_fast_paths
@@ -96,9 +97,15 @@ def own_parameters(rewritten: M, original: nn.Module) -> M:
     list of its own, and so may any other module.  What ``original`` does not share is moved, and
     what is mapped from a file is mapped once more.
     """
-    shared = {id(parameter) for parameter in original.parameters()}
-    memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if id(p) not in shared}
-    kept = {id(p): p for p in rewritten.parameters() if id(p) in shared}
+    # By memory: a matrix of a stack is a parameter of its own, in the memory of the original's.
+    shared = {_place(parameter) for parameter in original.parameters()}
+    memo: dict[int, Any] = {id(p): p for p in rewritten.parameters() if _place(p) not in shared}
+    kept = {id(p): p for p in rewritten.parameters() if _place(p) in shared}
     mapped = mapped_copies(kept.values())
     memo |= {key: nn.Parameter(mapped[key], kept[key].requires_grad) for key in mapped}
     return copied(rewritten, memo)
+
+
+def _place(parameter: Tensor) -> int:
+    """Tells whose memory a parameter has; that on the meta device has none."""
+    return storage(parameter) or id(parameter)

@@ -30,6 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxcompress.errors import LoadError, RewriteError, SaveError
+from fxcompress.operators.stacked import Stack, parameter_of
 from fxcompress.plans.plan import Plan, attach_plan, plan_of
 from fxcompress.saved.load import METHOD, PLAN, parse_plan, rewrite_empty
 from fxcompress.saved.pretrained import SAVE_ID
@@ -94,8 +95,9 @@ class CompressedQuantizer(HfQuantizer):
         require_unchanged(model)
         own = save_id(plan, storable(model), {})
         state = dict(model.state_dict())
-        for name in _markers(plan):
+        for name in _markers(model, plan):
             state.setdefault(name, torch.zeros(MARKER))
+        _keep_names(model)
         model.config.quantization_config = CompressedConfig()  # type: ignore[union-attr]
         text = plan.model_copy(update={"save_id": own}).model_dump_json()
         return state, {SAVE_ID: own, PLAN: text}
@@ -112,10 +114,7 @@ class CompressedQuantizer(HfQuantizer):
         """
         self.plan = plan = _plan_in(checkpoint_files or ())
         rewrite_empty(model, plan)
-        markers = [
-            f"{site.name}.weight" for step in (*plan.earlier, plan) for site in step.rewritten
-        ]
-        _ignore(model, markers)
+        _ignore(model, _markers(model, plan))
         model._initialize_missing_keys = _Strict(model, plan)
 
     def postprocess_model(self, model: Any, **others: Any) -> None:
@@ -163,10 +162,35 @@ class _Strict:
         return type(self.model)._initialize_missing_keys(self.model, *args, **kwargs)
 
 
-def _markers(plan: Plan) -> list[str]:
+def _markers(model: nn.Module, plan: Plan) -> list[str]:
     """Names of the dense weights that a rewritten model has no more."""
     steps = (*plan.earlier, plan)
-    return [f"{site.name}.weight" for step in steps for site in step.rewritten]
+    weights = [site.weight for step in steps for site in step.rewritten]
+    return [*dict.fromkeys(parameter_of(model, weight) for weight in weights)]
+
+
+def _keep_names(model: Any) -> None:
+    """Have experts saved under their own names.
+
+    transformers saves a stack of experts as the checkpoints have it that models come from: cut into
+    the parts of each expert, under other names.  It has no such way for experts of several sizes.
+    """
+    stacks = {path for path, module in model.named_modules() if isinstance(module, Stack)}
+    if not stacks:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:  # as transformers does for a model that was not loaded
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        found = [each for each in found if not isinstance(each, PrefixChange)]
+    model._weight_conversions = [
+        each
+        for each in found
+        if not isinstance(each, WeightConverter)
+        or all(each.reverse_transform().rename_source_key(name)[1] is None for name in stacks)
+    ]
 
 
 def _ignore(model: Any, names: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fxcompress.errors import FxcompressError, LoadError
 from fxcompress.forms import form_words
 from fxcompress.graph.wrappers import replaced_forward, unwrapped
+from fxcompress.operators.stacked import release_memory
 from fxcompress.plans.checks import Flaw, body_problems, plan_problems
 from fxcompress.plans.layers import site_layers
 from fxcompress.plans.plan import FORMAT, Plan, attach_plan, history
@@ -120,6 +121,7 @@ def load(
     require_untied(model, weights)
     for step in (*plan.earlier, plan):
         apply_plan(model, step, empty_bodies(step, model))
+    release_memory(model)
     fill(model, weights, mapped=mapped)
     attach_plan(model, plan.model_copy(update={"save_id": ""}))
     model.to(device)

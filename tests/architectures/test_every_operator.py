@@ -37,7 +37,7 @@ from fxcompress.rewrite import (
 )
 from fxcompress.rules import RuleSet, load_rules, match_rules
 from tests.convolutions import spd
-from tests.full_rank import counted_calls, entry, factorized, plan_for
+from tests.full_rank import counted_calls, dense_weight, entry, factorized, plan_for
 from tests.zoo import ZOO, tensors
 
 FORMS = tuple(
@@ -220,7 +220,7 @@ def test_nothing_changes(name: str, form: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=bound * float(b.abs().max()))
     for path, layer in factorized(small).items():
         weight, _ = planned_weight(small, f"{operator_path(small, path)}.weight")
-        dense = prepared(model).get_parameter(weight)
+        dense = dense_weight(prepared(model), weight)
         assert layer.weight.shape == dense.shape
         torch.testing.assert_close(layer.dense(), dense, rtol=0, atol=1e-9)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.operators.applied import operator_path
+from fxcompress.operators.stacked import Stack, parameter_of
 from fxcompress.rewrite import own_parameters, planned_weight, prepared
 from tests.full_rank import Rewritten, counted_calls, factorized, rewrite
 from tests.zoo import ZOO, Batch, Case, tensors
@@ -133,7 +134,8 @@ def places(pair: Rewritten) -> tuple[list[str], set[str]]:
     work = pair.model
     paths = [operator_path(work, site.name) for site in pair.sites]
     parts = [f"{path}.{part}" for path in paths for part in ("weight", "bias")]
-    return paths, {planned_weight(work, part)[0] for part in parts}
+    names = {planned_weight(work, part)[0] for part in parts}
+    return paths, names | {parameter_of(work, name) for name in names}
 
 
 @pytest.mark.parametrize("name", REWRITABLE)
@@ -174,6 +176,8 @@ def test_gradients_are_those_of_the_dense_model(name: str, form: str) -> None:
     pair = rewritten(name, form)
     dense = own_parameters(prepared(pair.original), pair.original)
     wanted = gradients(dense, double(name))
+    for stack in [path for path, each in pair.model.named_modules() if isinstance(each, Stack)]:
+        wanted |= {f"{stack}.{number}": part for number, part in enumerate(wanted.pop(stack))}
     got = gradients(pair.model, double(name))
     # A gradient sums over positions and layers, which costs another digit or two.
     largest = max(float(g.abs().max()) for g in wanted.values())

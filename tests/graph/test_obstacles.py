@@ -265,7 +265,6 @@ def reported(model: nn.Module, example: Any) -> dict[str, str]:
     [
         ("tied", "embedding.weight", "shares_weight_with embedding"),
         ("einsum", "heads", "no rule is about operator einsum"),
-        ("mixtral", "model.layers.0.mlp.experts.down_proj", "applied by a function call in the"),
         ("mamba", "backbone.layers.0.mixer.dt_proj.weight", "no rule is about operator matmul"),
         ("resnet", "layer1.0.conv1.weight", "no rule is about operator conv2d"),
     ],
