@@ -210,8 +210,12 @@ def python(arguments: list[str]) -> None:
     for option in options:
         assert not option.startswith("--") or f'"{option}"' in source, f"{script} has no {option}"
     if script == "examples/train.py":
-        sys.modules.pop("__main__", None)
-        runpy.run_path(script, run_name="__main__")
+        main = sys.modules.pop("__main__", None)
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            if main is not None:
+                sys.modules["__main__"] = main
 
 
 @each([page for page in PAGES if page.name != "CHANGELOG.md"])  # which tells of the past, too

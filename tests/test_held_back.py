@@ -66,8 +66,7 @@ def test_the_metric_does_not_see_it() -> None:
     batches = data(8)
     division = Division(batches, 8, 0.25, seed=0)
     seen = [*division]
-    # Exact, as labels would be drawn for the place of a batch.
-    fixed = {"kind": "kfac", "fisher": "exact", "damping": {"input": 1e-3, "output": 1e-1}}
+    fixed = {"kind": "kfac", "damping": {"input": 1e-3, "output": 1e-1}}
     whole = plan_of(compiled(net(), rules(metric={**fixed, "held_back": 0.25}), batches))
     alone = plan_of(compiled(net(), rules(metric=fixed), seen))
     assert [s.rank for s in whole.sites] == [s.rank for s in alone.sites]
@@ -269,19 +268,16 @@ def test_few_rows_do_not_look_better_than_many() -> None:
 
 def test_damping_is_chosen_by_what_it_loses_elsewhere() -> None:
     model, other = Wide().eval(), torch.cat(wide_data(4096)[-128:])
-    lost = {"chosen": 0.0, "fixed": 0.0}
+    lost: dict[str, float] = {}
     plans: dict[str, Plan] = {}
-    larger = 0
-    for seed in range(8):  # labels of so few rows are a matter of luck
-        for name, damping in {"chosen": {}, "fixed": {"input": 1e-3, "output": 1e-1}}.items():
-            metric = {"damping": damping, "held_back": 0.5, "seed": seed}
-            small = compiled(model, rules(0.6, metric=metric), wide_data(64))
-            lost[name] += float(kl(model(other), small(other)).mean())
-            plans[name] = plan_of(small)
-        assert plans["fixed"].damping == DAMPING
-        larger += plans["chosen"].damping[0] > DAMPING[0]
-    assert larger > 4
-    assert lost["chosen"] < 0.95 * lost["fixed"]
+    for name, damping in {"chosen": {}, "fixed": {"input": 1e-3, "output": 1e-1}}.items():
+        loaded = rules(0.6, metric={"damping": damping, "held_back": 0.25})
+        small = compiled(model, loaded, wide_data(64))
+        lost[name] = float(kl(model(other), small(other)).mean())
+        plans[name] = plan_of(small)
+    assert plans["fixed"].damping == DAMPING
+    assert plans["chosen"].damping[0] > DAMPING[0]
+    assert lost["chosen"] < 0.9 * lost["fixed"]
     half = rules(0.6, metric={"damping": {"output": 0.5}, "held_back": 0.25})
     assert plan_of(compiled(model, half, wide_data(64))).damping[1] == 0.5
 

@@ -120,7 +120,7 @@ def test_plan_and_weights_are_the_same(case: str, tight: None) -> None:
 
 def surveyed(model: nn.Module, data: list[Any], memory: int) -> Any:
     loaded = rules("kfac", "{form: pivoted}")
-    loaded = fxcompress.rules.read_rules(loaded, memory)
+    loaded = fxcompress.rules.read_rules(loaded, memory=memory)
     with stages(False) as silent:
         return survey(model, loaded, Request(silent, data))
 
@@ -171,7 +171,7 @@ def test_a_limit_that_is_none_is_refused(text: Any) -> None:
     ("text", "expected"), [("8GiB", 8 << 30), ("500 MB", 500_000_000), ("1.5k", 1500), (7, 7)]
 )
 def test_limits_have_units(text: Any, expected: int) -> None:
-    loaded = fxcompress.rules.read_rules(rules("kfac", "{form: pivoted}"), text)
+    loaded = fxcompress.rules.read_rules(rules("kfac", "{form: pivoted}"), memory=text)
     assert loaded.rules.memory == expected
 
 

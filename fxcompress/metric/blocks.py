@@ -114,6 +114,7 @@ class Blocks:
         self.whole, self.model, self.data, self.blocks = whole, whole.model, whole.data, blocks
         self.park = park
         self.places = range(len(self.data)) if whole.places is None else whole.places
+        self.turns = range(len(self.data)) if whole.turns is None else whole.turns
         self.kind = "none"
         self._batches = [_Batch() for _ in self.data]
         self._came_back: set[int] = set()
@@ -241,7 +242,7 @@ class Blocks:
         place, batch, last = self.places[at], self._batches[at], block == len(self.blocks)
         with torch.set_grad_enabled(visitor.backward), named(place):
             with follow_padding(self.model, self.data[at]) as (data, padding):
-                session.begin(place, padding)
+                session.begin(place, padding, self.turns[at])
                 again = _Again(self.blocks, block, batch.returned, visitor.backward, padding)
                 with self._calling(again.calls):
                     again.result = run_batch(self.model, data, self.whole.forward, place)
@@ -250,7 +251,7 @@ class Blocks:
                 starts = None
                 if visitor.backward:
                     starts = (
-                        self._starts(again.result, data, padding, place)
+                        self._starts(again.result, data, padding, self.turns[at])
                         if last
                         else again.starts(batch)
                     )
@@ -273,12 +274,12 @@ class Blocks:
                         self._add(batch, (number, source), leaf, gradient)
                 visitor.end()
 
-    def _starts(self, result: Any, data: Any, padding: Padding, place: int) -> Starts:
+    def _starts(self, result: Any, data: Any, padding: Padding, turn: int) -> Starts:
         drawn, device = self.whole.drawn, device_of(self.model)
         return backward_starts(
             result, to_device(data, device), kind=drawn.output, fisher=drawn.fisher,
             loss=self.whole.loss, mask=padding,
-            generator=seeded(torch.Generator(device), drawn.seed, place),
+            generator=seeded(torch.Generator(device), drawn.seed, turn),
         )  # fmt: skip
 
     def _add(self, batch: _Batch, key: tuple[int, int], leaf: int, gradient: Tensor) -> None:

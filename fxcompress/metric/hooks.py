@@ -143,10 +143,16 @@ class Session:
         self.backward = False
         return found[len(zeros) :]
 
-    def begin(self, batch: int, padding: Padding) -> None:
-        """Forget the batch before: the next one follows."""
+    def begin(self, batch: int, padding: Padding, turn: int) -> None:
+        """Forget the batch before: the next one follows.
+
+        Args:
+            batch: what errors call it.
+            padding: of it.
+            turn: that it has in the pass.
+        """
         self.batch, self.padding = batch, padding
-        self.visitor.begin(batch)
+        self.visitor.begin(turn)
         self.seen = defaultdict(list)
         self.calls = defaultdict(int)
 

@@ -138,7 +138,7 @@ class Whole:
     """Forwards and backwards through the whole model, with the sites of one section.
 
     Attributes:
-        model, drawn, loss, forward, everywhere, places, watched, processes: as of
+        model, drawn, loss, forward, everywhere, places, turns, watched, processes: as of
             :func:`run_pass`.
         data: the batches; gone through once for every section.
         sections: of its sites.
@@ -154,6 +154,7 @@ class Whole:
     forward: Forward | None = None
     everywhere: bool = True
     places: Sequence[int] | None = None
+    turns: Sequence[int] | None = None
     watched: Sequence[str] = ()
     processes: Processes = ALONE
 
@@ -164,7 +165,8 @@ class Whole:
         return run_pass(
             self.model, section.sites, self.data, visitor,
             drawn=self.drawn, loss=self.loss, forward=self.forward, everywhere=self.everywhere,
-            places=self.places, watched=self.watched, processes=self.processes, tick=tick,
+            places=self.places, turns=self.turns, watched=self.watched, processes=self.processes,
+            tick=tick,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -186,6 +188,7 @@ def run_pass(
     forward: Forward | None = None,
     everywhere: bool = True,
     places: Sequence[int] | None = None,
+    turns: Sequence[int] | None = None,
     watched: Sequence[str] = (),
     processes: Processes = ALONE,
     tick: Callable[[], None] = lambda: None,
@@ -202,8 +205,9 @@ def run_pass(
         loss: the user's own negative log-likelihood instead of all that.
         forward: how to call the model on a batch.
         everywhere: whether the data have to reach every site.
-        places: where the batches stand, if these are a part of others: errors call them so, and
-            labels are drawn for the place of a batch.
+        places: what errors call the batches, if these are a part of others.
+        turns: the turn of each batch in the passes of all processes, for which labels are drawn;
+            None for 0, 1, ...
         watched: paths of other modules, of which is told whether they ran.
         processes: all those that run the model, each over batches of its own.
         tick: called after every batch.
@@ -219,16 +223,17 @@ def run_pass(
     with session.attached():
         for batch in batches:
             place = count if places is None else places[count]
+            turn = count if turns is None else turns[count]
             with torch.set_grad_enabled(visitor.backward), named(place):
                 with follow_padding(model, batch) as (batch, padding):
-                    session.begin(place, padding)
+                    session.begin(place, padding, turn)
                     result = run_batch(model, batch, forward, place)
                     session.require_shared()
                     if visitor.backward:
                         starts = backward_starts(
                             result, to_device(batch, device_of(model)), kind=drawn.output,
                             fisher=drawn.fisher, loss=loss, mask=padding,
-                            generator=seeded(generator, drawn.seed, place),
+                            generator=seeded(generator, drawn.seed, turn),
                         )  # fmt: skip
                 settle(padding)
                 if visitor.backward:

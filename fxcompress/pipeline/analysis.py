@@ -58,7 +58,8 @@ def analyse(model: nn.Module, loaded: LoadedRules, request: Request) -> Analysis
         batches = [*data.batches]
         data, checkpoint = replace(data, batches=batches), checkpoint_of(surveyed, batches)
     division = Division(data.batches, data.total, spec.held_back, spec.seed, data.places)
-    again = metric.directions or surveyed.room.parking is not None
+    several = request.processes.size > 1  # who have to know where all batches stand
+    again = several or metric.directions or surveyed.room.parking is not None
     used: Iterable[Any] = [*division] if again else division  # gone through more than once
     passes = passes_over(surveyed, used, division.count, division.places)
     estimated = estimate(surveyed, division, passes, checkpoint)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxcompress.checkpoint import Checkpoint
+from fxcompress.collective import Processes
 from fxcompress.graph.inputs import device_of
 from fxcompress.metric import METRICS, Calibration, Draws, Moments
 from fxcompress.metric.blocks import Blocks, Uncuttable
@@ -146,8 +147,8 @@ def passes_over(
     request, rules, room = found.request, found.rules, found.room
     whole = Whole(
         found.model, batches, room.sections, total, draws(rules), request.loss, request.forward,
-        everywhere, places, unrecorded(found.model, found.recording, rules.rules),
-        request.processes,
+        everywhere, places, _turns(places, request.processes),
+        unrecorded(found.model, found.recording, rules.rules), request.processes,
     )  # fmt: skip
     if room.parking is None or not METRICS[rules.rules.metric.kind].needs:
         return whole
@@ -164,6 +165,20 @@ def passes_over(
             f"{len(room.sections)} times"
         )
         return whole
+
+
+def _turns(places: Sequence[int] | None, processes: Processes) -> Sequence[int] | None:
+    """The turns of batches in a pass of all processes; None for one process.
+
+    They are counted in each pass from 0, so that labels of batches held back are drawn as those of
+    the others are.  With numbers of their own the damping that is chosen on few batches is more a
+    matter of luck: of a small network rounds then lost more than one shot with two seeds of six.
+    """
+    if processes.size == 1 or places is None:
+        return None
+    every = sorted(place for each in processes.gathered([*places]) for place in each)
+    turn_of = {place: turn for turn, place in enumerate(every)}
+    return [turn_of[place] for place in places]
 
 
 def draws(loaded: LoadedRules) -> Draws:

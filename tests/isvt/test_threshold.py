@@ -35,7 +35,7 @@ def truncations(w: Tensor, a: Tensor, g: Tensor) -> list[tuple[float, Tensor]]:
 @pytest.mark.parametrize("keep", [0.25, 0.4, 0.6])
 @pytest.mark.parametrize("degenerate", [False, True])
 def test_it_is_the_prox_of_the_rank_in_the_metric(keep: float, degenerate: bool) -> None:
-    """The λ that the budget finds, then ``argmin ½‖V - W‖² + λ cost(rank V)`` by brute force."""
+    """``argmin ½‖V - W‖²`` in the metric over all V within the budget, by brute force."""
     model = Branches((12, 10), (8, 14)).double()
     x = torch.randn(64, 24).double()
     if degenerate:  # an input that never varies, and two that are equal
@@ -51,15 +51,6 @@ def test_it_is_the_prox_of_the_rank_in_the_metric(keep: float, degenerate: bool)
         a = root(inputs.T @ inputs / len(inputs), 1e-3)
         own.append(truncations(w, a, root(moments[index], 1e-1)))
     found = case.threshold()
-    multiplier = found.multiplier
-    assert multiplier is not None
-    for index, (w, options) in enumerate(zip(weights, own, strict=True)):
-        m, n = w.shape
-        name = f"parts.{index}"
-        values = {r: loss + multiplier * r * (m + n) for r, (loss, _) in enumerate(options) if r}
-        values[0] = multiplier * m * n  # dense
-        rank = found.ranks()[name] or 0
-        assert values[rank] == pytest.approx(min(values.values()), rel=1e-6, abs=1e-12)
     new = {site.name: weight for site, weight in found.weights()}
     for name, weight in new.items():
         index = int(name[-1])

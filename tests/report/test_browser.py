@@ -162,7 +162,7 @@ def test_tabs_by_keys_and_every_one_is_drawn(page: Any) -> None:
         page.keyboard.press("ArrowRight")
     assert page.locator("#tab-operators").get_attribute("aria-selected") == "true"
     assert page.locator("#prediction svg circle").count() == 20
-    assert page.locator("#graph").count() == 0
+    assert page.locator("#graph svg").count() > 0
 
 
 def test_lines_are_cards_on_a_phone(browser: Any, source: Path) -> None:
@@ -194,32 +194,12 @@ def test_what_is_hostile_is_shown_and_does_nothing(browser: Any, tmp_path: Path)
     page.close()
 
 
-def test_a_graph_is_drawn_by_whoever_can(browser: Any, source: Path, tmp_path: Path) -> None:
-    """The tab asks a function for it, once, when it is opened."""
-    drawing = """<script>
-    function drawGraph(section, graph, select) {
-      const button = document.createElement("button");
-      button.textContent = graph.name;
-      button.onclick = () => select(graph.name);
-      section.append(button);
-    }
-    function showInGraph(name) { document.title = name; }
-    </script><script>
-"use strict";
-// ---- the page"""
-    text = source.read_text(encoding="utf-8")
-    assert text.count("<script>\n// ---- the page") == 1
-    text = text.replace("<script>\n// ---- the page", drawing)
-    text = text.replace('{"kind":"diff"', f'{{"graph":{{"name":"{DENSE}"}},"kind":"diff"')
-    path = tmp_path / "graph.html"
-    path.write_text(text, encoding="utf-8")
-    page = visit(browser, path)
-    page.click("#tab-graph")
-    page.click("#graph button")
-    assert DENSE in page.locator(".sheet").inner_text()
+def test_from_a_row_to_the_graph(browser: Any, source: Path) -> None:
+    page = visit(browser, source)
+    page.locator(f"{LINES} button").first.click()
     page.get_by_role("button", name="show in graph").click()
-    assert page.title() == DENSE
-    assert page.locator("#graph button").count() == 1
+    assert page.locator("#graph").is_visible()
+    assert page.locator("#graph svg").count() > 0
     assert page.errors == []
     page.close()
 

@@ -14,6 +14,10 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from fxcompress.operators.words import OPERATORS, TRANSPOSED, operators_of
+
+CONVOLUTIONS = operators_of("convolution")
+
 _MOST_SHOWN = 50
 _WIDEST = 120
 
@@ -62,13 +66,17 @@ def split_lines(text: str) -> list[str]:
     return re.split("\r\n|[\r\n\x85\u2028\u2029]", text)
 
 
+def _of_images_first(operators: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted(operators, key=lambda op: (OPERATORS[op].ops[op] != 2, op)))
+
+
 _OTHER_WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("flops", "flop", "madds", "multiply_accumulates"), ("macs",)),
     **dict.fromkeys(("time", "seconds", "speed", "ms"), ("latency",)),
     **dict.fromkeys(("weights", "size", "numel", "params"), ("parameters",)),
     **dict.fromkeys(("memory", "mib", "mb"), ("bytes",)),
-    **dict.fromkeys(("conv", "convolution"), ("conv2d", "conv1d", "conv3d")),
-    **dict.fromkeys(("deconv", "conv_transpose"), ("conv_transpose2d", "conv_transpose1d")),
+    **dict.fromkeys(("conv", "convolution"), _of_images_first(CONVOLUTIONS - TRANSPOSED)),
+    **dict.fromkeys(("deconv", "conv_transpose"), _of_images_first(TRANSPOSED)),
     **dict.fromkeys(("dense", "fc", "mlp", "addmm", "gemm", "attention", "attn"), ("linear",)),
     **dict.fromkeys(("svd", "lora", "lowrank", "factorized"), ("low_rank", "euclidean")),
     **dict.fromkeys(("prune", "pruning", "pruned", "structured"), ("narrow",)),
