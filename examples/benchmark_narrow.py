@@ -66,6 +66,7 @@ def main() -> None:
     options.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6])
     options.add_argument("--calibrate", type=int, default=64, help="sequences of 512 tokens")
     options.add_argument("--evaluate", type=int, default=16, help="sequences of 512 tokens")
+    options.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results/narrow.md")
     given = options.parse_args()
     torch.manual_seed(0)
@@ -73,7 +74,8 @@ def main() -> None:
     model, tokenizer = load_model()
     data = batches(sequences(tokenizer, CALIBRATION, given.calibrate))
     reference = Reference(model, sequences(tokenizer, HELD_OUT, given.evaluate))
-    rules = parse_rules(RULES, "narrow.yaml")
+    text = RULES if "then" in given.rows else RULES.replace(", then: pivoted", "")
+    rules = parse_rules(text, "narrow.yaml")
     with stages(True) as show:
         found = analyse(model, rules, Request(show, data))
     lines = [
@@ -81,14 +83,14 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for keep in given.keeps:
-        for row, text in ROWS.items():
+        for row in given.rows:
             with stages(False) as silent:
                 now = restricted(found, row, with_budget(rules, keep)).showing(silent)
                 small, plan = rewrite(model, now)
             fidelity = reference.compare(small)
             after = sum(site.after.parameters for site in plan.sites)
             lines.append(
-                f"| {text} | {keep:g} | {fidelity.kl:.4f} | {plan.budget.predicted:.4f} | "
+                f"| {ROWS[row]} | {keep:g} | {fidelity.kl:.4f} | {plan.budget.predicted:.4f} | "
                 f"{fidelity.perplexity:.2f} | {after:,} |"
             )
             print(lines[-1], flush=True)
