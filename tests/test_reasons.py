@@ -54,8 +54,8 @@ CASES: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], dict[str, tuple[int
         },
     ),
     "slices of one parameter": (
-        lambda: nn.ParameterList([torch.randn(4, N, N)]),
-        lambda part, x: sum(F.linear(x, part[0][i]) for i in range(4)),
+        lambda: nn.ParameterList([torch.randn(4 * N, N)]),
+        lambda part, x: sum(F.linear(x, part[0][i * N : (i + 1) * N]) for i in range(4)),
         {"part.0": (4 * N * N, "a part of its weight part.0 is applied by a function call")},
     ),
     "computed with": (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxcompress
-from fxcompress import CalibrationError, RuleError, TrainingError
+from fxcompress import CalibrationError, CheckpointError, RuleError
 from fxcompress.isvt import attempts
 from fxcompress.isvt import rounds as module
 from fxcompress.isvt.correction import correctable, cross_moments, cut_again, fitted
@@ -196,12 +196,12 @@ def test_a_run_that_was_killed_resumes_to_the_same_numbers(
     assert all(
         torch.equal(a, b) for a, b in zip(done.parameters(), whole.parameters(), strict=True)
     )
-    with pytest.raises(TrainingError, match="another run"):
+    with pytest.raises(CheckpointError, match="another run"):
         compiled(network(40), loaded, checkpoint=tmp_path)
-    with pytest.raises(TrainingError, match="another run"):
+    with pytest.raises(CheckpointError, match="another run"):
         compiled(model, rules(0.5, rounds=4, steps=6), checkpoint=tmp_path)
     (tmp_path / "rounds.pt").write_bytes(b"half")
-    with pytest.raises(TrainingError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         compiled(model, loaded, checkpoint=tmp_path)
 
 
