@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxcompress.errors import FxcompressWarning, ProcessError
+from fxcompress.processes import PATIENCE as LONGEST
 from fxcompress.processes import several
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-PATIENCE = 1800.0
+PATIENCE = LONGEST.total_seconds()
 """Seconds that the other processes are waited for to begin, ..."""
 
 SOON = 30.0
@@ -67,7 +68,7 @@ class Processes:
 
     def shared(self, value: T) -> T:
         """The value of rank 0; errors as of :meth:`gathered`."""
-        return self.gathered(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.from_first(lambda: value)
 
     def from_first(self, compute: Callable[[], T]) -> T:
         """What rank 0 computes, for the others; errors as of :meth:`gathered`."""
